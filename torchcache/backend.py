@@ -1,0 +1,101 @@
+"""Door 2: a ``torch.compile`` backend that caches the marked regions and hands the rest to another backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchcache.errors import TorchcacheError
+from torchcache.graph.rewrite import cache_regions
+
+__all__ = ["torchcache_backend"]
+
+OPTIONS = ("inner", "inner_options", "compile_misses")
+
+
+def torchcache_backend(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    inner: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    compile_misses: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+    **inner_options: Any,
+) -> Callable[..., Any]:
+    """Cache the marked, frozen regions of a graph and compile the rest.
+
+    Used as ``torch.compile(model, backend=torchcache_backend)``, or by name as ``backend="torchcache"``.
+
+    Parameters
+    ----------
+    module : torch.fx.GraphModule
+        The graph that Dynamo traced.
+    example_inputs : sequence
+        Its inputs, as Dynamo gives them.
+    inner : str or callable
+        The backend for the rest: "inductor", "aot_eager", "eager", any registered name, or a callable.
+    mode : str or None
+        The inner backend's mode, as ``torch.compile`` takes it.
+    compile_misses : bool or None
+        Compile the cached part as well, before its first miss; ``None`` does so for Inductor only.
+    options : mapping or None
+        The options above by name, and beside them those of the inner backend.
+
+    Returns
+    -------
+    callable
+        The compiled graph.
+
+    Raises
+    ------
+    TorchcacheError
+        When a mark cannot work; Dynamo passes it on inside its own error.
+    """
+    given = {**inner_options, **(options or {})}
+    inner = given.pop("inner", inner)
+    mode = given.pop("mode", mode)
+    compile_misses = given.pop("compile_misses", compile_misses)
+    if compile_misses is None:
+        compile_misses = inner == "inductor"
+    compile_rest = functools.partial(_compile, inner=inner, mode=mode, options=given)
+    original = functools.partial(_lazily_compiled, inner=inner, mode=mode, options=given) if compile_misses else None
+    regions = cache_regions(module, original)
+    compiled = compile_rest(module, example_inputs)
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        return compiled(*args)
+
+    run.regions = regions  # type: ignore[attr-defined]  # the graph refers to them by name only
+    return run
+
+
+def _compile(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, inner: Any, mode: str | None, options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    if callable(inner):
+        compiled: Callable[..., Any] = inner(module, example_inputs, **options)
+        return compiled
+    if inner == "inductor":
+        compiled = torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)(module, example_inputs)
+        return compiled
+    try:
+        backend = torch._dynamo.lookup_backend(inner)
+    except torch._dynamo.exc.InvalidBackend as error:
+        raise TorchcacheError(f"torchcache: inner={inner!r} is no torch.compile backend: {error}") from None
+    compiled = backend(module, list(example_inputs), **options)
+    return compiled
+
+
+def _lazily_compiled(
+    module: fx.GraphModule, *, inner: Any, mode: str | None, options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """A region's original, compiled when it first runs, for any number of rows."""
+    if inner == "inductor":
+        return torch.compile(module, mode=mode, options=dict(options) or None)
+    return torch.compile(module, backend=inner, options=dict(options) or None)

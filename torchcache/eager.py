@@ -1,0 +1,232 @@
+"""Door 3: a marked module or function called on its own, cached as a whole."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+
+from torchcache.errors import RowwiseError
+from torchcache.graph.marked import Mark
+from torchcache.graph.region import add_lookup
+from torchcache.logging import warn_once
+from torchcache.lookup.cache_lookup import CacheLookup, Call, learn_layouts
+from torchcache.lookup.context import bypassed, computing, inside_region
+from torchcache.lookup.digest import digest_bytes
+from torchcache.lookup.fingerprint import Program, State
+from torchcache.lookup.key import NumericMode
+from torchcache.lookup.rows import Tree, batch_size, flatten_arguments, flatten_outputs
+from torchcache.modes import settle
+from torchcache.options import CacheOptions
+from torchcache.tracing import Traced
+
+__all__ = ["call", "traced_parts"]
+
+# A module may set itself up during its first call; one that changes in every call keeps state.
+SETUP_CALLS = 2
+
+
+def call(mark: Mark, door: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a marked call, cached where it can be.
+
+    Parameters
+    ----------
+    mark : Mark
+        What was marked.
+    door : callable
+        The marked function itself, for tracing what is only partly frozen.
+    args, kwargs
+        The call's arguments, the module first.
+    """
+    if inside_region() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return mark.function(*args, **kwargs)
+    # Dynamo may be watching this thread; what the cache does is not for it to trace.
+    watching = set_eval_frame(None)
+    try:
+        owner = args[0] if mark.of_module and args else None
+        return _cache_of(mark, owner, door)(args, kwargs)
+    finally:
+        set_eval_frame(watching)
+
+
+class _EagerCache:
+    """The eager door of one module or function.
+
+    Parameters
+    ----------
+    mark : Mark
+        The mark.
+    module : nn.Module or None
+        The marked module.
+    door : callable
+        The marked function.
+    """
+
+    def __init__(self, mark: Mark, module: nn.Module | None, door: Callable[..., Any]) -> None:
+        self._mark = mark
+        self._module = weakref.ref(module) if module is not None else None
+        self._door = door
+        self._options: CacheOptions = mark.options_for(module)
+        self._program: Program | None = None
+        self._held: list[torch.Tensor] = []
+        self._state = State()
+        self._identity = b""
+        self._changes = 0
+        self._trees: dict[bytes, Tree] = {}
+        self._lookups: dict[bytes, CacheLookup] = {}
+        self.traced: Traced | None = None
+        self._tracing = False
+        self.name = type(module).__name__ if module is not None else str(getattr(mark.function, "__qualname__", "function"))
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mark = self._mark
+        module = self._module() if self._module is not None else None
+        if not mark.options_for(module).enabled:
+            return mark.function(*args, **kwargs)
+        identity = self._identify(module)
+        if any(tensor.requires_grad for tensor in self._held):
+            return self._partial(module, args, kwargs)
+        bound = mark.signature().bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        if mark.of_module:
+            arguments.pop(next(iter(arguments)))
+        tensors, tree = flatten_arguments(arguments, self.name)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            warn_once(f"{self.name} got an input that needs a gradient: such calls bypass the cache")
+            with _counted(self._lookup(tree.constants), tensors, self.name):
+                return mark.function(*args, **kwargs)
+        count = batch_size(tensors, self.name)
+        roles = [tensor.ndim > 0 and tensor.shape[0] == count for tensor in tensors]
+        rows = [tensor for tensor, row in zip(tensors, roles, strict=True) if row]
+        lookup = self._lookup(tree.constants)
+        lookup.tag = identity.hex()
+
+        def compute(some: list[torch.Tensor]) -> list[torch.Tensor]:
+            given = iter(some)
+            leaves = [next(given) if row else tensor for tensor, row in zip(tensors, roles, strict=True)]
+            return self._original(module, bound, tree.rebuild(leaves), tree.constants, lookup)
+
+        described = Call(
+            digest_bytes(identity + digest_bytes(tree.constants) + bytes(roles)),
+            NumericMode.current(rows[0].device.type),
+            rows,
+            [tensor for tensor, row in zip(tensors, roles, strict=True) if not row],
+            compute,
+            lambda: learn_layouts(described),
+        )
+        outputs = lookup.bypass(described) if bypassed() else lookup(described)
+        return self._trees[tree.constants].rebuild(outputs)
+
+    def _identify(self, module: nn.Module | None) -> bytes:
+        """Fingerprint of program and state, recomputed when either changed."""
+        name = self._options.persistent_module_hash
+        if self._program is None or not self._program.unchanged():
+            if module is not None:
+                settle(module)
+            subject = self._mark.function if module is None else (module, self._mark.function)
+            self._program = Program(subject, self.name)
+            self._held = self._program.tensors
+            self._identity = b""
+        if self._identity and (name is not None or self._state.unchanged(self._held)):
+            return self._identity
+        if name is not None:
+            self._identity = digest_bytes(b"name:" + name.encode())
+        else:
+            self._identity = digest_bytes(b"eager" + self._program.digest + self._state.update(self._held))
+        return self._identity
+
+    def _original(
+        self,
+        module: nn.Module | None,
+        bound: inspect.BoundArguments,
+        arguments: dict[str, Any],
+        constants: bytes,
+        lookup: CacheLookup,
+    ) -> list[torch.Tensor]:
+        """Run the original on other rows of a call; note its output's structure, and whether it changed itself."""
+        given = inspect.BoundArguments(bound.signature, dict(bound.arguments) | arguments)  # type: ignore[arg-type]
+        outputs = self._mark.function(*given.args, **given.kwargs)
+        leaves, tree, lookup.output_paths = flatten_outputs(outputs, self.name)
+        self._trees[constants] = tree
+        self._notice_changes(module)
+        return leaves
+
+    def _notice_changes(self, module: nn.Module | None) -> None:
+        assert self._program is not None
+        if self._program.unchanged() and self._state.unchanged(self._held):
+            return
+        self._changes += 1
+        if self._changes > SETUP_CALLS:
+            raise RowwiseError(
+                f"{self.name} cannot be cached: it changes its own attributes or buffers in every call (a counter, running "
+                "statistics, a cache of its own). Mark a part that keeps no state, or unmark it"
+            )
+        self._identity = b""
+        self._identify(module)
+
+    def _partial(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace a mark that is only partly frozen, and cache its frozen part."""
+        if self._tracing or all(tensor.requires_grad for tensor in self._held):
+            warn_once(f"{self.name} is not cached: it reads trainable state and does not trace as one graph")
+            return self._mark.function(*args, **kwargs)
+        if self.traced is None:
+            if module is not None:
+                settle(module)
+            self.traced = Traced(self._door, self.name)
+        self._tracing = True
+        try:
+            return self.traced(*args, **kwargs)
+        finally:
+            self._tracing = False
+
+    def _lookup(self, constants: bytes) -> CacheLookup:
+        key = b"eager" + digest_bytes(constants)
+        lookup = self._lookups.get(key)
+        if lookup is None:
+            lookup = self._lookups[key] = CacheLookup(self.name, self._options)
+            module = self._module() if self._module is not None else None
+            add_lookup(self._mark if module is None else module, key, lookup)
+        return lookup
+
+
+class _counted:
+    """Counts a batch that bypasses a lookup."""
+
+    def __init__(self, lookup: CacheLookup, tensors: list[torch.Tensor], where: str) -> None:
+        self._counters = lookup.counters
+        self._rows = batch_size(tensors, where)
+
+    def __enter__(self) -> None:
+        self._counters.calls += 1
+        self._counters.bypasses += self._rows
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+_module_caches: weakref.WeakKeyDictionary[nn.Module, dict[Mark, _EagerCache]] = weakref.WeakKeyDictionary()
+_function_caches: weakref.WeakKeyDictionary[Mark, _EagerCache] = weakref.WeakKeyDictionary()
+
+
+def _cache_of(mark: Mark, module: Any, door: Callable[..., Any]) -> _EagerCache:
+    if not isinstance(module, nn.Module):
+        cache = _function_caches.get(mark)
+        if cache is None:
+            cache = _function_caches[mark] = _EagerCache(mark, None, door)
+        return cache
+    caches = _module_caches.setdefault(module, {})
+    cache = caches.get(mark)
+    if cache is None:
+        cache = caches[mark] = _EagerCache(mark, module, door)
+    return cache
+
+
+def traced_parts(module: nn.Module) -> list[Traced]:
+    """What the eager door traced because ``module`` is partly trainable."""
+    return [cache.traced for cache in _module_caches.get(module, {}).values() if cache.traced is not None]

@@ -1,0 +1,1 @@
+"""The pass: marked and frozen nodes become lookups."""

@@ -1,0 +1,325 @@
+"""Which nodes may be cached, and the reason when not.
+
+A marked node may be cached unless it reads trainable state, draws random numbers, normalises over the batch, writes
+to something that outlives it, or depends on a node that does, or on an input that needs a gradient. What an
+operator does is read off the aten operators it runs, found by running it once on fake tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchcache.graph.marked import MarkedCall, outermost
+
+__all__ = ["Analysis", "Verdict", "analyse", "is_context_node", "is_number", "storage_of", "tensor_of"]
+
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_PROBABILITIES = ("dropout_p", "p", "dropout")
+_TRAINING = ("training", "train", "use_input_stats")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why a node may not be cached.
+
+    Parameters
+    ----------
+    kind : str
+        "trainable", "random", "batch statistics", "mutation", "gradient" or "untraceable".
+    reason : str
+        The reason with its cause, for people.
+    """
+
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Analysis:
+    """What is known of every node of one graph.
+
+    Parameters
+    ----------
+    verdicts : dict of Node to Verdict
+        Why a node may not be cached; a marked node that is absent may be.
+    state : set of Node
+        Placeholders that carry parameters, buffers and other tensors that modules hold.
+    scalars : set of Node
+        Placeholders that carry Python numbers wrapped as tensors.
+    varying : set of Node
+        Nodes whose value depends on the data of the call.
+    contexts : dict of Node to tuple of Node
+        The autocast blocks around each node, outermost first, as the nodes that enter them.
+    written : dict of Node to set of int
+        Storages that a node writes to in place.
+    """
+
+    verdicts: dict[fx.Node, Verdict] = dataclasses.field(default_factory=dict)
+    state: set[fx.Node] = dataclasses.field(default_factory=set)
+    scalars: set[fx.Node] = dataclasses.field(default_factory=set)
+    varying: set[fx.Node] = dataclasses.field(default_factory=set)
+    contexts: dict[fx.Node, tuple[fx.Node, ...]] = dataclasses.field(default_factory=dict)
+    written: dict[fx.Node, set[int]] = dataclasses.field(default_factory=dict)
+
+    def cacheable(self, node: fx.Node) -> bool:
+        """Whether ``node`` is marked and may be cached."""
+        call = outermost(node)
+        return (
+            call is not None
+            and call.problem is None
+            and node.op in ("call_function", "call_method", "call_module")
+            and node not in self.verdicts
+            and not is_number(node)
+            and not is_context_node(node)
+            and call.options.enabled
+        )
+
+
+def is_context_node(node: fx.Node) -> bool:
+    """Whether ``node`` only changes the ambient mode: autocast, grad mode, functorch levels."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    name = getattr(node.target, "__name__", "")
+    return name.startswith(("_enter_", "_exit_", "_set_grad_enabled", "set_grad_enabled", "_vmap_", "_functorch"))
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether ``node`` produces a size or another number: regions copy those, or take them as inputs."""
+    value = node.meta.get("example_value")
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, torch.Size))
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that ``node`` produces, if it produces one."""
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def analyse(graph: fx.Graph) -> Analysis:
+    """Look at every node of a Dynamo graph, in order."""
+    analysis = Analysis()
+    entered: list[fx.Node] = []
+    live: dict[fx.Node, Any] = {}
+    levels = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.callback(lambda: [EXIT_AUTOCAST(mode) for mode in reversed(list(live.values()))])
+        for node in graph.nodes:
+            if node.target is ENTER_AUTOCAST:
+                entered.append(node)
+                live[node] = ENTER_AUTOCAST(*node.args)
+            elif node.target is EXIT_AUTOCAST and node.args[0] in live:
+                entered.remove(node.args[0])
+                EXIT_AUTOCAST(live.pop(node.args[0]))
+            name = getattr(node.target, "__name__", "")
+            levels += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+            analysis.contexts[node] = tuple(entered)
+            _classify(node, analysis)
+            verdict = _inherited(node, analysis) or _own(node, analysis, levels)
+            if verdict is not None:
+                analysis.verdicts[node] = verdict
+    return analysis
+
+
+def _classify(node: fx.Node, analysis: Analysis) -> None:
+    if node.op == "placeholder":
+        kind = _placeholder_kind(node)
+        if kind == "state":
+            analysis.state.add(node)
+        elif kind == "scalar":
+            analysis.scalars.add(node)
+        elif kind == "data":
+            analysis.varying.add(node)
+    elif node.op == "get_attr":
+        analysis.state.add(node)
+    elif any(source in analysis.varying for source in node.all_input_nodes):
+        analysis.varying.add(node)
+
+
+def _placeholder_kind(node: fx.Node) -> str:
+    """What a placeholder carries: "state", "scalar", "size" or "data"."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return "size"
+    grapharg = node.meta.get("grapharg")
+    if grapharg is not None and not getattr(grapharg, "is_tensor", True):
+        return "scalar"
+    source = getattr(grapharg, "source", None) or getattr(node, "_dynamo_source", None)
+    if isinstance(value, nn.Parameter) or source is None:
+        return "state" if isinstance(value, nn.Parameter) else "data"
+    name = source.name if isinstance(source.name, str) else source.name()
+    held = "_parameters[" in name or "_buffers[" in name or "_modules[" in name or name.startswith("G[")
+    module = "UNSPECIALIZED" in getattr(_guard_source(source), "name", "")
+    return "state" if held or module else "data"
+
+
+def _guard_source(source: Any) -> Any:
+    found = source.guard_source
+    return found() if callable(found) else found
+
+
+def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
+    for source in node.all_input_nodes:
+        verdict = analysis.verdicts.get(source)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
+    value = tensor_of(node)
+    if node.op == "placeholder":
+        if value is None or not value.requires_grad:
+            return None
+        if node in analysis.state:
+            return Verdict("trainable", f"reads the trainable parameter {_source_name(node)}")
+        return Verdict("gradient", f"the input {_source_name(node)} needs a gradient")
+    if node.op not in ("call_function", "call_method", "call_module") or is_context_node(node):
+        return None
+    if levels:
+        return Verdict("untraceable", f"{_where(node)} runs under a functorch transform")
+    if outermost(node) is None:
+        # Upstream of a mark, dropout and the like only make the data of the mark different every time.
+        return Verdict("gradient", f"its input {node.name} needs a gradient") if _needs_gradient(node) else None
+    return _operator_verdict(node, analysis)
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.requires_grad
+
+
+def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
+    recorder = _Recorder()
+    try:
+        arguments = fx.map_arg((node.args, node.kwargs), _example)
+        fake = next((leaf for leaf in _leaves(arguments) if isinstance(leaf, FakeTensor)), None)
+        with contextlib.nullcontext() if fake is None else fake.fake_mode, recorder:
+            _run(node, *arguments)
+    except _Nested:
+        return Verdict("untraceable", f"{_where(node)} calls a nested graph")
+    except Exception as error:  # whatever an operator raises on fake tensors
+        return Verdict("untraceable", f"{_where(node)} cannot be analysed ({type(error).__name__})")
+    if recorder.random:
+        return Verdict("random", f"{_where(node)} draws random numbers ({recorder.random})")
+    if recorder.statistics and not _is_instance_norm(node):
+        return Verdict("batch statistics", f"{_where(node)} normalises over the batch ({recorder.statistics})")
+    if not recorder.written:
+        return None
+    outliving = {
+        storage_of(value)
+        for source in analysis.contexts
+        if (value := tensor_of(source)) is not None
+        and (source.op in ("placeholder", "get_attr") or outermost(source) is None)
+    }
+    if recorder.written & outliving:
+        return Verdict("mutation", f"{_where(node)} writes to an input or a buffer in place")
+    analysis.written[node] = recorder.written
+    return None
+
+
+class _Nested(Exception):
+    """A node that takes a graph or a module as its argument."""
+
+
+def _example(node: fx.Node) -> Any:
+    if "example_value" not in node.meta:
+        raise _Nested
+    value = node.meta["example_value"]
+    if isinstance(value, nn.Module):
+        raise _Nested
+    return value
+
+
+def _leaves(arguments: Any) -> Iterator[Any]:
+    if isinstance(arguments, (tuple, list)):
+        for item in arguments:
+            yield from _leaves(item)
+    elif isinstance(arguments, dict):
+        yield from _leaves(list(arguments.values()))
+    else:
+        yield arguments
+
+
+def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_module":
+        raise _Nested
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what the aten operators run inside it draw, normalise and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = ""
+        self.statistics = ""
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        if torch.Tag.nondeterministic_seeded in func.tags and not _inert(given):
+            self.random = str(func)
+        if "batch_norm" in schema.name and any(given.get(name) is True for name in _TRAINING):
+            self.statistics = str(func)
+        for argument in schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for leaf in _leaves(given.get(argument.name)):
+                    if isinstance(leaf, torch.Tensor):
+                        self.written.add(storage_of(leaf))
+        return func(*args, **kwargs)
+
+
+def _inert(given: dict[str, Any]) -> bool:
+    """Whether a random operator is told to draw nothing: probability zero, or not training."""
+    probabilities = [given[name] for name in _PROBABILITIES if isinstance(given.get(name), float)]
+    if probabilities:
+        return not any(probabilities)
+    if any(name in given for name in _TRAINING):
+        return not any(given.get(name) for name in _TRAINING)
+    # Attention kernels leave dropout_p at its default of zero out of the call.
+    return "query" in given
+
+
+def _is_instance_norm(node: fx.Node) -> bool:
+    """Instance norm runs batch norm on reshaped rows: per sample, unless it keeps running statistics."""
+    if getattr(node.target, "__name__", "") != "instance_norm":
+        return False
+    return len(node.args) < 2 or node.args[1] is None
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(tensor.untypedstorage_of()._cdata)
+
+
+def _where(node: fx.Node) -> str:
+    """Module path and operator of a node, for people."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    path = path.replace("L['self'].", "").replace("L['self']", "")
+    call = outermost(node)
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"{path or (call.path if isinstance(call, MarkedCall) else 'the model')}: {name}"
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", node.name)
+    name = name() if callable(name) else name
+    parts = str(name).replace("_modules['", "").replace("_parameters['", "").replace("L['self'].", "")
+    return parts.replace("']", "").replace("['", ".")

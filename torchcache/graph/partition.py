@@ -1,0 +1,82 @@
+"""Marked and frozen nodes to regions: connected, convex, one set of options each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+
+from torch import fx
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+
+from torchcache.graph.frozen import Analysis
+from torchcache.graph.marked import outermost
+from torchcache.options import CacheOptions
+
+__all__ = ["partition"]
+
+
+class _Frozen(OperatorSupportBase):
+    """Who may join a region of these options."""
+
+    def __init__(self, analysis: Analysis, options: CacheOptions) -> None:
+        self._analysis = analysis
+        self._options = options
+
+    def is_node_supported(self, submodules: Mapping[str, object], node: fx.Node) -> bool:
+        call = outermost(node)
+        return call is not None and self._analysis.cacheable(node) and call.options == self._options
+
+
+def partition(module: fx.GraphModule, analysis: Analysis) -> list[list[fx.Node]]:
+    """The regions of a graph, each as its nodes in the graph's order; the regions in the order of their first nodes."""
+    order = {node: position for position, node in enumerate(module.graph.nodes)}
+    choices: list[CacheOptions] = []
+    for node in module.graph.nodes:
+        call = outermost(node)
+        if call is not None and analysis.cacheable(node) and call.options not in choices:
+            choices.append(call.options)
+    regions = []
+    for options in choices:
+        with _quiet():
+            partitioner = CapabilityBasedPartitioner(
+                module, _Frozen(analysis, options), allows_single_node_partition=True
+            )
+            proposed = partitioner.propose_partitions()
+        for group in proposed:
+            nodes = sorted(group.nodes, key=order.__getitem__)
+            regions.extend(_components(nodes))
+    return sorted(regions, key=lambda nodes: order[nodes[0]])
+
+
+def _components(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """The connected parts of ``nodes``: the partitioner also joins nodes that only stand side by side."""
+    leader = {node: node for node in nodes}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            leader[node] = leader[leader[node]]
+            node = leader[node]
+        return node
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source in leader:
+                leader[find(node)] = find(source)
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        groups.setdefault(find(node), []).append(node)
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's partitioner prints whole graphs at INFO."""
+    logger = logging.getLogger("torch.fx.passes.infra.partitioner")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,306 @@
+"""A region at run time: from the op's inputs to a call of its lookup."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from torchcache.graph.marked import MarkedCall
+from torchcache.logging import logger
+from torchcache.lookup.cache_lookup import CacheLookup, Call
+from torchcache.lookup.context import bypassed
+from torchcache.lookup.digest import digest_bytes
+from torchcache.lookup.fingerprint import Program, State
+from torchcache.lookup.key import NumericMode
+from torchcache.lookup.rows import Layout, memory_order
+from torchcache.store.select import select_rows
+
+__all__ = ["GraphRegion", "RegionPlan", "add_lookup", "expression_of", "lookup_for", "lookups_of"]
+
+Original = Callable[..., Sequence[torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionPlan:
+    """What the pass found out about a region; never changes.
+
+    Parameters
+    ----------
+    module : fx.GraphModule
+        The original subgraph: placeholders for tensors, then for sizes.
+    roles : tuple of str
+        Role of each tensor input: "row", "shared", "state" or "scalar".
+    sizes : tuple of (int or SymInt)
+        The traced value of each size input.
+    inputs, outputs : tuple of torch.Tensor
+        Fake tensors, as traced.
+    calls : tuple of MarkedCall
+        The marked calls it covers, in order.
+    identity : bytes
+        Digest of which part of those calls it is: operators, wiring, outputs.
+    """
+
+    module: fx.GraphModule
+    roles: tuple[str, ...]
+    sizes: tuple[Any, ...]
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+    calls: tuple[MarkedCall, ...]
+    identity: bytes
+
+    def positions(self, role: str) -> list[int]:
+        """Indices of the tensor inputs with this role."""
+        return [index for index, found in enumerate(self.roles) if found == role]
+
+
+class GraphRegion:
+    """What ``torch.ops.torchcache.lookup`` calls for one region of one graph.
+
+    Parameters
+    ----------
+    plan : RegionPlan
+        The region.
+    lookup : CacheLookup
+        Its cache, shared by all graphs that hold the same region.
+    compile_original : callable or None
+        Compiles the original before its first run, given its module; ``None`` runs it eagerly.
+    """
+
+    def __init__(
+        self, plan: RegionPlan, lookup: CacheLookup, compile_original: Callable[[fx.GraphModule], Original] | None = None
+    ) -> None:
+        self.plan = plan
+        self.lookup = lookup
+        self._rows = plan.positions("row")
+        self._shared = plan.positions("shared")
+        self._held = plan.positions("state")
+        self._scalars = plan.positions("scalar")
+        self._state = State()
+        self._numbers: list[float] = []
+        self._programs: dict[int, Program] = {}
+        self._fingerprint = b""
+        self._compile = compile_original
+        self._original: Original | None = None if compile_original is not None else plan.module.forward
+        self._device = plan.outputs[0].device.type
+        # Dynamo guards the ambient autocast state, so what it is at the time of tracing holds for every call.
+        self._mode = NumericMode.current(self._device)
+        self._size = _BatchSymbol(plan, self._rows)
+
+    def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+        """The region's outputs for one batch, as fresh tensors."""
+        rows = [inputs[position] for position in self._rows]
+        call = Call(
+            b"",
+            self._mode,
+            rows,
+            [inputs[position] for position in self._shared],
+            lambda some: self._compute(inputs, sizes, some),
+            lambda: self._layouts(inputs, sizes),
+        )
+        if bypassed() or not all(marked.options.enabled for marked in self.plan.calls):
+            outputs = self.lookup.bypass(call)
+        else:
+            call.region = self._region([inputs[position] for position in self._held], inputs)
+            outputs = self.lookup(call)
+        return _unaliased(outputs, inputs)
+
+    def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
+        """Outputs without their contents: the traced ones, with this batch's size."""
+        if all(_same_shape(given, traced) for given, traced in zip(inputs, self.plan.inputs, strict=True)):
+            return [
+                torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+                for leaf in self.plan.outputs
+            ]
+        with torch.no_grad():
+            outputs = self.plan.module(*inputs, *sizes)
+        return [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
+
+    def _region(self, held: list[torch.Tensor], inputs: list[torch.Tensor]) -> bytes:
+        """The region's fingerprint, recomputed when weights or module numbers changed."""
+        numbers = [inputs[position].item() for position in self._scalars]
+        if self._fingerprint and numbers == self._numbers and self._state.unchanged(held):
+            return self._fingerprint
+        started = time.perf_counter()
+        if not self._programs or numbers != self._numbers:
+            self._programs = {}
+            for index, call in enumerate(self.plan.calls):
+                if call.options.persistent_module_hash is None:
+                    self._programs[index] = _program(call)
+        parts = [self.plan.identity]
+        for index, call in enumerate(self.plan.calls):
+            name = call.options.persistent_module_hash
+            parts.append(self._programs[index].digest if name is None else b"name:" + name.encode())
+            parts.append(call.constants)
+        named = all(call.options.persistent_module_hash is not None for call in self.plan.calls)
+        parts.append(b"" if named else self._state.update(held))
+        if named:
+            self._state.update([])
+        self._numbers = numbers
+        self._fingerprint = digest_bytes(b"".join(digest_bytes(part) for part in parts))
+        self.lookup.tag = self._fingerprint.hex()
+        logger.debug("fingerprint of %s in %.1f ms", self.lookup.name, 1e3 * (time.perf_counter() - started))
+        return self._fingerprint
+
+    def _compute(
+        self, inputs: list[torch.Tensor], sizes: list[int], rows: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Run the original on ``rows``, padded where the graph does not take as few."""
+        count = rows[0].shape[0]
+        full = inputs[self._rows[0]].shape[0]
+        run, sizes = self._size.fit(count, full, sizes)
+        if run > count:
+            padding = [*range(count), *([count - 1] * (run - count))]
+            rows = [select_rows(leaf, padding) for leaf in rows]
+        given = list(inputs)
+        for position, leaf in zip(self._rows, rows, strict=True):
+            given[position] = leaf
+        if self._original is None:
+            assert self._compile is not None
+            self._original = self._compile(self.plan.module)
+        with _autocast(self._device, self._mode.autocast):
+            outputs = self._original(*given, *sizes)
+        return [leaf[:count] for leaf in outputs] if run > count else list(outputs)
+
+    def _layouts(self, inputs: list[torch.Tensor], sizes: list[int]) -> tuple[Layout, ...]:
+        """What the outputs look like at this batch's sizes, from the traced shapes, without running anything."""
+        known = self._size.bind(inputs, self.plan.inputs)
+        layouts = []
+        for leaf in self.plan.outputs:
+            shape = [_evaluate(size, known) for size in leaf.shape]
+            stride = [_evaluate(step, known) for step in leaf.stride()]
+            shape[0] = max(shape[0], 2)
+            layouts.append(Layout(leaf.dtype, tuple(shape[1:]), memory_order(shape, stride), _indexed(leaf.device, inputs)))
+        return tuple(layouts)
+
+
+class _BatchSymbol:
+    """How the size inputs of a graph follow the number of rows."""
+
+    def __init__(self, plan: RegionPlan, rows: Sequence[int]) -> None:
+        traced = plan.inputs[rows[0]].shape[0]
+        expression = expression_of(traced)
+        # Sizes that happened to be equal get one symbol: where other dimensions have it too, it does not mean rows.
+        others = [size for fake in plan.inputs for size in fake.shape[1:]]
+        shared = any(expression in expression_of(size).free_symbols for size in others)
+        self._symbol = expression if isinstance(expression, sympy.Symbol) and not shared else None
+        self._sizes = [expression_of(size) for size in plan.sizes]
+
+    def fit(self, count: int, full: int, sizes: list[int]) -> tuple[int, list[int]]:
+        """The rows to run for ``count`` rows, and the size inputs for that many.
+
+        A graph with a symbolic batch runs any number from two on (one is specialised by Dynamo);
+        one traced at a fixed batch runs only that.
+        """
+        if count == full:
+            return full, sizes
+        if self._symbol is None:
+            return full, sizes
+        run = max(count, 2)
+        known = {self._symbol: run}
+        fitted = []
+        for size, expression in zip(sizes, self._sizes, strict=True):
+            symbols = expression.free_symbols
+            if self._symbol not in symbols:
+                fitted.append(size)
+            elif symbols == {self._symbol}:
+                fitted.append(int(expression.xreplace(known)))
+            else:
+                return full, sizes
+        return run, fitted
+
+    @staticmethod
+    def bind(inputs: Sequence[torch.Tensor], traced: Sequence[torch.Tensor]) -> dict[Any, int]:
+        """The value of each symbol that is a dimension of an input."""
+        known: dict[Any, int] = {}
+        for given, fake in zip(inputs, traced, strict=True):
+            for size, expected in zip(given.shape, fake.shape, strict=True):
+                expression = expression_of(expected)
+                if isinstance(expression, sympy.Symbol):
+                    known[expression] = size
+        return known
+
+
+def _program(call: MarkedCall) -> Program:
+    module = call.subject_module
+    subject = call.mark.function if module is None else (module, call.mark.function)
+    return Program(subject, call.path)
+
+
+def expression_of(size: Any) -> Any:
+    """The sympy expression of a traced size."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def _evaluate(size: Any, known: dict[Any, int]) -> int:
+    return int(expression_of(size).xreplace(known))
+
+
+def _indexed(device: torch.device, inputs: Sequence[torch.Tensor]) -> torch.device:
+    """``device`` with the index that the inputs have, since graphs are shared between devices of a kind."""
+    return next((leaf.device for leaf in inputs if leaf.device.type == device.type), device)
+
+
+def _same_shape(given: torch.Tensor, traced: torch.Tensor) -> bool:
+    """Whether shapes are the very same, as expressions: nothing here may add a guard."""
+    return [_origin(size) for size in given.shape] == [_origin(size) for size in traced.shape]
+
+
+def _origin(size: Any) -> tuple[Any, int]:
+    return expression_of(size), id(size.node.shape_env) if isinstance(size, torch.SymInt) else 0
+
+
+@contextlib.contextmanager
+def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    if dtype is None and not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=dtype is not None, dtype=dtype):
+        yield
+
+
+def _unaliased(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs that share memory neither with an input nor with each other, as the op promises."""
+    taken = {leaf.untyped_storage().data_ptr() for leaf in inputs}
+    fresh = []
+    for leaf in outputs:
+        pointer = leaf.untyped_storage().data_ptr()
+        fresh.append(leaf.clone() if pointer in taken and leaf.numel() else leaf)
+        taken.add(pointer)
+    return fresh
+
+
+_lookups: weakref.WeakKeyDictionary[Any, dict[bytes, CacheLookup]] = weakref.WeakKeyDictionary()
+
+
+def lookup_for(calls: Sequence[MarkedCall], identity: bytes) -> CacheLookup:
+    """The lookup of a region, the same one for every graph that holds the region, kept with its marked subjects."""
+    owners: list[nn.Module | Any] = []
+    for call in calls:
+        module = call.subject_module
+        owners.append(call.mark if module is None else module)
+    key = digest_bytes(identity + b"".join(digest_bytes(call.constants) for call in calls))
+    lookup = _lookups.setdefault(owners[0], {}).get(key)
+    if lookup is None:
+        names = list(dict.fromkeys(call.describe() for call in calls))
+        lookup = CacheLookup(" + ".join(names), calls[0].options)
+    for owner in owners:
+        _lookups.setdefault(owner, {})[key] = lookup
+    return lookup
+
+
+def lookups_of(owner: Any) -> list[CacheLookup]:
+    """Every lookup of a marked module or of a function's mark."""
+    return list(_lookups.get(owner, {}).values())
+
+
+def add_lookup(owner: Any, key: bytes, lookup: CacheLookup) -> None:
+    """Keep ``lookup`` with its owner."""
+    _lookups.setdefault(owner, {})[key] = lookup

@@ -1,0 +1,403 @@
+"""Regions to lookup nodes: what a region takes and gives, its own graph, and the node put in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchcache.errors import ArgumentError
+from torchcache.graph.frozen import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    Analysis,
+    analyse,
+    is_number,
+    storage_of,
+    tensor_of,
+)
+from torchcache.graph.marked import MarkedCall, outermost
+from torchcache.graph.partition import partition
+from torchcache.graph.region import GraphRegion, Original, RegionPlan, expression_of, lookup_for
+from torchcache.logging import logger
+from torchcache.lookup.digest import digest_bytes
+from torchcache.lookup.op import LOOKUP, name_region
+
+__all__ = ["cache_regions"]
+
+# Operators so cheap that their results are recomputed rather than stored.
+CHEAP = frozenset(
+    """view reshape transpose permute unsqueeze squeeze expand expand_as flatten unflatten contiguous t getitem getattr
+    to float half bfloat16 bool int long type type_as clone detach size eq ne lt le gt ge and_ or_ not_ invert
+    logical_not logical_and logical_or neg sub rsub add mul truediv masked_fill where zeros ones full zeros_like
+    ones_like full_like arange empty split chunk unbind cat stack dropout identity""".split()
+)
+
+
+@dataclasses.dataclass
+class Cut:
+    """A region about to be cut out.
+
+    Parameters
+    ----------
+    nodes : list of Node
+        The nodes copied into the region's graph, in order.
+    outputs : list of Node
+        Those among them whose values are stored.
+    """
+
+    nodes: list[fx.Node]
+    outputs: list[fx.Node]
+
+
+def cache_regions(
+    module: fx.GraphModule, compile_original: Callable[[fx.GraphModule], Original] | None = None
+) -> list[GraphRegion]:
+    """Replace every marked, frozen region of a Dynamo graph by a lookup, in place.
+
+    Parameters
+    ----------
+    module : fx.GraphModule
+        As Dynamo gives it to a backend.
+    compile_original : callable or None
+        How to compile a region's original, for its misses; ``None`` runs it eagerly.
+
+    Returns
+    -------
+    list of GraphRegion
+        The regions, which the caller keeps as long as the graph.
+    """
+    graph = module.graph
+    calls = _calls(graph.nodes)
+    if not calls:
+        return []
+    for call in calls:
+        if call.problem is not None and call.options.enabled:
+            raise ArgumentError(call.problem)
+    analysis = analyse(graph)
+    regions = []
+    for nodes in partition(module, analysis):
+        cut = _cut(nodes, analysis)
+        if cut is None:
+            continue
+        region = _replace(graph, cut, analysis, compile_original)
+        if region is not None:
+            regions.append(region)
+    _tell(graph, analysis, regions)
+    if regions:
+        graph.lint()
+        module.recompile()
+    return regions
+
+
+def _cut(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
+    """Shrink a partition until each of its outputs has the batch as its first dimension; ``None`` if nothing is left."""
+    members = dict.fromkeys(nodes)
+    while members:
+        outputs = _outputs(members, analysis)
+        if not outputs:
+            return None
+        batch = _batch_of(members, outputs, analysis)
+        bad = [node for node in outputs if not _has_rows(node, batch)]
+        if not bad:
+            needed = _ancestors(outputs, members, analysis)
+            kept = [node for node in members if node in needed]
+            if not _worthwhile(kept, nodes, analysis) or not _orderly(kept, outputs, analysis):
+                return None
+            return Cut(kept, outputs)
+        for node in _descendants(bad, members):
+            members.pop(node, None)
+    return None
+
+
+def _outputs(members: dict[fx.Node, None], analysis: Analysis) -> list[fx.Node]:
+    """The members read outside that must be stored: not what is the same for all rows, nor what is cheap to redo."""
+    outputs = []
+    for node in members:
+        if all(user in members for user in node.users) or node not in analysis.varying:
+            continue
+        if not _is_cheap_from_inputs(node, members, analysis):
+            outputs.append(node)
+    return outputs
+
+
+def _is_cheap_from_inputs(node: fx.Node, members: dict[fx.Node, None], analysis: Analysis) -> bool:
+    """Whether ``node`` follows from the region's inputs by cheap operators alone, while others in it do more."""
+    closure = _ancestors([node], members, analysis)
+    if len(closure) == len(members) or any(member in analysis.written for member in closure):
+        return False
+    return all(_is_cheap(member, analysis) for member in closure)
+
+
+def _is_cheap(node: fx.Node, analysis: Analysis) -> bool:
+    name = getattr(node.target, "__name__", str(node.target)).strip("_")
+    return name in CHEAP and not any(source in analysis.state for source in node.all_input_nodes)
+
+
+def _batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis: Analysis) -> Any:
+    """The batch size, as traced: dim 0 of the first varying input that an output shares, else of the first at all."""
+    sources = dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in members)
+    tensors = [tensor for source in sources if source in analysis.varying and (tensor := tensor_of(source)) is not None]
+    batches = [expression_of(tensor.shape[0]) for tensor in tensors if tensor.ndim]
+    given = {expression_of(tensor.shape[0]) for node in outputs if (tensor := tensor_of(node)) is not None and tensor.ndim}
+    return next((batch for batch in batches if batch in given), batches[0] if batches else None)
+
+
+def _has_rows(node: fx.Node, batch: Any) -> bool:
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.ndim > 0 and expression_of(tensor.shape[0]) == batch
+
+
+def _ancestors(nodes: Iterable[fx.Node], members: dict[fx.Node, None], analysis: Analysis) -> set[fx.Node]:
+    """``nodes`` and the members they follow from, in-place writes to any of them included."""
+    needed: set[fx.Node] = set()
+    writers = [member for member in members if member in analysis.written]
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node in needed or node not in members:
+            continue
+        needed.add(node)
+        pending.extend(node.all_input_nodes)
+        tensor = tensor_of(node)
+        if tensor is not None and writers:
+            pending.extend(writer for writer in writers if storage_of(tensor) in analysis.written[writer])
+    return needed
+
+
+def _descendants(nodes: Iterable[fx.Node], members: dict[fx.Node, None]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found and node in members:
+            found.add(node)
+            pending.extend(node.users)
+    return found
+
+
+def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -> bool:
+    """Whether the region does more than rearrange, unless it is all there is of its marks."""
+    if not all(_is_cheap(node, analysis) for node in kept):
+        return True
+    calls = set(_calls(kept))
+    everything = [n for n in nodes[0].graph.nodes if outermost(n) in calls and not is_number(n) and n.op != "get_attr"]
+    return len(everything) <= len(nodes)
+
+
+def _orderly(kept: list[fx.Node], outputs: list[fx.Node], analysis: Analysis) -> bool:
+    """Whether in-place writes keep their order when the region runs at one point of the graph."""
+    inside = set(kept)
+    written = set().union(*(analysis.written.get(node, set()) for node in kept))
+    elsewhere = {node: storages for node, storages in analysis.written.items() if node not in inside}
+    if not written and not elsewhere:
+        return True
+    order = {node: position for position, node in enumerate(kept[0].graph.nodes)}
+    first, last = order[kept[0]], order[kept[-1]]
+    inputs = {source for node in kept for source in node.all_input_nodes if source not in inside}
+    touched = {storage_of(tensor) for node in [*kept, *inputs] if (tensor := tensor_of(node)) is not None}
+    if any(storages & touched and first < order[node] < last for node, storages in elsewhere.items()):
+        return False
+    for node in outputs:
+        tensor = tensor_of(node)
+        assert tensor is not None
+        # A reader outside sees the value after every write of the region, so none may come before one.
+        readers = [order[user] for user in node.users if user not in inside]
+        writers = [order[member] for member in kept if storage_of(tensor) in analysis.written.get(member, ())]
+        if writers and min(readers) < max(writers):
+            return False
+    return True
+
+
+def _calls(nodes: Iterable[fx.Node]) -> list[MarkedCall]:
+    """The marked calls that ``nodes`` belong to, in order."""
+    return list(dict.fromkeys(call for node in nodes if (call := outermost(node)) is not None))
+
+
+def _replace(
+    graph: fx.Graph,
+    cut: Cut,
+    analysis: Analysis,
+    compile_original: Callable[[fx.GraphModule], Original] | None,
+) -> GraphRegion | None:
+    inside = set(cut.nodes)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    extracted = _extract(cut, analysis)
+    tensors, sizes = extracted.tensors, extracted.sizes
+    readers = [user for node in cut.outputs for user in node.users if user not in inside]
+    given = [*tensors, *sizes]
+    after = max(given, key=order.__getitem__)
+    first_reader = min(readers, key=order.__getitem__)
+    if order[first_reader] <= order[after]:
+        logger.info("a region of %s is read before its inputs are ready; it is not cached", _calls(cut.nodes)[0].path)
+        return None
+    batch = _batch_of(dict.fromkeys(cut.nodes), cut.outputs, analysis)
+    plan = RegionPlan(
+        module=extracted.module,
+        roles=tuple(_role(node, batch, analysis) for node in tensors),
+        sizes=tuple(node.meta["example_value"] for node in sizes),
+        inputs=tuple(node.meta["example_value"] for node in tensors),
+        outputs=tuple(node.meta["example_value"] for node in cut.outputs),
+        calls=tuple(_calls(cut.nodes)),
+        identity=_identity(extracted.module.graph, len(tensors)),
+    )
+    if "row" not in plan.roles:
+        return None
+    region = GraphRegion(plan, lookup_for(plan.calls, plan.identity), compile_original)
+    name = name_region(plan.calls[0].path, region)
+    last = cut.nodes[-1]
+    with graph.inserting_before(last.next if order[last] < order[first_reader] else first_reader):
+        lookup = graph.call_function(LOOKUP, (list(tensors), list(sizes), name))
+        lookup.meta["example_value"] = list(plan.outputs)
+        replacements = {}
+        for index, node in enumerate(cut.outputs):
+            item = graph.call_function(operator.getitem, (lookup, index))
+            item.meta = {key: value for key, value in node.meta.items() if key != "torchcache"}
+            replacements[node] = item
+    for node, item in replacements.items():
+        for user in list(node.users):
+            if user not in inside and user is not lookup:
+                user.replace_input_with(node, item)
+    for node in reversed(cut.nodes):
+        if not node.users:
+            graph.erase_node(node)
+    return region
+
+
+def _role(node: fx.Node, batch: Any, analysis: Analysis) -> str:
+    if node in analysis.scalars:
+        return "scalar"
+    if node in analysis.state:
+        return "state"
+    return "row" if node in analysis.varying and _has_rows(node, batch) else "shared"
+
+
+@dataclasses.dataclass
+class _Extracted:
+    """A region's own graph, and the nodes of the outer graph that feed it."""
+
+    module: fx.GraphModule
+    tensors: list[fx.Node]
+    sizes: list[fx.Node]
+
+
+def _extract(cut: Cut, analysis: Analysis) -> _Extracted:
+    """Copy a region into a graph of its own, within the autocast blocks that its nodes were traced in."""
+    inside = set(cut.nodes)
+    tensors: list[fx.Node] = []
+    sizes: list[fx.Node] = []
+
+    def collect(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in inside:
+                continue
+            if is_number(source) and source.op != "placeholder" and _follows(source, inside, analysis):
+                collect(source)
+            elif is_number(source):
+                sizes.append(source) if source not in sizes else None
+            elif source not in tensors:
+                tensors.append(source)
+
+    for node in cut.nodes:
+        collect(node)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for source in [*tensors, *sizes]:
+        copies[source] = graph.placeholder(source.name)
+        copies[source].meta = dict(source.meta)
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy_of)
+        return copies[node]
+
+    blocks: list[tuple[fx.Node, fx.Node]] = []
+    for node in cut.nodes:
+        wanted = analysis.contexts[node]
+        while len(blocks) > len(wanted) or any(a is not b for (a, _), b in zip(blocks, wanted, strict=False)):
+            graph.call_function(EXIT_AUTOCAST, (blocks.pop()[1],))
+        for block in wanted[len(blocks) :]:
+            blocks.append((block, graph.call_function(ENTER_AUTOCAST, block.args)))
+        copy_of(node)
+    while blocks:
+        graph.call_function(EXIT_AUTOCAST, (blocks.pop()[1],))
+    graph.output(tuple(copies[node] for node in cut.outputs))
+    owner = cut.nodes[0].graph.owning_module
+    return _Extracted(fx.GraphModule(owner if owner is not None else {}, graph, "Region"), tensors, sizes)
+
+
+def _follows(node: fx.Node, inside: set[fx.Node], analysis: Analysis) -> bool:
+    """Whether a number can be recomputed inside the region: from its tensors, from wrapped numbers, from sizes."""
+    return all(
+        source in inside
+        or source in analysis.scalars
+        or (source.op == "placeholder" and not (is_number(node) and source in analysis.varying and _reads_data(node)))
+        or (is_number(source) and _follows(source, inside, analysis))
+        for source in node.all_input_nodes
+    )
+
+
+def _reads_data(node: fx.Node) -> bool:
+    return node.target in ("item", "tolist")
+
+
+def _identity(graph: fx.Graph, tensors: int) -> bytes:
+    """Which part of its marks a region is: operators, wiring and plain flags.
+
+    Numbers are left out: they are sizes that differ between batches and between static and dynamic traces, or
+    come from code, attributes and arguments, which the fingerprint covers.
+    """
+    numbers: dict[fx.Node, int] = {}
+    lines = []
+    for position, node in enumerate(graph.nodes):
+        if node.op == "placeholder":
+            if position < tensors:
+                numbers[node] = len(numbers)
+            continue
+        if is_number(node):
+            continue
+        numbers[node] = len(numbers)
+        arguments = (_abstract(node.args, numbers), _abstract(node.kwargs, numbers))
+        lines.append(f"{node.op} {_target_name(node.target)} {arguments}")
+    return digest_bytes("\n".join(lines).encode())
+
+
+def _target_name(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or getattr(target, '__name__', target)}"
+
+
+def _abstract(value: Any, numbers: dict[fx.Node, int]) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}" if value in numbers else "#"
+    if isinstance(value, (tuple, list)):
+        return "(" + ",".join(_abstract(item, numbers) for item in value) + ")"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_abstract(value[key], numbers)}" for key in sorted(value)) + "}"
+    if isinstance(value, slice):
+        return _abstract((value.start, value.stop, value.step), numbers)
+    if isinstance(value, bool) or value is None or isinstance(value, (str, torch.dtype)):
+        return repr(value)
+    if isinstance(value, torch.device):
+        return value.type
+    if isinstance(value, (int, float, complex)):
+        return "#"
+    return type(value).__name__
+
+
+def _tell(graph: fx.Graph, analysis: Analysis, regions: Sequence[GraphRegion]) -> None:
+    """Log what was cached, and for marks with nothing or only a part cached, why."""
+    for region in regions:
+        logger.info("cached: %s, %d operators", region.lookup.name, len(region.plan.module.graph.nodes))
+    reasons: dict[str, str] = {}
+    for node, verdict in analysis.verdicts.items():
+        call = outermost(node)
+        if call is not None:
+            reasons.setdefault(call.describe(), verdict.reason)
+    for name, reason in reasons.items():
+        logger.info("%s is not cached from here on: %s", name, reason)

@@ -1,0 +1,82 @@
+"""The ``torchcache`` logger, configured from the environment and from nothing else."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+
+__all__ = ["configure", "logger", "warn_once"]
+
+DEFAULT_LEVEL = "WARN"
+DEFAULT_FORMAT = "[torchcache] - %(asctime)s - %(name)s - %(levelname)s - %(message)s"
+DEFAULT_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+logger = logging.getLogger("torchcache")
+
+
+def configure() -> None:
+    """Set the ``torchcache`` logger up from ``TORCHCACHE_LOG_{LEVEL,FMT,DATEFMT,FILE}``.
+
+    The root logger is never touched. An invalid value is warned of and its default used.
+    """
+    complaints: list[str] = []
+    level = _level(complaints)
+    formatter = _formatter(complaints)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    path = os.environ.get("TORCHCACHE_LOG_FILE")
+    if path:
+        try:
+            handlers.append(logging.FileHandler(path, mode="a", encoding="utf-8"))
+        except OSError as error:
+            complaints.append(f"TORCHCACHE_LOG_FILE={path!r} cannot be opened ({error}); logging to stderr only")
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    for complaint in complaints:
+        logger.warning(complaint)
+
+
+def _level(complaints: list[str]) -> int:
+    name = os.environ.get("TORCHCACHE_LOG_LEVEL", DEFAULT_LEVEL)
+    level = logging.getLevelName(name.strip().upper())
+    if isinstance(level, int):
+        return level
+    if name.strip().isdigit():
+        return int(name)
+    complaints.append(f"TORCHCACHE_LOG_LEVEL={name!r} is not a logging level; using {DEFAULT_LEVEL}")
+    return logging.WARNING
+
+
+def _formatter(complaints: list[str]) -> logging.Formatter:
+    record = logging.LogRecord("torchcache", logging.INFO, __file__, 1, "message", None, None)
+    date_format = os.environ.get("TORCHCACHE_LOG_DATEFMT", DEFAULT_DATE_FORMAT)
+    try:
+        time.strftime(date_format)
+    except ValueError as error:
+        complaints.append(f"TORCHCACHE_LOG_DATEFMT={date_format!r} is not a date format ({error}); using the default")
+        date_format = DEFAULT_DATE_FORMAT
+    text_format = os.environ.get("TORCHCACHE_LOG_FMT", DEFAULT_FORMAT)
+    try:
+        formatter = logging.Formatter(text_format, date_format)
+        formatter.format(record)
+    except (KeyError, TypeError, ValueError) as error:
+        complaints.append(f"TORCHCACHE_LOG_FMT={text_format!r} is not a log format ({error!r}); using the default")
+        formatter = logging.Formatter(DEFAULT_FORMAT, date_format)
+    return formatter
+
+
+@functools.lru_cache(maxsize=4096)
+def warn_once(message: str) -> None:
+    """Log ``message`` as a warning the first time it is seen in this process."""
+    logger.warning(message)
+
+
+configure()

@@ -1,0 +1,1 @@
+"""The op: hash, split, call the original, merge."""

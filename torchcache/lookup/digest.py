@@ -1,0 +1,114 @@
+"""Of what: the 128-bit digest of each row of a batch, over every byte of every batched input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from torchcache.store.blob import row_bytes
+
+__all__ = ["digest_bytes", "digest_rows"]
+
+# Rows shorter than this are hashed faster by one thread than handed to several.
+THREADED_ROW = 16 * 1024
+# Rows of several inputs up to this many bytes are joined by one vectorised copy before hashing.
+JOINED_ROW = 4 * 1024
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
+    """Hash each row over all inputs.
+
+    Parameters
+    ----------
+    rows : sequence of torch.Tensor
+        The batched inputs, each of shape ``(B, *)``. Contiguous CPU tensors are hashed where they are.
+    algorithm : {"xxh3_128", "blake3"}
+        XXH3 by Yann Collet (github.com/Cyan4973/xxHash), or BLAKE3 cut to 128 bits.
+
+    Returns
+    -------
+    list of bytes
+        ``B`` digests of 16 bytes.
+    """
+    arrays = [row_bytes(host_rows(leaf)) for leaf in rows]
+    width = sum(array.shape[1] for array in arrays)
+    if len(arrays) > 1 and width <= JOINED_ROW:
+        arrays = [np.concatenate(arrays, axis=1)]
+    count = arrays[0].shape[0]
+    hash_range = _one_input if len(arrays) == 1 else _several_inputs
+    threads = min(torch.get_num_threads(), count)
+    if width < THREADED_ROW or threads < 2:
+        return hash_range(arrays, 0, count, algorithm)
+    bounds = [count * part // threads for part in range(threads + 1)]
+    parts = _pool(threads).map(
+        lambda part: hash_range(arrays, bounds[part], bounds[part + 1], algorithm), range(threads)
+    )
+    return [digest for part in parts for digest in part]
+
+
+def digest_bytes(data: bytes | memoryview | npt.NDArray[np.uint8]) -> bytes:
+    """The XXH3-128 digest of ``data``, 16 bytes."""
+    return bytes(xxhash.xxh3_128_digest(data))
+
+
+def digest_tensor(tensor: torch.Tensor) -> bytes:
+    """The XXH3-128 digest of a tensor's elements in row-major order."""
+    return digest_bytes(row_bytes(host_rows(tensor).reshape(1, -1))[0])
+
+
+def host_rows(leaf: torch.Tensor) -> torch.Tensor:
+    """``leaf`` as a contiguous CPU tensor of plain elements, itself where it is one."""
+    leaf = leaf.detach()
+    if leaf.is_conj() or leaf.is_neg():
+        leaf = leaf.resolve_conj().resolve_neg()
+    return leaf.cpu().contiguous()
+
+
+def _hasher(algorithm: str) -> Callable[[Any], bytes]:
+    if algorithm == "xxh3_128":
+        one_shot: Callable[[Any], bytes] = xxhash.xxh3_128_digest
+        return one_shot
+    import blake3
+
+    return lambda data: bytes(blake3.blake3(data).digest(length=16))
+
+
+def _one_input(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: int, algorithm: str) -> list[bytes]:
+    array = arrays[0]
+    width = array.shape[1]
+    flat = memoryview(array.reshape(-1))
+    one_shot = _hasher(algorithm)
+    return [one_shot(flat[at : at + width]) for at in range(start * width, stop * width, width)] if width else (
+        [one_shot(b"")] * (stop - start)
+    )
+
+
+def _several_inputs(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: int, algorithm: str) -> list[bytes]:
+    if algorithm != "xxh3_128":
+        one_shot = _hasher(algorithm)
+        return [one_shot(b"".join(array[index].tobytes() for array in arrays)) for index in range(start, stop)]
+    digests = []
+    for index in range(start, stop):
+        hasher = xxhash.xxh3_128()
+        for array in arrays:
+            hasher.update(array[index])
+        digests.append(hasher.digest())
+    return digests
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    # Keyed by process as well: a forked child inherits the dict but not the threads.
+    key = (os.getpid(), threads)
+    pool = _pools.get(key)
+    if pool is None:
+        pool = _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="torchcache-hash")
+    return pool

@@ -1,0 +1,92 @@
+"""What, besides the rows, makes a key: everything that a call fixes for all of its rows.
+
+A key is 32 bytes: the fingerprint of the call (16) and the digest of the row (16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from torchcache.lookup.digest import digest_bytes
+from torchcache.options import CacheOptions
+from torchcache.store.blob import FORMAT_VERSION
+
+__all__ = ["NumericMode", "call_fingerprint"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NumericMode:
+    """The ambient settings that change what the same program computes.
+
+    Parameters
+    ----------
+    device : str
+        Device type, without an index.
+    autocast : torch.dtype or None
+        The autocast dtype, ``None`` where autocast is off.
+    matmul : str
+        ``torch.get_float32_matmul_precision()``.
+    default : torch.dtype
+        ``torch.get_default_dtype()``.
+    """
+
+    device: str
+    autocast: torch.dtype | None
+    matmul: str
+    default: torch.dtype
+
+    @classmethod
+    def current(cls, device: str) -> NumericMode:
+        """The mode in force on this thread for ``device``."""
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls(device, autocast, torch.get_float32_matmul_precision(), torch.get_default_dtype())
+
+
+def call_fingerprint(
+    region: bytes,
+    options: CacheOptions,
+    mode: NumericMode,
+    rows: Sequence[torch.Tensor],
+    shared: Sequence[bytes],
+    named: bool,
+) -> bytes:
+    """16 bytes over everything but the contents of the rows.
+
+    Parameters
+    ----------
+    region : bytes
+        The region's fingerprint: program, state, arguments.
+    options : CacheOptions
+        For the options that change stored values or digests.
+    mode : NumericMode
+        The numeric mode.
+    rows : sequence of torch.Tensor
+        The batched inputs, for their dtypes and row shapes.
+    shared : sequence of bytes
+        Content digests of the inputs that all rows share.
+    named : bool
+        Whether the user's sample ids stand for the contents of the rows.
+    """
+    shapes = tuple((leaf.dtype, leaf.shape[1:]) for leaf in rows)
+    return _combine(region, options.cache_dtype, options.digest, mode, shapes, tuple(shared), named)
+
+
+@functools.lru_cache(maxsize=1024)
+def _combine(
+    region: bytes,
+    cache_dtype: torch.dtype | None,
+    digest: str,
+    mode: NumericMode,
+    shapes: tuple[tuple[torch.dtype, tuple[int, ...]], ...],
+    shared: tuple[bytes, ...],
+    named: bool,
+) -> bytes:
+    rows = [(str(dtype), tuple(int(size) for size in shape)) for dtype, shape in shapes]
+    ambient = (str(mode.autocast), mode.matmul, str(mode.default), mode.device)
+    text = repr((FORMAT_VERSION, str(cache_dtype), digest, ambient, rows, len(shared), named))
+    return digest_bytes(region + struct.pack("<I", len(text)) + text.encode() + b"".join(shared))

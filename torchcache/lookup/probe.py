@@ -1,0 +1,116 @@
+"""The row-wise check: is row i of the output a function of row i of the input alone?
+
+Tried on real rows, in batches of two, where the same kernels run: the same row beside two different neighbours
+must come out the same bit for bit, and in the other place and in the whole batch the same within rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torchcache.errors import RowwiseError
+from torchcache.store.select import join_rows, select_rows
+
+__all__ = ["probe"]
+
+Compute = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+# Rounding may differ between batch sizes by this much of a row's largest magnitude; a row that depends on
+# its neighbours or on the batch size differs by far more.
+ROUNDING = {8: 1e-4, 4: 1e-2, 2: 1e-1, 1: 0.5}
+# Share of the elements of an integer output that rounding upstream (an argmax, a threshold) may flip.
+FLIPPED = 0.1
+
+
+def probe(
+    where: str, rows: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], compute: Compute, coarse: bool
+) -> None:
+    """Run the original on pairs of ``rows`` and compare.
+
+    Parameters
+    ----------
+    where : str
+        The region, for the error.
+    rows : sequence of torch.Tensor
+        Batched inputs, shape ``(m, *)``.
+    outputs : sequence of torch.Tensor
+        What the original computed for them, shape ``(m, *)``.
+    compute : callable
+        The original, from rows to outputs.
+    coarse : bool
+        Whether it computes in a lower precision than the outputs' dtype (autocast).
+
+    Raises
+    ------
+    RowwiseError
+        When a row depends on another row or on chance, naming the likely culprit.
+    """
+    last = rows[0].shape[0] - 1
+    one = [leaf[last:] for leaf in rows]
+    other = [leaf[:1] for leaf in rows] if last else list(map(_altered, one))
+    third = [leaf[1:2] for leaf in rows] if last > 1 else list(map(_altered, other))
+    first = compute(_pair(one, other))
+    second = compute(_pair(one, third))
+    swapped = compute(_pair(other, one))
+    for index, (a, b) in enumerate(zip(first, second, strict=True)):
+        if _identical(a[:1], b[:1]):
+            continue
+        again = compute(_pair(one, other))[index]
+        if not _close(a[:1], again[:1], coarse):
+            raise RowwiseError(
+                f"{where} cannot be cached: the same rows give different outputs when computed again. It is random or "
+                "keeps state between calls (dropout in train mode, noise, a counter): call .eval() on it, or unmark it"
+            )
+        if _identical(a[:1], again[:1]) or not _close(a[:1], b[:1], coarse):
+            raise _mixing(where)
+    for index, whole in enumerate(outputs):
+        pairs = [(first[index][:1], swapped[index][1:]), (first[index][1:], swapped[index][:1])]
+        pairs.append((first[index][:1], whole[last : last + 1]))
+        if last:
+            pairs.append((first[index][1:], whole[:1]))
+        if not all(_close(a, b, coarse) for a, b in pairs):
+            raise _mixing(where)
+
+
+def _mixing(where: str) -> RowwiseError:
+    return RowwiseError(
+        f"{where} cannot be cached: a row's output changes with the other rows of the batch. Likely: BatchNorm in train "
+        "mode (call .eval()), a mean, softmax or matmul over dim 0, or an input without a batch dimension whose first "
+        "dimension equals the batch size. Mark a smaller part, or unmark it"
+    )
+
+
+def _pair(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [join_rows(a, b) for a, b in zip(first, second, strict=True)]
+
+
+def _altered(leaf: torch.Tensor) -> torch.Tensor:
+    """Another valid row of the same kind: the elements of ``leaf`` in reverse, or zeros where that is no change."""
+    reverse = select_rows(leaf.flatten(), range(leaf.numel() - 1, -1, -1)).reshape(leaf.shape)
+    return torch.zeros_like(leaf) if _identical(reverse, leaf) else reverse
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, coarse: bool) -> bool:
+    if not a.numel() or _identical(a, b):
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return bool((a != b).float().mean() <= FLIPPED)
+    size = a.dtype.itemsize // (2 if a.is_complex() else 1)
+    tolerance = ROUNDING[min(size, 2) if coarse else size]
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to(wide).flatten(), b.to(wide).flatten()
+    same = (a == b) | (a.isnan() & b.isnan())
+    a, b = a[~same], b[~same]
+    if not a.numel():
+        return True
+    return bool((a - b).abs().max() <= tolerance * torch.maximum(a.abs().max(), b.abs().max()))

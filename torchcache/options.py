@@ -1,0 +1,159 @@
+"""What a user can set on a mark, checked when it is set."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+
+__all__ = ["CacheOptions", "default_cache_dir"]
+
+DIGESTS = ("xxh3_128", "blake3")
+
+# Options of the older PyPI package that are deliberately absent, each with what to do instead.
+REMOVED = {
+    "subsample_count": "every byte of an input is hashed, since a sampled hash returns wrong rows; leave it out",
+    "zstd_compression": "compression is chosen per row; set zstd_compression_level (an int, or None for none)",
+    "zstd_compression_threads": "rows are compressed behind the step by the store's own thread; leave it out",
+    "use_mmap_on_load": "rows are read straight into the batch, nothing is mapped; leave it out",
+}
+
+
+def default_cache_dir() -> Path:
+    """``$TORCHCACHE_DIR`` where set, else the platform's cache directory for the user."""
+    return Path(os.environ.get("TORCHCACHE_DIR") or platformdirs.user_cache_dir("torchcache"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The options of one mark.
+
+    Parameters
+    ----------
+    enabled : bool
+        Cache at all; ``False`` makes the mark do nothing.
+    persistent : bool
+        Keep rows on disk too, for later runs and other processes.
+    persistent_cache_dir : str, Path or None
+        Directory of the disk tier; ``None`` is ``$TORCHCACHE_DIR``, else the user's cache directory.
+    persistent_module_hash : str or None
+        Your own name for program and weights instead of the computed fingerprint. Changing the
+        code or the weights under the same name then returns the old rows: change the name with them.
+    max_persistent_cache_size : int
+        Bytes that the cache directory may hold, over all runs and processes. When full, no more is stored.
+    max_memory_cache_size : int
+        Bytes that the memory tier of one region may hold. When full, new rows are not admitted.
+    memory_cache_device : str, torch.device or None
+        Where the memory tier lives; ``None`` is the device of the outputs.
+    cache_dtype : torch.dtype or None
+        Store floating-point outputs in this floating dtype and give them back in their own.
+    zstd_compression_level : int or None
+        Level for rows on disk that gain from compression (-7 to 22); ``None`` stores all as they are.
+    digest : {"xxh3_128", "blake3"}
+        Hash of the inputs; "blake3" (extra ``torchcache[blake3]``) where inputs come from adversaries.
+    verify : bool
+        Check on a region's first miss that each row depends on its own inputs alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of the wrong kind or out of range; the message names the option.
+    """
+
+    enabled: bool = True
+    persistent: bool = False
+    persistent_cache_dir: str | os.PathLike[str] | None = None
+    persistent_module_hash: str | None = None
+    max_persistent_cache_size: int = 10_000_000_000
+    max_memory_cache_size: int = 1_000_000_000
+    memory_cache_device: str | torch.device | None = "cpu"
+    cache_dtype: torch.dtype | None = None
+    zstd_compression_level: int | None = 1
+    digest: str = "xxh3_128"
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("enabled", "persistent", "verify"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        for name in ("max_persistent_cache_size", "max_memory_cache_size"):
+            size = getattr(self, name)
+            number = isinstance(size, (int, float)) and not isinstance(size, bool)
+            _require(number, name, "a number of bytes", size)
+            _require(0 <= size < float("inf"), name, "a finite number of bytes, 0 or more", size, ValueError)
+            object.__setattr__(self, name, int(size))
+        path, name = self.persistent_cache_dir, self.persistent_module_hash
+        _require(path is None or isinstance(path, (str, os.PathLike)), "persistent_cache_dir", "a path or None", path)
+        _require(name is None or isinstance(name, str), "persistent_module_hash", "a string or None", name)
+        _require(name != "", "persistent_module_hash", "a name that is not empty, or None", name, ValueError)
+        self._check_device()
+        self._check_dtype()
+        level = self.zstd_compression_level
+        number = level is None or (isinstance(level, int) and not isinstance(level, bool))
+        _require(number, "zstd_compression_level", "an int or None", level)
+        _require(level is None or -7 <= level <= 22, "zstd_compression_level", "from -7 to 22", level, ValueError)
+        _require(self.digest in DIGESTS, "digest", f"one of {DIGESTS}", self.digest, ValueError)
+        if self.digest == "blake3" and importlib.util.find_spec("blake3") is None:
+            raise ValueError("torchcache: digest='blake3' needs the blake3 package: pip install 'torchcache[blake3]'")
+
+    def _check_device(self) -> None:
+        device = self.memory_cache_device
+        kinds = device is None or isinstance(device, (str, torch.device))
+        _require(kinds, "memory_cache_device", "'cpu', a device, or None", device)
+        if isinstance(device, str):
+            try:
+                torch.device(device)
+            except RuntimeError as error:
+                raise ValueError(f"torchcache: memory_cache_device={device!r} is no device: {error}") from None
+
+    def _check_dtype(self) -> None:
+        dtype = self.cache_dtype
+        _require(dtype is None or isinstance(dtype, torch.dtype), "cache_dtype", "a torch.dtype or None", dtype)
+        floating = dtype is None or dtype.is_floating_point
+        _require(floating, "cache_dtype", "a floating-point dtype, or None", dtype, ValueError)
+
+    @property
+    def directory(self) -> Path | None:
+        """Directory of the disk tier, absolute; ``None`` where nothing is persistent."""
+        if not self.persistent:
+            return None
+        return Path(self.persistent_cache_dir or default_cache_dir()).expanduser().absolute()
+
+    def replace(self, changes: Mapping[str, Any]) -> CacheOptions:
+        """These options with ``changes`` made; unknown names are a ``TypeError``."""
+        if not changes:
+            return self
+        check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> CacheOptions:
+        """Options from keyword arguments; unknown and removed names are a ``TypeError``."""
+        check_names(options)
+        return cls(**options)
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(CacheOptions))
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raise a ``TypeError`` for a name that is no option, saying what to do instead."""
+    for name in options:
+        if name in NAMES:
+            continue
+        if name in REMOVED:
+            raise TypeError(f"torchcache: the option {name!r} does not exist here: {REMOVED[name]}")
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(NAMES)}"
+        raise TypeError(f"torchcache: {name!r} is not an option: {advice}")
+
+
+def _require(holds: bool, name: str, wanted: str, value: object, error: type[Exception] = TypeError) -> None:
+    if not holds:
+        raise error(f"torchcache: {name} must be {wanted}, not {value!r}")

@@ -1,0 +1,1 @@
+"""The tiers: memory over disk, and the bytes of a row."""

@@ -1,0 +1,220 @@
+"""One row's outputs as bytes: the blob format, version 1.
+
+All integers are little-endian and unsigned. A blob is
+
+====== ======== ====================================================================
+offset size     field
+====== ======== ====================================================================
+0      4        magic, ``b"TCB"`` and the format version as one byte
+4      1        flags: bit 0 the payload is a zstd frame, bit 1 it is byte-shuffled
+5      1        n, the number of leaves (output tensors), 1 to 255
+6      2        reserved, zero
+8      8        bytes of the decoded payload
+16     variable n leaf descriptors: dtype code (1), rank (1), each row dimension (8)
+then   variable the payload, to 8 bytes before the end
+end-8  8        XXH3-64 of the key and of every byte of the blob before this field
+====== ======== ====================================================================
+
+The decoded payload is the leaves' row-major bytes one after the other. Byte-shuffled means that each
+leaf holds all first bytes of its elements, then all second ones, and so on (the filter of HDF5 and
+Blosc), which groups the exponent bytes of floats. The key is hashed in, so that a blob filed under
+another row's key is as damaged as one with a flipped bit. A reader checks magic, lengths and checksum
+before it allocates, and allocates what the caller expects, never what the blob claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+import zstandard
+
+__all__ = ["BlobError", "Codec", "FORMAT_VERSION", "RowSpec"]
+
+FORMAT_VERSION = 1
+MAGIC = b"TCB" + bytes([FORMAT_VERSION])
+COMPRESSED, SHUFFLED = 1, 2
+CHECKSUM_SIZE = 8
+# Below this gain a frame costs more to decode than its smaller size saves to read.
+WORTHWHILE = 0.90
+
+_HEAD = struct.Struct("<4sBBHQ")
+# A dtype's code is its place in this table: append only.
+_DTYPES = (
+    "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 uint32 uint64 "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu"
+).split()
+_CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
+
+
+class BlobError(ValueError):
+    """The bytes are no blob of the expected row: damaged, foreign or misfiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+    """Dtypes and shapes of one row's leaves, as stored.
+
+    Parameters
+    ----------
+    leaves : tuple of (torch.dtype, tuple of int)
+        Per output tensor its stored dtype and its shape without the batch dimension.
+    """
+
+    leaves: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each leaf's row."""
+        return [dtype.itemsize * math.prod(shape) for dtype, shape in self.leaves]
+
+    @property
+    def size(self) -> int:
+        """Bytes of one row over all leaves."""
+        return sum(self.sizes)
+
+    @classmethod
+    def of(cls, rows: Sequence[torch.Tensor]) -> RowSpec:
+        """The spec of ``rows``, tensors of shape ``(n, *)``."""
+        return cls(tuple((leaf.dtype, tuple(leaf.shape[1:])) for leaf in rows))
+
+    def empty(self, count: int, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+        """Uninitialised tensors for ``count`` rows."""
+        return [torch.empty((count, *shape), dtype=dtype, device=device) for dtype, shape in self.leaves]
+
+
+def storable(dtype: torch.dtype) -> bool:
+    """Whether the blob format has a code for ``dtype``."""
+    return dtype in _CODES
+
+
+def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
+    count = leaf.shape[0]
+    flat = leaf.detach().reshape(-1).view(torch.uint8).numpy()
+    return flat.reshape(count, flat.size // count if count else 0)
+
+
+class Codec:
+    """Rows of one spec to blobs and back.
+
+    Parameters
+    ----------
+    spec : RowSpec
+        What one row holds.
+    level : int or None
+        zstd level; ``None`` never compresses.
+    """
+
+    def __init__(self, spec: RowSpec, level: int | None = None) -> None:
+        if not 1 <= len(spec.leaves) <= 255:
+            raise ValueError(f"a blob holds 1 to 255 leaves, not {len(spec.leaves)}")
+        self.spec = spec
+        self._level = level
+        self._descriptors = b"".join(
+            struct.pack(f"<BB{len(shape)}Q", _CODES[dtype], len(shape), *shape) for dtype, shape in spec.leaves
+        )
+        self._payload_at = _HEAD.size + len(self._descriptors)
+        self._prefixes = {flags: self._prefix(flags) for flags in (0, COMPRESSED, COMPRESSED | SHUFFLED)}
+
+    def encode(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[bytes]:
+        """One blob for each of ``keys`` from ``rows``, contiguous CPU tensors of shape ``(len(keys), *)``."""
+        leaves = [row_bytes(leaf) for leaf in rows]
+        count = len(keys)
+        if not count:
+            return []
+        flags = self._best_filter([leaf[0] for leaf in leaves])
+        compressor = zstandard.ZstdCompressor(level=self._level or 0, write_checksum=False) if flags else None
+        prefix, blobs = self._prefixes[flags], []
+        for index, key in enumerate(keys):
+            row = [leaf[index] for leaf in leaves]
+            payload = self._payload(row, flags)
+            if compressor is not None:
+                payload = compressor.compress(payload)
+            body = prefix + payload
+            blobs.append(body + xxhash.xxh3_64_digest(key + body))
+        return blobs
+
+    def decode(self, keys: Sequence[bytes], blobs: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
+        """The rows of the sound ones among ``blobs``.
+
+        Returns
+        -------
+        sound : list of int
+            Indices of the blobs that decoded.
+        rows : list of torch.Tensor
+            Per leaf, shape ``(len(sound), *)``, on the CPU.
+        """
+        size = self.spec.size
+        payloads: list[bytes | memoryview] = []
+        sound: list[int] = []
+        decompressor = zstandard.ZstdDecompressor()
+        for index, (key, blob) in enumerate(zip(keys, blobs, strict=True)):
+            try:
+                payloads.append(self._open(key, blob, decompressor))
+            except (BlobError, zstandard.ZstdError):
+                continue
+            sound.append(index)
+        joined = np.frombuffer(bytearray().join(payloads), dtype=np.uint8).reshape(len(sound), size)
+        rows, start = [], 0
+        for (dtype, shape), width in zip(self.spec.leaves, self.spec.sizes, strict=True):
+            leaf = np.ascontiguousarray(joined[:, start : start + width])
+            rows.append(torch.from_numpy(leaf.reshape(-1)).view(dtype).reshape(len(sound), *shape))
+            start += width
+        return sound, rows
+
+    def _open(self, key: bytes, blob: bytes, decompressor: zstandard.ZstdDecompressor) -> bytes | memoryview:
+        view = memoryview(blob)
+        flags = view[4] if len(view) > 4 else 0
+        prefix = self._prefixes.get(flags)
+        end = len(view) - CHECKSUM_SIZE
+        if prefix is None or end < len(prefix) or view[: len(prefix)] != prefix:
+            raise BlobError("foreign header")
+        if xxhash.xxh3_64_digest(key + blob[:end]) != view[end:]:
+            raise BlobError("wrong checksum")
+        stored = view[self._payload_at : end]
+        size = self.spec.size
+        if not flags & COMPRESSED:
+            if len(stored) != size:
+                raise BlobError("wrong length")
+            return stored
+        if zstandard.frame_content_size(stored) != size:
+            raise BlobError("wrong length")
+        payload = decompressor.decompress(stored, max_output_size=size)
+        if len(payload) != size:
+            raise BlobError("wrong length")
+        return self._unshuffle(payload) if flags & SHUFFLED else payload
+
+    def _prefix(self, flags: int) -> bytes:
+        return _HEAD.pack(MAGIC, flags, len(self.spec.leaves), 0, self.spec.size) + self._descriptors
+
+    def _best_filter(self, row: Sequence[npt.NDArray[np.uint8]]) -> int:
+        """What to do to rows like this one: the smallest of raw, zstd and shuffled zstd, raw unless it gains."""
+        if self._level is None or not self.spec.size:
+            return 0
+        compressor = zstandard.ZstdCompressor(level=self._level, write_checksum=False)
+        options = (COMPRESSED, COMPRESSED | SHUFFLED)
+        sizes = {flags: len(compressor.compress(self._payload(row, flags))) for flags in options}
+        best = min(sizes, key=sizes.__getitem__)
+        return best if sizes[best] < WORTHWHILE * self.spec.size else 0
+
+    def _payload(self, row: Sequence[npt.NDArray[np.uint8]], flags: int) -> bytes:
+        if flags & SHUFFLED:
+            row = [
+                leaf.reshape(-1, dtype.itemsize).T for leaf, (dtype, _) in zip(row, self.spec.leaves, strict=True)
+            ]
+        return row[0].tobytes() if len(row) == 1 else b"".join(leaf.tobytes() for leaf in row)
+
+    def _unshuffle(self, payload: bytes) -> bytes:
+        parts, start = [], 0
+        for (dtype, _), width in zip(self.spec.leaves, self.spec.sizes, strict=True):
+            leaf = np.frombuffer(payload, dtype=np.uint8, count=width, offset=start)
+            parts.append(leaf.reshape(dtype.itemsize, -1).T.tobytes())
+            start += width
+        return b"".join(parts)

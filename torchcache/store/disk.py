@@ -1,0 +1,257 @@
+"""The disk tier: the one place that knows diskcache's rows and files.
+
+A cache directory holds ``torchcache.json`` (the format version) and ``rows-<version>/``, a ``diskcache.Cache``
+whose keys are 32 bytes (fingerprint and digest), whose values are blobs and whose tag is the region's fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diskcache
+
+from torchcache.errors import StoreVersionError
+from torchcache.logging import logger, warn_once
+from torchcache.store.blob import FORMAT_VERSION
+
+__all__ = ["DiskTier", "check_version", "disk_tier"]
+
+MARKER = "torchcache.json"
+# Values from this size on are files: SQLite reads smaller ones faster, and larger ones bloat its log.
+MIN_FILE_SIZE = 128 * 1024
+KEYS_PER_QUERY = 500
+OPEN_SECONDS = 30.0
+LOCK_SECONDS = 10.0
+# What one row costs in the database beside its blob: key, columns and index entries.
+ROW_OVERHEAD = 160
+
+_FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
+_RAW, _BINARY = 1, 2
+
+T = TypeVar("T")
+
+
+class BlobDisk(diskcache.Disk):  # type: ignore[misc]
+    """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways."""
+
+    def put(self, key: object) -> tuple[memoryview, bool]:
+        """The database form of ``key``, which must be bytes."""
+        if type(key) is not bytes:
+            raise TypeError(f"keys of the store are bytes, not {type(key).__name__}")
+        return sqlite3.Binary(key), True
+
+    def get(self, key: object, raw: bool) -> bytes:
+        """The key of a database row; a pickled key is refused."""
+        if not raw or type(key) is not bytes:
+            raise ValueError("refused a key that is not plain bytes")
+        return key
+
+    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, str | None, Any]:
+        """The database form of ``value``, which must be bytes; large ones become files."""
+        if type(value) is not bytes or read:
+            raise TypeError(f"values of the store are bytes, not {type(value).__name__}")
+        if len(value) < self.min_file_size:
+            return 0, _RAW, None, sqlite3.Binary(value)
+        filename, path = self.filename(key, value)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(path, "xb", opener=_private) as file:
+            file.write(value)
+        return len(value), _BINARY, filename, None
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool = False) -> bytes:
+        """The bytes of a database row; any mode but plain bytes and files of ours is refused."""
+        if mode == _RAW and type(value) is bytes:
+            return value
+        if mode != _BINARY or not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
+            raise ValueError("refused a value that is not plain bytes")
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(os.path.join(self._directory, filename), flags)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("refused a value that is no regular file")
+            return file.read()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def check_version(directory: Path) -> None:
+    """Raise ``StoreVersionError`` for a directory that a newer torchcache wrote; leave it untouched."""
+    try:
+        found = json.loads((directory / MARKER).read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise StoreVersionError(
+            f"{directory} holds format {found}, and this torchcache reads up to {FORMAT_VERSION}: "
+            "upgrade torchcache, or set persistent_cache_dir to another directory"
+        )
+
+
+class DiskTier:
+    """Blobs in a cache directory, shared by threads and processes.
+
+    Nothing here raises on behalf of the store: a failure is counted in ``errors``, warned of once, and reads as
+    absence. ``StoreVersionError`` alone passes, from ``open``.
+
+    Parameters
+    ----------
+    directory : Path
+        The cache directory; made, for its owner alone, when missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.errors = 0
+        self.full = False
+        self._cache: Any = None
+        self._failed = False
+        self._lock = threading.Lock()
+
+    def open(self) -> bool:
+        """Open the directory unless that was done; ``False`` where it cannot be used."""
+        if self._cache is not None or self._failed:
+            return self._cache is not None
+        with self._lock:
+            if self._cache is None and not self._failed:
+                try:
+                    self._cache = self._connect()
+                except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+                    self._failed = True
+                    self._complain("opened", error)
+        return self._cache is not None
+
+    def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The blobs of those ``keys`` that are here, by one query for every few hundred keys."""
+        found: dict[bytes, bytes] = {}
+        if not self.open():
+            return found
+        fetch = self._cache.disk.fetch
+        for start in range(0, len(keys), KEYS_PER_QUERY):
+            part = keys[start : start + KEYS_PER_QUERY]
+            marks = ",".join("?" * len(part))
+            query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"
+            for key, mode, filename, value in self._guard("read", lambda: self._sql(query, part).fetchall(), []):
+                try:
+                    found[key] = fetch(mode, filename, value)
+                except (OSError, ValueError) as error:
+                    self._complain("read", error)
+        return found
+
+    def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
+        """Store ``(key, blob)`` pairs in one transaction, as many as ``limit`` bytes of directory allow.
+
+        Returns
+        -------
+        stored : int
+            Entries stored.
+        size : int
+            Their bytes, blobs alone.
+        """
+        if not self.open():
+            return 0, 0
+
+        def store() -> tuple[int, int]:
+            stored = size = 0
+            with self._cache.transact(retry=False):
+                room = limit - self._cache.volume()
+                for key, blob in entries:
+                    room -= len(blob) + ROW_OVERHEAD
+                    if room < 0:
+                        self._fill(limit)
+                        break
+                    self._cache.set(key, blob, tag=tag, retry=False)
+                    stored, size = stored + 1, size + len(blob)
+            return stored, size
+
+        return self._guard("written to", store, (0, 0))
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Remove damaged entries, so that they are computed anew and stored again."""
+        for key in keys:
+            self._guard("repaired", lambda key=key: self._cache.delete(key, retry=False), False)
+
+    def volume(self) -> int:
+        """Bytes of the directory, as diskcache counts them."""
+        return int(self._guard("measured", lambda: self._cache.volume(), 0)) if self.open() else 0
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        if self._cache is not None:
+            self._guard("closed", lambda: self._cache.close(), None)
+
+    def _sql(self, query: str, parameters: Sequence[bytes]) -> sqlite3.Cursor:
+        # diskcache has no public batch read; its own connection is per thread and survives a fork.
+        cursor: sqlite3.Cursor = self._cache._sql(query, parameters)
+        return cursor
+
+    def _connect(self) -> Any:
+        check_version(self.directory)
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        self._write_marker()
+        deadline = time.monotonic() + OPEN_SECONDS
+        while True:
+            try:
+                return diskcache.Cache(
+                    str(self.directory / f"rows-{FORMAT_VERSION}"),
+                    timeout=LOCK_SECONDS,
+                    disk=BlobDisk,
+                    disk_min_file_size=MIN_FILE_SIZE,
+                    eviction_policy="none",
+                    cull_limit=0,
+                )
+            except (sqlite3.OperationalError, diskcache.Timeout) as error:
+                # Processes that create the same database at once collide on its journal mode.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.01, 0.1))
+
+    def _write_marker(self) -> None:
+        marker = self.directory / MARKER
+        wanted = json.dumps({"format": FORMAT_VERSION})
+        try:
+            if marker.read_text(encoding="utf-8") == wanted:
+                return
+        except OSError:
+            pass
+        temporary = marker.with_name(f"{MARKER}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(wanted, encoding="utf-8")
+        os.replace(temporary, marker)
+
+    def _fill(self, limit: int) -> None:
+        self.full = True
+        warn_once(f"{self.directory} is full ({limit} bytes, max_persistent_cache_size): no more rows are stored there")
+
+    def _guard(self, done: str, action: Callable[[], T], otherwise: T) -> T:
+        try:
+            return action()
+        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError) as error:
+            self._complain(done, error)
+            return otherwise
+
+    def _complain(self, done: str, error: BaseException) -> None:
+        self.errors += 1
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        warn_once(f"the cache directory {self.directory} cannot be {done}; training goes on without it")
+        logger.info("store error on %s: %s", self.directory, reason)
+
+
+_tiers: dict[Path, DiskTier] = {}
+_tiers_lock = threading.Lock()
+
+
+def disk_tier(directory: Path) -> DiskTier:
+    """The disk tier of ``directory``, one a process."""
+    with _tiers_lock:
+        return _tiers.setdefault(directory, DiskTier(directory))

@@ -1,0 +1,146 @@
+"""The memory tier: rows in preallocated tensors, found by one dict pass and gathered by one ``index_select``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from torchcache.store.blob import RowSpec
+from torchcache.store.select import select_rows
+
+__all__ = ["MemoryTier", "Slab"]
+
+ABSENT = -1
+
+
+class Slab:
+    """Rows of one spec: a tensor of slots a leaf, and a dict from digest to slot.
+
+    A slot is written once, before its digest is published, so readers need no lock. On the CPU the slots are
+    reserved at once and committed by the operating system as they are written; on other devices they grow.
+
+    Parameters
+    ----------
+    spec : RowSpec
+        What a slot holds.
+    device : torch.device
+        Where the slots live.
+    capacity : int
+        Slots at the most.
+    lazy : bool
+        Whether unwritten memory of ``device`` costs nothing.
+    """
+
+    FIRST_SLOTS = 1024
+
+    def __init__(self, spec: RowSpec, device: torch.device, capacity: int, lazy: bool) -> None:
+        self.spec = spec
+        self.capacity = capacity
+        self.slots: dict[bytes, int] = {}
+        self.used = 0
+        self._leaves = spec.empty(capacity if lazy else min(capacity, self.FIRST_SLOTS), device)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """The slot of each digest, ``ABSENT`` where it has none."""
+        get = self.slots.get
+        return [get(digest, ABSENT) for digest in digests]
+
+    def gather(self, slots: Sequence[int]) -> list[torch.Tensor]:
+        """Fresh tensors of shape ``(len(slots), *)``, one a leaf."""
+        return [select_rows(leaf, slots) for leaf in self._leaves]
+
+    def view(self, start: int, stop: int) -> list[torch.Tensor]:
+        """The written slots from ``start`` to ``stop``, shared; slots never change once written."""
+        return [leaf[start:stop] for leaf in self._leaves]
+
+    def write(self, start: int, digests: Sequence[bytes], rows: Sequence[torch.Tensor]) -> None:
+        """Fill the slots from ``start`` with ``rows`` (cast to the slab's dtype), then publish ``digests``."""
+        stop = start + len(digests)
+        for slots, leaf in zip(self._leaves, rows, strict=True):
+            slots[start:stop].copy_(leaf[: len(digests)])
+        self.slots.update(zip(digests, range(start, stop), strict=True))
+
+    def grow(self, slots: int) -> None:
+        """Make room for ``slots`` slots, at least doubling; only where memory is not lazy."""
+        held = self._leaves[0].shape[0]
+        if slots <= held:
+            return
+        larger = self.spec.empty(min(self.capacity, max(slots, 2 * held)), self._leaves[0].device)
+        for new, old in zip(larger, self._leaves, strict=True):
+            new[:held].copy_(old)
+        self._leaves = larger
+
+
+class MemoryTier:
+    """Slabs under one budget: one for each call fingerprint, that is for each shape and dtype of row.
+
+    A full tier admits no new rows and keeps those it has: scans over a data set larger than the budget then
+    hit a stable share of it in every epoch, where an evicting cache would hit none.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes of rows over all slabs.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.used = 0
+        self._slabs: dict[bytes, Slab] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(map(len, list(self._slabs.values())))
+
+    def slab(self, fingerprint: bytes) -> Slab | None:
+        """The slab of ``fingerprint``, if it has rows."""
+        return self._slabs.get(fingerprint)
+
+    def admit(
+        self, fingerprint: bytes, digests: Sequence[bytes], rows: Sequence[torch.Tensor], spec: RowSpec, device: torch.device
+    ) -> tuple[Slab | None, range]:
+        """Store as many of ``rows`` as the budget allows, first ones first.
+
+        Returns
+        -------
+        slab : Slab or None
+            Where they went.
+        slots : range
+            Their slots, in order; shorter than ``digests`` when the tier is full.
+        """
+        lazy = device.type == "cpu" and os.name == "posix"
+        size = max(spec.size, 1)
+        with self._lock:
+            slab = self._slabs.get(fingerprint)
+            room = (self.budget - self.used) // size
+            count = min(room, len(digests))
+            if count <= 0:
+                return slab, range(0)
+            if slab is None:
+                try:
+                    slab = Slab(spec, device, min(room, 2**31), lazy)
+                except RuntimeError:  # no memory of that size: the tier is as full as it gets
+                    return None, range(0)
+                self._slabs[fingerprint] = slab
+            count = min(count, slab.capacity - slab.used)
+            slots = range(slab.used, slab.used + count)
+            slab.used += count
+            self.used += count * size
+            if not lazy:
+                slab.grow(slots.stop)
+                slab.write(slots.start, digests[:count], rows)
+        if lazy:
+            slab.write(slots.start, digests[:count], rows)
+        return slab, slots
+
+    def clear(self) -> None:
+        """Forget every row."""
+        with self._lock:
+            self._slabs = {}
+            self.used = 0

@@ -1,0 +1,175 @@
+"""Memory over disk: where a region's rows are looked up and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torchcache.logging import warn_once
+from torchcache.options import CacheOptions
+from torchcache.store.blob import Codec, RowSpec, storable
+from torchcache.store.disk import DiskTier, disk_tier
+from torchcache.store.slab import ABSENT, MemoryTier, Slab
+from torchcache.store.writer import writer
+
+__all__ = ["Found", "Tiers"]
+
+
+@dataclasses.dataclass
+class Found:
+    """What the tiers hold of one batch.
+
+    Parameters
+    ----------
+    slab : Slab or None
+        The memory tier's rows.
+    slots : list of int
+        Slot of each row of the batch, ``ABSENT`` where it is not in memory.
+    extra : dict of bytes to int
+        Rows read from disk that memory had no room for: digest to row of ``extra_rows``.
+    extra_rows : list of torch.Tensor
+        Those rows, one tensor a leaf.
+    from_disk : frozenset of bytes
+        Digests that the disk tier answered.
+    """
+
+    slab: Slab | None
+    slots: list[int]
+    extra: dict[bytes, int] = dataclasses.field(default_factory=dict)
+    extra_rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    from_disk: frozenset[bytes] = frozenset()
+
+
+class Tiers:
+    """The store of one region.
+
+    Parameters
+    ----------
+    options : CacheOptions
+        Sizes, directory, devices.
+    """
+
+    def __init__(self, options: CacheOptions) -> None:
+        self.options = options
+        self.memory = MemoryTier(options.max_memory_cache_size)
+        directory = options.directory
+        self.disk: DiskTier | None = disk_tier(directory) if directory is not None else None
+        self.disk_rows = 0
+        self.disk_bytes = 0
+        self._codecs: dict[RowSpec, Codec] = {}
+
+    def stored(self, spec: RowSpec) -> RowSpec:
+        """``spec`` as the tiers keep it: floating leaves in ``cache_dtype``."""
+        dtype = self.options.cache_dtype
+        if dtype is None:
+            return spec
+        return RowSpec(tuple((dtype if old.is_floating_point else old, shape) for old, shape in spec.leaves))
+
+    def find(
+        self, fingerprint: bytes, digests: Sequence[bytes], expected: Callable[[], tuple[RowSpec, torch.device]]
+    ) -> Found:
+        """Look ``digests`` up in memory, then the rest on disk; what disk has is promoted to memory.
+
+        ``expected``, which says what a row holds and on which device its user is, is asked only where disk has rows.
+        """
+        slab = self.memory.slab(fingerprint)
+        slots = slab.find(digests) if slab is not None else [ABSENT] * len(digests)
+        found = Found(slab, slots)
+        if self.disk is None or ABSENT not in slots:
+            return found
+        absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
+        self._read(found, fingerprint, absent, expected)
+        if found.from_disk and found.slab is not None:
+            found.slots = found.slab.find(digests)
+        return found
+
+    def keep(
+        self, fingerprint: bytes, tag: str, digests: Sequence[bytes], rows: Sequence[torch.Tensor], spec: RowSpec
+    ) -> tuple[Slab | None, range]:
+        """Store computed ``rows``: in memory now, on disk behind the step.
+
+        Returns
+        -------
+        slab : Slab or None
+            The memory tier's rows.
+        slots : range
+            Slots of the first rows, as many as were admitted.
+        """
+        stored = self.stored(spec)
+        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device))
+        if self.disk is not None and not self.disk.full and all(storable(dtype) for dtype, _ in stored.leaves):
+            admitted = len(slots)
+            if slab is not None and admitted:
+                self._submit(fingerprint, tag, digests[:admitted], slab.view(slots.start, slots.stop), stored)
+            if admitted < len(digests):
+                copies = [_detached(leaf[admitted:], dtype) for leaf, (dtype, _) in zip(rows, stored.leaves, strict=True)]
+                self._submit(fingerprint, tag, digests[admitted:], copies, stored)
+        return slab, slots
+
+    def _device(self, output: torch.device) -> torch.device:
+        chosen = self.options.memory_cache_device
+        return output if chosen is None else torch.device(chosen)
+
+    def _read(
+        self,
+        found: Found,
+        fingerprint: bytes,
+        digests: list[bytes],
+        expected: Callable[[], tuple[RowSpec, torch.device]],
+    ) -> None:
+        assert self.disk is not None
+        blobs = self.disk.read([fingerprint + digest for digest in digests])
+        if not blobs:
+            return
+        spec, device = expected()
+        stored = self.stored(spec)
+        digests = [digest for digest in digests if fingerprint + digest in blobs]
+        keys = [fingerprint + digest for digest in digests]
+        sound, rows = self._codec(stored).decode(keys, [blobs[key] for key in keys])
+        if len(sound) < len(keys):
+            whole = set(sound)
+            damaged = [key for index, key in enumerate(keys) if index not in whole]
+            self.disk.errors += len(damaged)
+            warn_once(f"damaged rows in {self.disk.directory} were dropped and are computed anew")
+            self.disk.drop(damaged)
+            digests = [digests[index] for index in sound]
+        if not digests:
+            return
+        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(device))
+        found.slab = slab
+        found.from_disk = frozenset(digests)
+        found.extra = {digest: index for index, digest in enumerate(digests) if index >= len(slots)}
+        found.extra_rows = rows
+
+    def _submit(
+        self, fingerprint: bytes, tag: str, digests: Sequence[bytes], rows: list[torch.Tensor], spec: RowSpec
+    ) -> None:
+        disk = self.disk
+        assert disk is not None
+        keys = [fingerprint + digest for digest in digests]
+
+        def job() -> None:
+            if disk.full:
+                return
+            blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in rows])
+            stored, size = disk.write(
+                list(zip(keys, blobs, strict=True)), tag, self.options.max_persistent_cache_size
+            )
+            self.disk_rows += stored
+            self.disk_bytes += size
+
+        writer().submit(spec.size * len(keys), job)
+
+    def _codec(self, spec: RowSpec) -> Codec:
+        codec = self._codecs.get(spec)
+        if codec is None:
+            codec = self._codecs[spec] = Codec(spec, self.options.zstd_compression_level)
+        return codec
+
+
+def _detached(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of ``leaf`` in ``dtype`` that shares nothing with it and is contiguous."""
+    copy = torch.empty(leaf.shape, dtype=dtype, device=leaf.device)
+    return copy.copy_(leaf)

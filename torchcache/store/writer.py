@@ -1,0 +1,90 @@
+"""Write-behind: rows go to disk on a thread of their own, in the order they came, never more than a bounded amount behind."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from torchcache.logging import logger, warn_once
+
+__all__ = ["Writer", "flush", "writer"]
+
+QUEUE_BYTES = 256 * 1024 * 1024
+
+Job = Callable[[], None]
+
+
+class Writer:
+    """A thread that runs jobs in order, holding at most ``limit`` bytes of them.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes that may wait; ``submit`` blocks beyond it, unless nothing waits at all.
+    """
+
+    def __init__(self, limit: int = QUEUE_BYTES) -> None:
+        self.limit = limit
+        self._jobs: deque[tuple[int, Job]] = deque()
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, size: int, job: Job) -> None:
+        """Queue ``job``, which holds ``size`` bytes."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self._waiting + size <= self.limit)
+            self._waiting += size
+            self._jobs.append((size, job))
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="torchcache-writer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until everything submitted so far has run."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._jobs))
+                size, job = self._jobs[0]
+            try:
+                job()
+            except Exception as error:  # the store never stops training, whatever it suffers
+                warn_once(f"rows could not be stored ({type(error).__name__}: {error}); training goes on without them")
+                logger.debug("writer job failed", exc_info=True)
+            del job
+            with self._changed:
+                self._jobs.popleft()
+                self._waiting -= size
+                self._changed.notify_all()
+
+
+_writer = Writer()
+
+
+def writer() -> Writer:
+    """The writer of this process."""
+    return _writer
+
+
+def flush() -> None:
+    """Wait until every row stored so far is on disk."""
+    _writer.flush()
+
+
+def _after_fork() -> None:
+    # The child has neither the thread nor a usable lock; the parent writes what was waiting.
+    global _writer
+    _writer = Writer()
+
+
+atexit.register(flush)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
