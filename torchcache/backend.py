@@ -46,6 +46,9 @@ def torchcache_backend(
     options : mapping or None
         The options above by name, and beside them those of the inner backend.
 
+    **inner_options
+        The same, as keywords.
+
     Returns
     -------
     callable
@@ -82,7 +85,8 @@ def _compile(
         compiled: Callable[..., Any] = inner(module, example_inputs, **options)
         return compiled
     if inner == "inductor":
-        compiled = torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)(module, example_inputs)
+        inductor = torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)  # type: ignore[no-untyped-call]
+        compiled = inductor(module, example_inputs)
         return compiled
     try:
         backend = torch._dynamo.lookup_backend(inner)

@@ -16,7 +16,7 @@ from torchcache.graph.marked import Mark
 from torchcache.graph.region import add_lookup
 from torchcache.logging import warn_once
 from torchcache.lookup.cache_lookup import CacheLookup, Call, learn_layouts
-from torchcache.lookup.context import bypassed, computing, inside_region
+from torchcache.lookup.context import bypassed, inside_region
 from torchcache.lookup.digest import digest_bytes
 from torchcache.lookup.fingerprint import Program, State
 from torchcache.lookup.key import NumericMode
@@ -43,7 +43,7 @@ def call(mark: Mark, door: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     args, kwargs
         The call's arguments, the module first.
     """
-    if inside_region() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if inside_region() or torch._C._is_tracing() or torch.compiler.is_exporting():
         return mark.function(*args, **kwargs)
     # Dynamo may be watching this thread; what the cache does is not for it to trace.
     watching = set_eval_frame(None)
@@ -81,7 +81,9 @@ class _EagerCache:
         self._lookups: dict[bytes, CacheLookup] = {}
         self.traced: Traced | None = None
         self._tracing = False
-        self.name = type(module).__name__ if module is not None else str(getattr(mark.function, "__qualname__", "function"))
+        self.name = (
+            type(module).__name__ if module is not None else str(getattr(mark.function, "__qualname__", "function"))
+        )
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mark = self._mark
@@ -99,8 +101,8 @@ class _EagerCache:
         tensors, tree = flatten_arguments(arguments, self.name)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             warn_once(f"{self.name} got an input that needs a gradient: such calls bypass the cache")
-            with _counted(self._lookup(tree.constants), tensors, self.name):
-                return mark.function(*args, **kwargs)
+            self._lookup(tree.constants).counters.count_bypass(batch_size(tensors, self.name))
+            return mark.function(*args, **kwargs)
         count = batch_size(tensors, self.name)
         roles = [tensor.ndim > 0 and tensor.shape[0] == count for tensor in tensors]
         rows = [tensor for tensor, row in zip(tensors, roles, strict=True) if row]
@@ -150,7 +152,7 @@ class _EagerCache:
         lookup: CacheLookup,
     ) -> list[torch.Tensor]:
         """Run the original on other rows of a call; note its output's structure, and whether it changed itself."""
-        given = inspect.BoundArguments(bound.signature, dict(bound.arguments) | arguments)  # type: ignore[arg-type]
+        given = inspect.BoundArguments(bound.signature, dict(bound.arguments) | arguments)
         outputs = self._mark.function(*given.args, **given.kwargs)
         leaves, tree, lookup.output_paths = flatten_outputs(outputs, self.name)
         self._trees[constants] = tree
@@ -164,8 +166,8 @@ class _EagerCache:
         self._changes += 1
         if self._changes > SETUP_CALLS:
             raise RowwiseError(
-                f"{self.name} cannot be cached: it changes its own attributes or buffers in every call (a counter, running "
-                "statistics, a cache of its own). Mark a part that keeps no state, or unmark it"
+                f"{self.name} cannot be cached: it changes its own attributes or buffers in every call (a counter, "
+                "running statistics, a cache of its own). Mark a part that keeps no state, or unmark it"
             )
         self._identity = b""
         self._identify(module)
@@ -193,21 +195,6 @@ class _EagerCache:
             module = self._module() if self._module is not None else None
             add_lookup(self._mark if module is None else module, key, lookup)
         return lookup
-
-
-class _counted:
-    """Counts a batch that bypasses a lookup."""
-
-    def __init__(self, lookup: CacheLookup, tensors: list[torch.Tensor], where: str) -> None:
-        self._counters = lookup.counters
-        self._rows = batch_size(tensors, where)
-
-    def __enter__(self) -> None:
-        self._counters.calls += 1
-        self._counters.bypasses += self._rows
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 _module_caches: weakref.WeakKeyDictionary[nn.Module, dict[Mark, _EagerCache]] = weakref.WeakKeyDictionary()

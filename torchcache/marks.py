@@ -102,7 +102,7 @@ def mark(module: M, /, *, freeze: bool = False, **options: Any) -> M:
     unmark(module)
     members = vars(module)
     members.pop("torchcache_enabled", None)
-    holder = members.get("forward")
+    holder: Any = members.get("forward")
     if hasattr(holder, "previous"):  # transformed already: the mark goes beneath
         holder.previous = MarkedForward(module, chosen, holder.previous)
     else:
@@ -125,7 +125,7 @@ def unmark(module: M) -> M:
         The same module.
     """
     members = vars(module)
-    holder = members.get("forward")
+    holder: Any = members.get("forward")
     if isinstance(holder, MarkedForward):
         del members["forward"]
         if holder.inner is not None:

@@ -88,10 +88,10 @@ class CacheOptions:
             _require(number, name, "a number of bytes", size)
             _require(0 <= size < float("inf"), name, "a finite number of bytes, 0 or more", size, ValueError)
             object.__setattr__(self, name, int(size))
-        path, name = self.persistent_cache_dir, self.persistent_module_hash
+        path, given = self.persistent_cache_dir, self.persistent_module_hash
         _require(path is None or isinstance(path, (str, os.PathLike)), "persistent_cache_dir", "a path or None", path)
-        _require(name is None or isinstance(name, str), "persistent_module_hash", "a string or None", name)
-        _require(name != "", "persistent_module_hash", "a name that is not empty, or None", name, ValueError)
+        _require(given is None or isinstance(given, str), "persistent_module_hash", "a string or None", given)
+        _require(given != "", "persistent_module_hash", "a name that is not empty, or None", given, ValueError)
         self._check_device()
         self._check_dtype()
         level = self.zstd_compression_level

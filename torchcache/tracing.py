@@ -43,6 +43,7 @@ class Traced:
         self._broken = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``function`` returns."""
         if self._broken:
             return self._function(*args, **kwargs)
         if self._compiled is None:

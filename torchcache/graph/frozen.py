@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torchcache.graph.marked import MarkedCall, outermost
 
 __all__ = ["Analysis", "Verdict", "analyse", "is_context_node", "is_number", "storage_of", "tensor_of"]
 
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 _PROBABILITIES = ("dropout_p", "p", "dropout")
 _TRAINING = ("training", "train", "use_input_stats")
 
@@ -205,7 +206,7 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
         fake = next((leaf for leaf in _leaves(arguments) if isinstance(leaf, FakeTensor)), None)
         with contextlib.nullcontext() if fake is None else fake.fake_mode, recorder:
             _run(node, *arguments)
-    except _Nested:
+    except _NestedError:
         return Verdict("untraceable", f"{_where(node)} calls a nested graph")
     except Exception as error:  # whatever an operator raises on fake tensors
         return Verdict("untraceable", f"{_where(node)} cannot be analysed ({type(error).__name__})")
@@ -227,16 +228,16 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
     return None
 
 
-class _Nested(Exception):
+class _NestedError(Exception):
     """A node that takes a graph or a module as its argument."""
 
 
 def _example(node: fx.Node) -> Any:
     if "example_value" not in node.meta:
-        raise _Nested
+        raise _NestedError
     value = node.meta["example_value"]
     if isinstance(value, nn.Module):
-        raise _Nested
+        raise _NestedError
     return value
 
 
@@ -254,16 +255,16 @@ def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "call_module":
-        raise _Nested
+        raise _NestedError
     assert callable(node.target)
     return node.target(*args, **kwargs)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what the aten operators run inside it draw, normalise and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.random = ""
         self.statistics = ""
         self.written: set[int] = set()
@@ -304,7 +305,7 @@ def _is_instance_norm(node: fx.Node) -> bool:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """What tensors that share memory have in common."""
-    return int(tensor.untypedstorage_of()._cdata)
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _where(node: fx.Node) -> str:

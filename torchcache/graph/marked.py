@@ -22,7 +22,7 @@ from torchcache.lookup.encode import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
 
-__all__ = ["Mark", "MarkedCall", "enter", "leave", "register_door", "outermost"]
+__all__ = ["Mark", "MarkedCall", "enter", "leave", "outermost", "register_door"]
 
 META = "torchcache"
 OPEN = "_torchcache_open"
@@ -191,14 +191,9 @@ def _describe(mark: Mark, frame: Any) -> MarkedCall:
 
 def _constants(value: Any, argument: str, where: str, frame: Any) -> Iterator[bytes]:
     """Canonical bytes of an argument that Dynamo traces, with a placeholder for each tensor."""
-    from torch._dynamo.variables import (
-        ConstDictVariable,
-        ListVariable,
-        SymNodeVariable,
-        TensorVariable,
-        TupleVariable,
-    )
+    from torch._dynamo.variables import ConstDictVariable, ListVariable, TensorVariable, TupleVariable
     from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.tensor import SymNodeVariable
 
     if isinstance(value, VariableTracker):
         value = value.realize()

@@ -72,7 +72,7 @@ def _components(nodes: list[fx.Node]) -> list[list[fx.Node]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's partitioner prints whole graphs at INFO."""
+    """Torch's partitioner prints whole graphs at INFO."""
     logger = logging.getLogger("torch.fx.passes.infra.partitioner")
     level = logger.level
     logger.setLevel(logging.WARNING)

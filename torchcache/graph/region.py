@@ -75,7 +75,10 @@ class GraphRegion:
     """
 
     def __init__(
-        self, plan: RegionPlan, lookup: CacheLookup, compile_original: Callable[[fx.GraphModule], Original] | None = None
+        self,
+        plan: RegionPlan,
+        lookup: CacheLookup,
+        compile_original: Callable[[fx.GraphModule], Original] | None = None,
     ) -> None:
         self.plan = plan
         self.lookup = lookup
@@ -149,9 +152,7 @@ class GraphRegion:
         logger.debug("fingerprint of %s in %.1f ms", self.lookup.name, 1e3 * (time.perf_counter() - started))
         return self._fingerprint
 
-    def _compute(
-        self, inputs: list[torch.Tensor], sizes: list[int], rows: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _compute(self, inputs: list[torch.Tensor], sizes: list[int], rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the original on ``rows``, padded where the graph does not take as few."""
         count = rows[0].shape[0]
         full = inputs[self._rows[0]].shape[0]
@@ -177,7 +178,9 @@ class GraphRegion:
             shape = [_evaluate(size, known) for size in leaf.shape]
             stride = [_evaluate(step, known) for step in leaf.stride()]
             shape[0] = max(shape[0], 2)
-            layouts.append(Layout(leaf.dtype, tuple(shape[1:]), memory_order(shape, stride), _indexed(leaf.device, inputs)))
+            layouts.append(
+                Layout(leaf.dtype, tuple(shape[1:]), memory_order(shape, stride), _indexed(leaf.device, inputs))
+            )
         return tuple(layouts)
 
 

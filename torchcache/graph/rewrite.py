@@ -31,10 +31,12 @@ __all__ = ["cache_regions"]
 
 # Operators so cheap that their results are recomputed rather than stored.
 CHEAP = frozenset(
-    """view reshape transpose permute unsqueeze squeeze expand expand_as flatten unflatten contiguous t getitem getattr
-    to float half bfloat16 bool int long type type_as clone detach size eq ne lt le gt ge and_ or_ not_ invert
-    logical_not logical_and logical_or neg sub rsub add mul truediv masked_fill where zeros ones full zeros_like
-    ones_like full_like arange empty split chunk unbind cat stack dropout identity""".split()
+    """
+    view reshape transpose permute unsqueeze squeeze expand expand_as flatten unflatten contiguous t getitem getattr to
+    float half bfloat16 bool int long type type_as clone detach size eq ne lt le gt ge and_ or_ not_ invert logical_not
+    logical_and logical_or neg sub rsub add mul truediv masked_fill where zeros ones full zeros_like ones_like full_like
+    arange empty split chunk unbind cat stack dropout identity
+    """.split()
 )
 
 
@@ -95,7 +97,7 @@ def cache_regions(
 
 
 def _cut(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
-    """Shrink a partition until each of its outputs has the batch as its first dimension; ``None`` if nothing is left."""
+    """Shrink a partition until each of its outputs has the batch as first dimension; ``None`` if nothing is left."""
     members = dict.fromkeys(nodes)
     while members:
         outputs = _outputs(members, analysis)
@@ -143,7 +145,9 @@ def _batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis
     sources = dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in members)
     tensors = [tensor for source in sources if source in analysis.varying and (tensor := tensor_of(source)) is not None]
     batches = [expression_of(tensor.shape[0]) for tensor in tensors if tensor.ndim]
-    given = {expression_of(tensor.shape[0]) for node in outputs if (tensor := tensor_of(node)) is not None and tensor.ndim}
+    given = {
+        expression_of(tensor.shape[0]) for node in outputs if (tensor := tensor_of(node)) is not None and tensor.ndim
+    }
     return next((batch for batch in batches if batch in given), batches[0] if batches else None)
 
 
@@ -369,7 +373,8 @@ def _identity(graph: fx.Graph, tensors: int) -> bytes:
 def _target_name(target: Any) -> str:
     if isinstance(target, str):
         return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or getattr(target, '__name__', target)}"
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", str(target))
+    return f"{getattr(target, '__module__', '')}.{name}"
 
 
 def _abstract(value: Any, numbers: dict[fx.Node, int]) -> str:

@@ -50,6 +50,11 @@ class Counters:
     compute_seconds: float = 0.0
     merge_seconds: float = 0.0
 
+    def count_bypass(self, rows: int) -> None:
+        """Count a batch that was computed and not stored."""
+        self.calls += 1
+        self.bypasses += rows
+
     @property
     def saved_seconds(self) -> float | None:
         """Time that the hits would have taken in the original, less what lookups cost; ``None`` until measured."""
@@ -148,8 +153,7 @@ class CacheLookup:
 
     def bypass(self, call: Call) -> Tensors:
         """The outputs of ``call``, computed and not stored."""
-        self.counters.calls += 1
-        self.counters.bypasses += call.rows[0].shape[0]
+        self.counters.count_bypass(call.rows[0].shape[0])
         with computing():
             return call.compute(call.rows)
 
@@ -233,10 +237,10 @@ class CacheLookup:
             raise OutputError(f"{self.name} returns no tensor, so there is nothing to cache: unmark it")
         for index, leaf in enumerate(outputs):
             if not leaf.ndim or leaf.shape[0] != count:
-                path = self.output_paths[index] if index < len(self.output_paths) else ""
+                path = self.output_paths[index] if index < len(self.output_paths) else f" {index}"
                 raise OutputError(
-                    f"{self.name}: output{path or f' {index}'} has shape {tuple(leaf.shape)} for a batch of {count} rows: every output "
-                    "needs the batch as its first dimension to be cached"
+                    f"{self.name}: output{path} has shape {tuple(leaf.shape)} for a batch of {count} rows: every "
+                    "output needs the batch as its first dimension to be cached"
                 )
 
 

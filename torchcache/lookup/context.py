@@ -57,9 +57,7 @@ def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[N
 def _encode_ids(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> list[bytes]:
     if isinstance(ids, torch.Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise SampleKeyError(
-                f"sample_keys takes a 1-D integer tensor, not {ids.dtype} of shape {tuple(ids.shape)}"
-            )
+            raise SampleKeyError(f"sample_keys takes a 1-D integer tensor, not {ids.dtype} of shape {tuple(ids.shape)}")
         ids = ids.tolist()
     return [_encode_id(position, value) for position, value in enumerate(ids)]
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from torchcache.errors import FingerprintError
 
-__all__ = ["Encoder", "IGNORED_ATTRIBUTES", "constant_bytes"]
+__all__ = ["IGNORED_ATTRIBUTES", "Encoder", "constant_bytes"]
 
 # What nn.Module keeps for itself, and what does not change what forward computes.
 IGNORED_ATTRIBUTES = frozenset(
@@ -146,18 +146,18 @@ class Encoder:
                 attribute = list(attribute.values())
                 if not attribute:
                     continue
-            with _step(self._path, name):
+            with _Step(self._path, name):
                 self._put("attribute", name)
                 self.value(attribute)
         for group in ("_parameters", "_buffers"):
             self.containers.append(members[group])
             for name, tensor in sorted(members[group].items()):
-                with _step(self._path, name):
+                with _Step(self._path, name):
                     self._put(group, name)
                     self.value(tensor)
         self.containers.append(members["_modules"])
         for name, child in members["_modules"].items():
-            with _step(self._path, name):
+            with _Step(self._path, name):
                 self._put("child", name)
                 self.value(child)
 
@@ -171,7 +171,7 @@ class Encoder:
         for part in (function.__defaults__, function.__kwdefaults__):
             self.value(part)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            with _step(self._path, name):
+            with _Step(self._path, name):
                 try:
                     contents = cell.cell_contents
                 except ValueError:
@@ -201,7 +201,7 @@ class Encoder:
                 continue
             if name.startswith(("__abstract", "_abc_", "__firstlineno__", "__static_attributes__")):
                 continue
-            with _step(self._path, name):
+            with _Step(self._path, name):
                 self._put("member", name)
                 self._member(member)
 
@@ -233,7 +233,7 @@ class Encoder:
             self._put(type(value).__name__, str(value))
 
     def _tensor(self, tensor: torch.Tensor) -> None:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise FingerprintError(f"{self._where()} is not initialised yet: run one batch through the module first")
         number = self._numbers.setdefault(id(tensor), len(self._numbers))
         self._put("tensor", str(number))
@@ -286,7 +286,7 @@ class Encoder:
             self.containers.append(value)
         for key, item in value.items():
             self.value(key)
-            with _step(self._path, str(key)):
+            with _Step(self._path, str(key)):
                 self.value(item)
 
     def _collection(self, value: Iterable[Any]) -> None:
@@ -302,7 +302,7 @@ class Encoder:
         items = list(value)
         self._put("sequence", str(len(items)))
         for index, item in enumerate(items):
-            with _step(self._path, str(index)):
+            with _Step(self._path, str(index)):
                 self.value(item)
 
     def _alone(self, item: Any) -> bytes:
@@ -352,7 +352,7 @@ class Encoder:
         for name in sorted(members, key=str):
             if str(name) in IGNORED_ATTRIBUTES or str(name).startswith(IGNORED_PREFIXES):
                 continue
-            with _step(self._path, str(name)):
+            with _Step(self._path, str(name)):
                 self._put("attribute", str(name))
                 self.value(members[name])
 
@@ -377,7 +377,7 @@ class Encoder:
             return
         value = scope[names[0]]
         self.bindings.append((scope, names[0], value))
-        with _step(self._path, names[0]):
+        with _Step(self._path, names[0]):
             for name in names[1:]:
                 if not isinstance(value, types.ModuleType) or name not in vars(value):
                     break
@@ -391,7 +391,7 @@ class Encoder:
         return ".".join(self._path) or "the program"
 
 
-class _step:
+class _Step:
     """Adds a name to a path for the length of a block."""
 
     def __init__(self, path: list[str], name: str) -> None:
@@ -407,7 +407,13 @@ class _step:
 
 def _is_machinery(value: Any) -> bool:
     """Loggers, locks and the like: named by code, without a say in what it computes."""
-    return (type(value).__module__ or "").partition(".")[0] in ("logging", "_thread", "threading", "typing", "torchcache")
+    return (type(value).__module__ or "").partition(".")[0] in (
+        "logging",
+        "_thread",
+        "threading",
+        "typing",
+        "torchcache",
+    )
 
 
 def _slots(cls: type) -> tuple[str, ...]:

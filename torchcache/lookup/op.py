@@ -27,8 +27,8 @@ class Region(Protocol):
 
 _regions: weakref.WeakValueDictionary[str, Region] = weakref.WeakValueDictionary()
 
-_library = torch.library.Library("torchcache", "FRAGMENT")
-_library.define(
+_library = torch.library.Library("torchcache", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "lookup(Tensor[] inputs, SymInt[] sizes, str region) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
@@ -39,7 +39,7 @@ def _lookup(inputs: list[torch.Tensor], sizes: list[int], region: str) -> list[t
     return _find(region)(inputs, sizes)
 
 
-@torch.library.register_fake("torchcache::lookup", lib=_library)
+@torch.library.register_fake("torchcache::lookup", lib=_library)  # type: ignore[untyped-decorator]
 def _fake_lookup(inputs: list[torch.Tensor], sizes: list[int], region: str) -> list[torch.Tensor]:
     return _find(region).fake(inputs, sizes)
 
@@ -59,5 +59,7 @@ def name_region(wanted: str, region: Region) -> str:
 def _find(name: str) -> Region:
     region = _regions.get(name)
     if region is None:
-        raise RuntimeError(f"torchcache: the graph refers to the region {name!r}, which is gone: compile the model again")
+        raise RuntimeError(
+            f"torchcache: the graph refers to the region {name!r}, which is gone: compile the model again"
+        )
     return region

@@ -1,4 +1,4 @@
-"""The row-wise check: is row i of the output a function of row i of the input alone?
+"""The row-wise check: row i of the output must be a function of row i of the input alone.
 
 Tried on real rows, in batches of two, where the same kernels run: the same row beside two different neighbours
 must come out the same bit for bit, and in the other place and in the whole batch the same within rounding.
@@ -76,8 +76,8 @@ def probe(
 
 def _mixing(where: str) -> RowwiseError:
     return RowwiseError(
-        f"{where} cannot be cached: a row's output changes with the other rows of the batch. Likely: BatchNorm in train "
-        "mode (call .eval()), a mean, softmax or matmul over dim 0, or an input without a batch dimension whose first "
+        f"{where} cannot be cached: a row's output changes with the other rows of the batch. Likely: BatchNorm in "
+        "train mode (call .eval()), a mean, softmax or matmul over dim 0, or an input without a batch dimension whose first "
         "dimension equals the batch size. Mark a smaller part, or unmark it"
     )
 

@@ -1,4 +1,4 @@
-"""Nested arguments and outputs to flat lists of tensors and back; which tensors have rows; how outputs lie in memory."""
+"""Nested arguments and outputs to flat lists of tensors and back, and how outputs lie in memory."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class _Flattening:
             self.paths.append(path)
             return _Slot(len(self.tensors) - 1), b"T"
         if type(value) is dict:
-            parts = {key: (self._constant(key, path), *self.take(item, _join(path, key))) for key, item in _ordered(value)}
+            parts = {
+                key: (self._constant(key, path), *self.take(item, _join(path, key))) for key, item in _ordered(value)
+            }
             text = b"".join(name + b"=" + text + b";" for name, _, text in parts.values())
             return {key: parts[key][1] for key in value}, b"{" + text + b"}"
         if type(value) in (tuple, list):

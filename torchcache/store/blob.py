@@ -35,7 +35,7 @@ import torch
 import xxhash
 import zstandard
 
-__all__ = ["BlobError", "Codec", "FORMAT_VERSION", "RowSpec"]
+__all__ = ["FORMAT_VERSION", "BlobError", "Codec", "RowSpec"]
 
 FORMAT_VERSION = 1
 MAGIC = b"TCB" + bytes([FORMAT_VERSION])
@@ -46,10 +46,10 @@ WORTHWHILE = 0.90
 
 _HEAD = struct.Struct("<4sBBHQ")
 # A dtype's code is its place in this table: append only.
-_DTYPES = (
-    "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 uint32 uint64 "
-    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu"
-).split()
+_DTYPES = """
+    float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 uint32 uint64
+    float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu
+    """.split()
 _CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
 
 
@@ -206,9 +206,7 @@ class Codec:
 
     def _payload(self, row: Sequence[npt.NDArray[np.uint8]], flags: int) -> bytes:
         if flags & SHUFFLED:
-            row = [
-                leaf.reshape(-1, dtype.itemsize).T for leaf, (dtype, _) in zip(row, self.spec.leaves, strict=True)
-            ]
+            row = [leaf.reshape(-1, dtype.itemsize).T for leaf, (dtype, _) in zip(row, self.spec.leaves, strict=True)]
         return row[0].tobytes() if len(row) == 1 else b"".join(leaf.tobytes() for leaf in row)
 
     def _unshuffle(self, payload: bytes) -> bytes:

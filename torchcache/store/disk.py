@@ -142,7 +142,7 @@ class DiskTier:
             part = keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
             query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"
-            for key, mode, filename, value in self._guard("read", lambda: self._sql(query, part).fetchall(), []):
+            for key, mode, filename, value in self._rows(query, part):
                 try:
                     found[key] = fetch(mode, filename, value)
                 except (OSError, ValueError) as error:
@@ -179,8 +179,8 @@ class DiskTier:
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Remove damaged entries, so that they are computed anew and stored again."""
-        for key in keys:
-            self._guard("repaired", lambda key=key: self._cache.delete(key, retry=False), False)
+        if self.open():
+            self._guard("repaired", lambda: [self._cache.delete(key, retry=False) for key in keys], [])
 
     def volume(self) -> int:
         """Bytes of the directory, as diskcache counts them."""
@@ -191,10 +191,9 @@ class DiskTier:
         if self._cache is not None:
             self._guard("closed", lambda: self._cache.close(), None)
 
-    def _sql(self, query: str, parameters: Sequence[bytes]) -> sqlite3.Cursor:
+    def _rows(self, query: str, parameters: Sequence[bytes]) -> list[tuple[bytes, int, str | None, Any]]:
         # diskcache has no public batch read; its own connection is per thread and survives a fork.
-        cursor: sqlite3.Cursor = self._cache._sql(query, parameters)
-        return cursor
+        return self._guard("read", lambda: list(self._cache._sql(query, parameters)), [])
 
     def _connect(self) -> Any:
         check_version(self.directory)

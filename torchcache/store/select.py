@@ -1,4 +1,4 @@
-"""Rows out of tensors and into them, for every dtype: those without indexing kernels travel as integers of their size."""
+"""Rows out of tensors and into them; dtypes without indexing kernels travel as integers of their size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ __all__ = ["join_rows", "place_rows", "select_rows"]
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEXABLE = {
-    getattr(torch, name)
-    for name in "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
 }
 
 

@@ -103,7 +103,12 @@ class MemoryTier:
         return self._slabs.get(fingerprint)
 
     def admit(
-        self, fingerprint: bytes, digests: Sequence[bytes], rows: Sequence[torch.Tensor], spec: RowSpec, device: torch.device
+        self,
+        fingerprint: bytes,
+        digests: Sequence[bytes],
+        rows: Sequence[torch.Tensor],
+        spec: RowSpec,
+        device: torch.device,
     ) -> tuple[Slab | None, range]:
         """Store as many of ``rows`` as the budget allows, first ones first.
 

@@ -104,7 +104,9 @@ class Tiers:
             if slab is not None and admitted:
                 self._submit(fingerprint, tag, digests[:admitted], slab.view(slots.start, slots.stop), stored)
             if admitted < len(digests):
-                copies = [_detached(leaf[admitted:], dtype) for leaf, (dtype, _) in zip(rows, stored.leaves, strict=True)]
+                copies = [
+                    _detached(leaf[admitted:], dtype) for leaf, (dtype, _) in zip(rows, stored.leaves, strict=True)
+                ]
                 self._submit(fingerprint, tag, digests[admitted:], copies, stored)
         return slab, slots
 
@@ -154,9 +156,7 @@ class Tiers:
             if disk.full:
                 return
             blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in rows])
-            stored, size = disk.write(
-                list(zip(keys, blobs, strict=True)), tag, self.options.max_persistent_cache_size
-            )
+            stored, size = disk.write(list(zip(keys, blobs, strict=True)), tag, self.options.max_persistent_cache_size)
             self.disk_rows += stored
             self.disk_bytes += size
 

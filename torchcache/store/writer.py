@@ -1,4 +1,4 @@
-"""Write-behind: rows go to disk on a thread of their own, in the order they came, never more than a bounded amount behind."""
+"""Write-behind: rows go to disk on a thread of their own, in order, never more than a bounded amount behind."""
 
 from __future__ import annotations
 
