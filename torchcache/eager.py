@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._C._dynamo import eval_frame
 
 from torchcache.errors import RowwiseError
 from torchcache.graph.marked import Mark
@@ -45,13 +45,18 @@ def call(mark: Mark, door: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     """
     if inside_region() or torch._C._is_tracing() or torch.compiler.is_exporting():
         return mark.function(*args, **kwargs)
-    # Dynamo may be watching this thread; what the cache does is not for it to trace.
-    watching = set_eval_frame(None)
+    watching = eval_frame.set_eval_frame(None)
     try:
         owner = args[0] if mark.of_module and args else None
         return _cache_of(mark, owner, door)(args, kwargs)
     finally:
-        set_eval_frame(watching)
+        eval_frame.set_eval_frame(watching)
+
+
+# Dynamo may be watching a thread that gets here; what the cache does is not for it to trace.
+eval_frame.set_code_exec_strategy(
+    call.__code__, eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+)
 
 
 class _EagerCache:
@@ -161,7 +166,8 @@ class _EagerCache:
 
     def _notice_changes(self, module: nn.Module | None) -> None:
         assert self._program is not None
-        if self._program.unchanged() and self._state.unchanged(self._held):
+        named = self._options.persistent_module_hash is not None
+        if self._program.unchanged() and (named or self._state.unchanged(self._held)):
             return
         self._changes += 1
         if self._changes > SETUP_CALLS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
@@ -18,6 +19,8 @@ from torchcache.modes import settle
 from torchcache.options import CacheOptions
 
 __all__ = ["mark", "mark_of", "marked_modules", "torchcache", "unmark"]
+
+_numbers = itertools.count()
 
 T = TypeVar("T", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
@@ -273,8 +276,10 @@ def make_door(marked: Mark) -> Any:
             return outputs
         return eager.call(marked, opened, args, kwargs)
 
-    # Dynamo keeps its caches by code object, and the trace-time hooks find the mark by it: each door has its own.
-    opened = types.FunctionType(door.__code__.replace(), globals(), door.__name__, None, door.__closure__)
+    # Dynamo keeps its caches by code object, and the trace-time hooks find the mark by it. Code objects compare by
+    # value, so each door's has a name of its own.
+    code = door.__code__.replace(co_name=f"door_{next(_numbers)}")
+    opened = types.FunctionType(code, globals(), door.__name__, None, door.__closure__)
     functools.update_wrapper(opened, function)
     opened.torchcache_function = function  # type: ignore[attr-defined]
     opened.torchcache_mark = marked  # type: ignore[attr-defined]

@@ -179,24 +179,18 @@ def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
 def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     value = tensor_of(node)
     if node.op == "placeholder":
-        if value is None or not value.requires_grad:
+        if value is None or not value.requires_grad or node not in analysis.state:
             return None
-        if node in analysis.state:
-            return Verdict("trainable", f"reads the trainable parameter {_source_name(node)}")
-        return Verdict("gradient", f"the input {_source_name(node)} needs a gradient")
+        return Verdict("trainable", f"reads the trainable parameter {_source_name(node)}")
     if node.op not in ("call_function", "call_method", "call_module") or is_context_node(node):
         return None
     if levels:
         return Verdict("untraceable", f"{_where(node)} runs under a functorch transform")
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _leaves(node.meta.get("example_value"))):
+        return Verdict("gradient", f"{_where(node)} computes from an input that needs a gradient")
     if outermost(node) is None:
-        # Upstream of a mark, dropout and the like only make the data of the mark different every time.
-        return Verdict("gradient", f"its input {node.name} needs a gradient") if _needs_gradient(node) else None
+        return None  # upstream of a mark, dropout and the like only make the mark's input different every time
     return _operator_verdict(node, analysis)
-
-
-def _needs_gradient(node: fx.Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.requires_grad
 
 
 def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:

@@ -10,8 +10,8 @@ from torch import fx
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from torchcache.graph.frozen import Analysis
-from torchcache.graph.marked import outermost
+from torchcache.graph.frozen import Analysis, tensor_of
+from torchcache.graph.marked import MarkedCall, outermost
 from torchcache.options import CacheOptions
 
 __all__ = ["partition"]
@@ -44,14 +44,48 @@ def partition(module: fx.GraphModule, analysis: Analysis) -> list[list[fx.Node]]
                 module, _Frozen(analysis, options), allows_single_node_partition=True
             )
             proposed = partitioner.propose_partitions()
-        for group in proposed:
-            nodes = sorted(group.nodes, key=order.__getitem__)
-            regions.extend(_components(nodes))
+        groups = _joined([sorted(group.nodes, key=order.__getitem__) for group in proposed])
+        for nodes in groups:
+            regions.extend(_components(sorted(nodes, key=order.__getitem__)))
     return sorted(regions, key=lambda nodes: order[nodes[0]])
 
 
+def _joined(groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Partitions that hold parts of the same call, put together where nothing runs between them."""
+    joined: list[list[fx.Node]] = []
+    for group in groups:
+        calls = set(map(outermost, group))
+        partner = next(
+            (other for other in joined if calls & set(map(outermost, other)) and _convex([*other, *group])), None
+        )
+        if partner is None:
+            joined.append(list(group))
+        else:
+            partner.extend(group)
+    return joined
+
+
+def _convex(nodes: list[fx.Node]) -> bool:
+    """Whether no path leaves ``nodes`` and comes back."""
+    inside = set(nodes)
+    after = {user for node in nodes for user in node.users if user not in inside}
+    pending = list(after)
+    while pending:
+        for user in pending.pop().users:
+            if user in inside:
+                return False
+            if user not in after:
+                after.add(user)
+                pending.append(user)
+    return True
+
+
 def _components(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """The connected parts of ``nodes``: the partitioner also joins nodes that only stand side by side."""
+    """The parts of ``nodes`` that belong together: connected ones, and parts of one call that read the same input.
+
+    The partitioner also joins nodes that only stand side by side; two calls of one module stay two regions.
+    """
+    inside = set(nodes)
     leader = {node: node for node in nodes}
 
     def find(node: fx.Node) -> fx.Node:
@@ -60,10 +94,14 @@ def _components(nodes: list[fx.Node]) -> list[list[fx.Node]]:
             node = leader[node]
         return node
 
+    readers: dict[tuple[MarkedCall | None, fx.Node], fx.Node] = {}
     for node in nodes:
         for source in node.all_input_nodes:
-            if source in leader:
+            if source in inside:
                 leader[find(node)] = find(source)
+            elif tensor_of(source) is not None:
+                first = readers.setdefault((outermost(node), source), node)
+                leader[find(node)] = find(first)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         groups.setdefault(find(node), []).append(node)

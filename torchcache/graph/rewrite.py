@@ -262,6 +262,8 @@ def _replace(
             item = graph.call_function(operator.getitem, (lookup, index))
             item.meta = {key: value for key, value in node.meta.items() if key != "torchcache"}
             replacements[node] = item
+            analysis.varying.add(item)
+            analysis.contexts[item] = analysis.contexts[node]
     for node, item in replacements.items():
         for user in list(node.users):
             if user not in inside and user is not lookup:
@@ -359,7 +361,7 @@ def _identity(graph: fx.Graph, tensors: int) -> bytes:
     lines = []
     for position, node in enumerate(graph.nodes):
         if node.op == "placeholder":
-            if position < tensors:
+            if position < tensors and not all(map(is_number, node.users)):
                 numbers[node] = len(numbers)
             continue
         if is_number(node):

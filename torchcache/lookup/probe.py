@@ -77,8 +77,8 @@ def probe(
 def _mixing(where: str) -> RowwiseError:
     return RowwiseError(
         f"{where} cannot be cached: a row's output changes with the other rows of the batch. Likely: BatchNorm in "
-        "train mode (call .eval()), a mean, softmax or matmul over dim 0, or an input without a batch dimension whose first "
-        "dimension equals the batch size. Mark a smaller part, or unmark it"
+        "train mode (call .eval()), a mean, softmax or matmul over dim 0, or an input without a batch dimension whose "
+        "first dimension equals the batch size. Mark a smaller part, or unmark it"
     )
 
 
