@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from torchcache.errors import RowwiseError
+from torchcache.errors import OutputError, RowwiseError
 from torchcache.graph.marked import Mark
 from torchcache.graph.region import add_lookup
 from torchcache.logging import warn_once
@@ -83,6 +83,7 @@ class _EagerCache:
         self._identity = b""
         self._changes = 0
         self._trees: dict[bytes, Tree] = {}
+        self._roles: dict[bytes, _Roles] = {}
         self._lookups: dict[bytes, CacheLookup] = {}
         self.traced: Traced | None = None
         self._tracing = False
@@ -95,7 +96,7 @@ class _EagerCache:
         module = self._module() if self._module is not None else None
         if not mark.options_for(module).enabled:
             return mark.function(*args, **kwargs)
-        identity = self._identify(module)
+        self._look(module)
         if any(tensor.requires_grad for tensor in self._held):
             return self._partial(module, args, kwargs)
         bound = mark.signature().bind(*args, **kwargs)
@@ -104,42 +105,63 @@ class _EagerCache:
         if mark.of_module:
             arguments.pop(next(iter(arguments)))
         tensors, tree = flatten_arguments(arguments, self.name)
+        lookup = self._lookup(tree.constants)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             warn_once(f"{self.name} got an input that needs a gradient: such calls bypass the cache")
-            self._lookup(tree.constants).counters.count_bypass(batch_size(tensors, self.name))
+            lookup.counters.count_bypass(batch_size(tensors, self.name))
             return mark.function(*args, **kwargs)
-        count = batch_size(tensors, self.name)
-        roles = [tensor.ndim > 0 and tensor.shape[0] == count for tensor in tensors]
-        rows = [tensor for tensor, row in zip(tensors, roles, strict=True) if row]
-        lookup = self._lookup(tree.constants)
-        lookup.tag = identity.hex()
+        roles = self._roles.setdefault(tree.constants, _Roles(self.name))
 
         def compute(some: list[torch.Tensor]) -> list[torch.Tensor]:
             given = iter(some)
-            leaves = [next(given) if row else tensor for tensor, row in zip(tensors, roles, strict=True)]
+            leaves = [next(given) if row else tensor for tensor, row in zip(tensors, rows, strict=True)]
             return self._original(module, bound, tree.rebuild(leaves), tree.constants, lookup)
 
-        described = Call(
-            digest_bytes(identity + digest_bytes(tree.constants) + bytes(roles)),
-            NumericMode.current(rows[0].device.type),
-            rows,
-            [tensor for tensor, row in zip(tensors, roles, strict=True) if not row],
-            compute,
-            lambda: learn_layouts(described),
-        )
-        outputs = lookup.bypass(described) if bypassed() else lookup(described)
-        return self._trees[tree.constants].rebuild(outputs)
+        while True:
+            rows = roles.of(tensors)
+            call = self._call(tensors, rows, tree.constants, compute)
+            lookup.tag = self._identity.hex()
+            try:
+                outputs = lookup.bypass(call) if bypassed() else lookup(call)
+            except OutputError:
+                if not roles.look_elsewhere(tensors, lookup.output_rows):
+                    raise
+            else:
+                return self._trees[tree.constants].rebuild(outputs)
 
-    def _identify(self, module: nn.Module | None) -> bytes:
+    def _call(
+        self,
+        tensors: list[torch.Tensor],
+        rows: list[bool],
+        constants: bytes,
+        compute: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    ) -> Call:
+        batched = [tensor for tensor, row in zip(tensors, rows, strict=True) if row]
+        call = Call(
+            digest_bytes(self._identify() + digest_bytes(constants) + bytes(rows)),
+            NumericMode.current(batched[0].device.type),
+            batched,
+            [tensor for tensor, row in zip(tensors, rows, strict=True) if not row],
+            compute,
+            lambda: learn_layouts(call),
+        )
+        return call
+
+    def _look(self, module: nn.Module | None) -> None:
+        """Look at the program again if it changed."""
+        if self._program is not None and self._program.unchanged():
+            return
+        if module is not None:
+            settle(module)
+        subject = self._mark.function if module is None else (module, self._mark.function)
+        self._program = Program(subject, self.name)
+        self._held = self._program.tensors
+        self._identity = b""
+
+    def _identify(self) -> bytes:
         """Fingerprint of program and state, recomputed when either changed."""
+        assert self._program is not None
         name = self._options.persistent_module_hash
-        if self._program is None or not self._program.unchanged():
-            if module is not None:
-                settle(module)
-            subject = self._mark.function if module is None else (module, self._mark.function)
-            self._program = Program(subject, self.name)
-            self._held = self._program.tensors
-            self._identity = b""
         if self._identity and (name is not None or self._state.unchanged(self._held)):
             return self._identity
         if name is not None:
@@ -160,6 +182,7 @@ class _EagerCache:
         given = inspect.BoundArguments(bound.signature, dict(bound.arguments) | arguments)
         outputs = self._mark.function(*given.args, **given.kwargs)
         leaves, tree, lookup.output_paths = flatten_outputs(outputs, self.name)
+        lookup.output_rows = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
         self._trees[constants] = tree
         self._notice_changes(module)
         return leaves
@@ -175,8 +198,9 @@ class _EagerCache:
                 f"{self.name} cannot be cached: it changes its own attributes or buffers in every call (a counter, "
                 "running statistics, a cache of its own). Mark a part that keeps no state, or unmark it"
             )
+        self._look(module)
         self._identity = b""
-        self._identify(module)
+        self._identify()
 
     def _partial(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace a mark that is only partly frozen, and cache its frozen part."""
@@ -201,6 +225,42 @@ class _EagerCache:
             module = self._module() if self._module is not None else None
             add_lookup(self._mark if module is None else module, key, lookup)
         return lookup
+
+
+class _Roles:
+    """Which tensors of a call have rows, learnt from the calls seen.
+
+    The batch size is dim 0 of the first tensor, until the outputs say that another one leads. A tensor whose first
+    dimension once differed from the batch size is shared by all rows, also where the two happen to be equal later.
+
+    Parameters
+    ----------
+    where : str
+        Whose call, for errors.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._lead: int | None = None
+        self._tried: set[int] = set()
+        self._shared: set[int] = set()
+
+    def of(self, tensors: list[torch.Tensor]) -> list[bool]:
+        """Whether each of ``tensors`` has one row a sample."""
+        count = batch_size(tensors if self._lead is None else tensors[self._lead :], self._where)
+        for position, tensor in enumerate(tensors):
+            if not tensor.ndim or tensor.shape[0] != count:
+                self._shared.add(position)
+        return [position not in self._shared for position in range(len(tensors))]
+
+    def look_elsewhere(self, tensors: list[torch.Tensor], output_rows: set[int]) -> bool:
+        """Let a tensor lead whose first dimension all outputs share; ``False`` if there is none untried."""
+        for position, tensor in enumerate(tensors):
+            if position not in self._tried and tensor.ndim and {tensor.shape[0]} == output_rows:
+                self._tried.add(position)
+                self._lead, self._shared = position, set()
+                return True
+        return False
 
 
 _module_caches: weakref.WeakKeyDictionary[nn.Module, dict[Mark, _EagerCache]] = weakref.WeakKeyDictionary()

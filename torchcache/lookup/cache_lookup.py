@@ -130,6 +130,7 @@ class CacheLookup:
         self.counters = Counters()
         self.tag = ""
         self.output_paths: list[str] = []
+        self.output_rows: set[int] = set()
         self._layouts: dict[bytes, tuple[Layout, ...]] = {}
         self._probed = not options.verify
 

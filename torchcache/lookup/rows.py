@@ -55,8 +55,10 @@ def flatten_arguments(arguments: dict[str, Any], where: str) -> tuple[list[torch
         )
 
     taken = _Flattening(refuse)
-    template, text = taken.take(arguments, "")
-    return taken.tensors, Tree(lambda leaves: _put(template, leaves), text)
+    parts = {name: taken.take(value, _join("", name)) for name, value in arguments.items()}
+    templates = {name: template for name, (template, _) in parts.items()}
+    text = _text("arguments", (name.encode() + b"=" + text for name, (_, text) in parts.items()))
+    return taken.tensors, Tree(lambda leaves: _put(templates, leaves), text)
 
 
 def flatten_outputs(outputs: Any, where: str) -> tuple[list[torch.Tensor], Tree, list[str]]:
