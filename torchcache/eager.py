@@ -119,10 +119,10 @@ class _EagerCache:
 
         while True:
             rows = roles.of(tensors)
-            call = self._call(tensors, rows, tree.constants, compute)
+            described = self._call(tensors, rows, tree.constants, compute)
             lookup.tag = self._identity.hex()
             try:
-                outputs = lookup.bypass(call) if bypassed() else lookup(call)
+                outputs = lookup.bypass(described) if bypassed() else lookup(described)
             except OutputError:
                 if not roles.look_elsewhere(tensors, lookup.output_rows):
                     raise
@@ -137,15 +137,15 @@ class _EagerCache:
         compute: Callable[[list[torch.Tensor]], list[torch.Tensor]],
     ) -> Call:
         batched = [tensor for tensor, row in zip(tensors, rows, strict=True) if row]
-        call = Call(
+        described = Call(
             digest_bytes(self._identify() + digest_bytes(constants) + bytes(rows)),
             NumericMode.current(batched[0].device.type),
             batched,
             [tensor for tensor, row in zip(tensors, rows, strict=True) if not row],
             compute,
-            lambda: learn_layouts(call),
+            lambda: learn_layouts(described),
         )
-        return call
+        return described
 
     def _look(self, module: nn.Module | None) -> None:
         """Look at the program again if it changed."""
@@ -263,23 +263,25 @@ class _Roles:
         return False
 
 
-_module_caches: weakref.WeakKeyDictionary[nn.Module, dict[Mark, _EagerCache]] = weakref.WeakKeyDictionary()
-_function_caches: weakref.WeakKeyDictionary[Mark, _EagerCache] = weakref.WeakKeyDictionary()
+class _Caches(dict[Mark, _EagerCache]):
+    """The eager caches of one module or function, kept in its ``__dict__`` to die with it; copies start empty."""
+
+    def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
+        return _Caches, ()
+
+
+_ATTRIBUTE = "_torchcache_caches"
 
 
 def _cache_of(mark: Mark, module: Any, door: Callable[..., Any]) -> _EagerCache:
-    if not isinstance(module, nn.Module):
-        cache = _function_caches.get(mark)
-        if cache is None:
-            cache = _function_caches[mark] = _EagerCache(mark, None, door)
-        return cache
-    caches = _module_caches.setdefault(module, {})
-    cache = caches.get(mark)
+    owner = module if isinstance(module, nn.Module) else None
+    caches = vars(door if owner is None else owner).setdefault(_ATTRIBUTE, _Caches())
+    cache: _EagerCache | None = caches.get(mark)
     if cache is None:
-        cache = caches[mark] = _EagerCache(mark, module, door)
+        cache = caches[mark] = _EagerCache(mark, owner, door)
     return cache
 
 
 def traced_parts(module: nn.Module) -> list[Traced]:
     """What the eager door traced because ``module`` is partly trainable."""
-    return [cache.traced for cache in _module_caches.get(module, {}).values() if cache.traced is not None]
+    return [cache.traced for cache in vars(module).get(_ATTRIBUTE, {}).values() if cache.traced is not None]

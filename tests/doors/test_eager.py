@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import enum
+import gc
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_arguments_of_every_plain_kind_are_part_of_the_key():
 
 def test_an_argument_of_another_kind_is_named():
     module = frozen(lambda self, x, thing=None: x * 2, nn.Linear(2, 2))
-    with pytest.raises(torchcache.ArgumentError, match="thing.*object"):
+    with pytest.raises(torchcache.ArgumentError, match=r"thing.*object"):
         module(torch.randn(3, 2), thing=object())
 
 
@@ -502,3 +504,27 @@ def test_stats_prints_a_table_and_takes_only_models():
     assert "Plain" in str(torchcache.stats(module))
     with pytest.raises(TypeError):
         torchcache.stats(3)
+
+
+def test_a_shared_input_may_come_first_and_may_have_as_many_rows_as_the_batch():
+    module = frozen(lambda self, table, x: x @ table, nn.Linear(2, 2))
+    table = torch.randn(4, 3)
+    for rows in (5, 4, 1, 4, 5):
+        x = torch.randn(rows, 4)
+        for _ in range(2):
+            torch.testing.assert_close(module(table, x), x @ table)
+    assert torchcache.stats(module).hits >= 19
+
+
+@pytest.mark.parametrize("door", ["eager", "transform", "partial"])
+def test_modules_and_their_rows_are_freed(door):
+    module = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), freeze=door != "partial")
+    module[0].requires_grad_(False)
+    model = torchcache.transform(nn.Sequential(module)) if door == "transform" else module
+    for _ in range(2):
+        model(torch.randn(3, 4))
+    gone = weakref.ref(module)
+    torch._dynamo.reset()
+    del module, model
+    gc.collect()
+    assert gone() is None

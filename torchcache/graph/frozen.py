@@ -158,7 +158,8 @@ def _placeholder_kind(node: fx.Node) -> str:
     if isinstance(value, nn.Parameter) or source is None:
         return "state" if isinstance(value, nn.Parameter) else "data"
     name = source.name if isinstance(source.name, str) else source.name()
-    held = "_parameters[" in name or "_buffers[" in name or "_modules[" in name or name.startswith("G[")
+    places = ("_parameters[", "_buffers[", "_modules[", "__closure__", "cell_contents")
+    held = name.startswith("G[") or any(place in name for place in places)
     module = "UNSPECIALIZED" in getattr(_guard_source(source), "name", "")
     return "state" if held or module else "data"
 

@@ -116,7 +116,7 @@ _doors: dict[types.CodeType, weakref.ReferenceType[Mark]] = {}
 
 def register_door(code: types.CodeType, mark: Mark) -> None:
     """Say which mark the door function with this code object belongs to."""
-    _doors[code] = weakref.ref(mark)
+    _doors[code] = weakref.ref(mark, lambda _: _doors.pop(code, None))
 
 
 def outermost(node: torch.fx.Node) -> MarkedCall | None:
