@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from torchcache.errors import ArgumentError
-from torchcache.lookup.encode import constant_bytes
+from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
 

@@ -7,16 +7,12 @@ or of the standard library is identified by its name, its own bytecode and the p
 
 from __future__ import annotations
 
-import dataclasses
-import dis
 import enum
 import functools
 import hashlib
-import math
 import os
 import struct
 import sys
-import sysconfig
 import types
 import weakref
 from collections.abc import Iterable, Mapping
@@ -27,8 +23,9 @@ import torch
 from torch import nn
 
 from torchcache.errors import FingerprintError
+from torchcache.lookup.code import global_names, installed
 
-__all__ = ["IGNORED_ATTRIBUTES", "Encoder", "constant_bytes"]
+__all__ = ["IGNORED_ATTRIBUTES", "Encoder"]
 
 # What nn.Module keeps for itself, and what does not change what forward computes.
 IGNORED_ATTRIBUTES = frozenset(
@@ -57,9 +54,6 @@ IGNORED_ATTRIBUTES = frozenset(
 )
 IGNORED_PREFIXES = ("torchcache_", "_torchcache", "_commit_hash")
 
-_INSTALLED = tuple(
-    os.path.realpath(path) + os.sep for path in {sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib")}
-)
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -183,7 +177,7 @@ class Encoder:
         if installed(home):
             self._package(home)
             return
-        for names in _global_names(function.__code__):
+        for names in global_names(function.__code__):
             self._global(function.__globals__, names)
 
     def _type(self, cls: type) -> None:
@@ -419,107 +413,3 @@ def _is_machinery(value: Any) -> bool:
 def _slots(cls: type) -> tuple[str, ...]:
     slots = vars(cls).get("__slots__", ())
     return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-@functools.lru_cache(maxsize=4096)
-def installed(module: str) -> bool:
-    """Whether ``module`` belongs to an installed package or to Python, so that a version names its code."""
-    if module == "torchcache" or module.startswith("torchcache."):
-        return True
-    found = sys.modules.get(module)
-    file = getattr(found, "__file__", None)
-    if file is None:
-        return module in sys.builtin_module_names or module == "builtins"
-    package = sys.modules.get(module.partition(".")[0])
-    inside = os.path.realpath(file).startswith(_INSTALLED)
-    standard = module.partition(".")[0] in sys.stdlib_module_names
-    return inside and (standard or isinstance(getattr(package, "__version__", None), str))
-
-
-@functools.lru_cache(maxsize=4096)
-def _global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The global names that ``code`` reads, each with the attributes taken from it, nested code included."""
-    chains: set[tuple[str, ...]] = set()
-    chain: list[str] = []
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if chain:
-                chains.add(tuple(chain))
-            chain = [instruction.argval]
-        elif chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            chain.append(instruction.argval)
-        elif chain and instruction.opname not in ("CACHE", "PUSH_NULL"):
-            chains.add(tuple(chain))
-            chain = []
-    if chain:
-        chains.add(tuple(chain))
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            chains.update(_global_names(constant))
-    return tuple(sorted(chains))
-
-
-def constant_bytes(value: Any) -> bytes:
-    """Canonical bytes of a plain argument.
-
-    Parameters
-    ----------
-    value : None, bool, int, float, complex, str, bytes, Enum, torch.dtype, device, layout or memory format, slice,
-            or tuples, lists, sets and dicts of them
-        The argument.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-    """
-    return b"".join(_constant(value))
-
-
-def _constant(value: Any) -> Iterable[bytes]:
-    if isinstance(value, enum.Enum):
-        text = f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
-    elif isinstance(value, float):
-        text = "nan" if math.isnan(value) else value.hex()
-    elif isinstance(value, (type(None), bool, int, complex, str, bytes)):
-        text = repr(value)
-    elif isinstance(value, torch.device):
-        text = value.type
-    elif isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
-        text = str(value)
-    elif isinstance(value, slice):
-        yield from _group("slice", (value.start, value.stop, value.step))
-        return
-    elif isinstance(value, Mapping):
-        items = sorted((constant_bytes(key), constant_bytes(item)) for key, item in value.items())
-        yield from _joined("dict", [part for item in items for part in item])
-        return
-    elif isinstance(value, (set, frozenset)):
-        yield from _joined("set", sorted(constant_bytes(item) for item in value))
-        return
-    elif isinstance(value, (tuple, list)):
-        yield from _group("sequence", value)
-        return
-    elif isinstance(value, np.generic):
-        yield from _constant(value.item())
-        return
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _group(type(value).__qualname__, [getattr(value, f.name) for f in dataclasses.fields(value)])
-        return
-    else:
-        raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}")
-    kind = "number" if isinstance(value, (bool, int)) and not isinstance(value, enum.Enum) else type(value).__name__
-    kind = "bool" if isinstance(value, bool) else kind
-    yield from _joined(kind, [text.encode("utf-8", "surrogatepass")])
-
-
-def _group(kind: str, values: Iterable[Any]) -> Iterable[bytes]:
-    return _joined(kind, [constant_bytes(value) for value in values])
-
-
-def _joined(kind: str, parts: list[bytes]) -> Iterable[bytes]:
-    yield struct.pack("<H", len(kind)) + kind.encode()
-    yield struct.pack("<Q", len(parts))
-    for part in parts:
-        yield struct.pack("<Q", len(part))
-        yield part

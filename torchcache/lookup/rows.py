@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchcache.errors import ArgumentError, OutputError
-from torchcache.lookup.encode import constant_bytes
+from torchcache.lookup.constants import constant_bytes
 
 __all__ = ["Layout", "Tree", "batch_size", "flatten_arguments", "flatten_outputs"]
 
