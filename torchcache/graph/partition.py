@@ -45,9 +45,25 @@ def partition(module: fx.GraphModule, analysis: Analysis) -> list[list[fx.Node]]
             )
             proposed = partitioner.propose_partitions()
         groups = _joined([sorted(group.nodes, key=order.__getitem__) for group in proposed])
+        _add_items(groups, module, analysis, options)
         for nodes in groups:
             regions.extend(_components(sorted(nodes, key=order.__getitem__)))
     return sorted(regions, key=lambda nodes: order[nodes[0]])
+
+
+def _add_items(groups: list[list[fx.Node]], module: fx.GraphModule, analysis: Analysis, options: CacheOptions) -> None:
+    """Give indexing of inputs back to the groups that read it: the partitioner moves it to its producer's partition."""
+    owner = {node: group for group in groups for node in group}
+    support = _Frozen(analysis, options)
+    for node in reversed(module.graph.nodes):
+        if node in owner or not support.is_node_supported({}, node):
+            continue
+        for user in node.users:
+            group = owner.get(user)
+            if group is not None and _convex([*group, node]):
+                group.append(node)
+                owner[node] = group
+                break
 
 
 def _joined(groups: list[list[fx.Node]]) -> list[list[fx.Node]]:

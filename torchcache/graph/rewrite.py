@@ -60,8 +60,12 @@ def cache_regions(
         if cut is None:
             continue
         region = _replace(graph, cut, analysis, compile_original)
-        if region is not None:
-            regions.append(region)
+        if region is None:
+            continue
+        regions.append(region)
+        for node in reversed(nodes):  # what only the region read, and what nobody reads
+            if not node.users and (node not in analysis.written or node in cut.nodes):
+                graph.erase_node(node)
     _tell(graph, analysis, regions)
     if regions:
         graph.lint()
@@ -115,9 +119,6 @@ def _replace(
         for user in list(node.users):
             if user not in inside and user is not lookup:
                 user.replace_input_with(node, item)
-    for node in reversed(cut.nodes):
-        if not node.users:
-            graph.erase_node(node)
     return region
 
 
