@@ -1,0 +1,226 @@
+"""Door 2: torch.compile with our backend."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import torchcache
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+
+    def forward(self, x, k=1):
+        return torch.relu(self.second(torch.relu(self.first(x)))) * k
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, k=1):
+        return self.head(self.backbone(x, k))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pair():
+    net = Net()
+    plain = copy.deepcopy(net)
+    torchcache.mark(net.backbone, freeze=True)
+    plain.backbone.requires_grad_(False)
+    return net, plain
+
+
+def compiled(net, inner="aot_eager", **options):
+    return torch.compile(net, backend=torchcache.torchcache_backend, options={"inner": inner, **options})
+
+
+def step(net, x):
+    net.zero_grad()
+    out = net(x)
+    out.pow(2).sum().backward()
+    return out
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_training_steps_are_the_same_without_a_graph_break(inner):
+    net, plain = pair()
+    run = torch.compile(net, backend=torchcache.torchcache_backend, fullgraph=True, options={"inner": inner})
+    x = torch.randn(8, 16)
+    mixed = torch.cat([x[:3], torch.randn(5, 16)])
+    for batch in (x, x, x[:5], mixed, x[:1], x[[1, 1, 2]]):
+        torch.testing.assert_close(step(run, batch), step(plain, batch))
+        torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
+    assert torchcache.stats(run).misses == 13
+    assert torchcache.stats(run).hits == 8 + 5 + 3 + 1 + 3
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_full_and_short_batches_compile_at_most_twice(inner):
+    net, _ = pair()
+    traces = []
+
+    def counting(module, inputs):
+        traces.append(module)
+        return torch._dynamo.lookup_backend(inner)(module, inputs)
+
+    run = torch.compile(net, backend=torchcache.torchcache_backend, options={"inner": counting})
+    for _ in range(3):
+        for rows in (8, 8, 8, 3):
+            run(torch.randn(rows, 16))
+    assert len(traces) <= 2
+
+
+def test_misses_run_with_any_number_of_rows_without_compiling_again():
+    net, plain = pair()
+    run = compiled(net, inner="eager", compile_misses=True)
+    data = torch.randn(40, 16)
+    run(data[:8]), run(data[:5])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for start, stop in ((3, 12), (10, 17), (5, 20), (12, 24)):
+            torch.testing.assert_close(run(data[start:stop]), plain(data[start:stop]))
+
+
+def test_weights_attributes_and_arguments_are_part_of_the_key():
+    net, plain = pair()
+    run = compiled(net)
+    x = torch.randn(4, 16)
+    run(x)
+    with torch.no_grad():
+        net.backbone.first.weight.add_(1), plain.backbone.first.weight.add_(1)
+    torch.testing.assert_close(run(x), plain(x))
+    for k in (2, 3, 2, 5, 1):
+        torch.testing.assert_close(run(x, k), plain(x, k))
+    assert (torchcache.stats(run).misses, torchcache.stats(run).hits) == (4 * 5, 4 * 2)
+
+
+def test_found_by_name_without_importing_torchcache():
+    source = (
+        "import torch; m = torch.nn.Linear(2, 2); f = torch.compile(m, backend='torchcache', options={'inner': 'eager'});"
+        "print(f(torch.ones(3, 2)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[3, 2]" in done.stdout
+
+
+def test_a_marked_module_compiled_on_its_own():
+    module = torchcache.mark(Backbone(), freeze=True)
+    run = compiled(module)
+    x = torch.randn(4, 16)
+    expected = run(x)
+    torch.testing.assert_close(run(x), expected)
+    assert (torchcache.stats(run).misses, torchcache.stats(run).hits) == (4, 4)
+
+
+def test_a_function_that_calls_a_marked_module():
+    module = torchcache.mark(Backbone(), freeze=True)
+
+    @torch.compile(backend=torchcache.torchcache_backend, fullgraph=True, options={"inner": "eager"})
+    def run(x):
+        return module(x).sum(1)
+
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(run(x), run(x))
+    assert (torchcache.stats(module).misses, torchcache.stats(module).hits) == (4, 4)
+
+
+def test_a_decorated_function_inside_a_compiled_model():
+    @torchcache.torchcache
+    def features(x, power=2):
+        return torch.fft.rfft(x).abs() ** power
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(9, 2)
+
+        def forward(self, x):
+            return self.head(features(x))
+
+    model = Model()
+    run = compiled(model)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), model.head(torch.fft.rfft(x).abs() ** 2))
+    assert (torchcache.stats(features).misses, torchcache.stats(features).hits) == (4, 4)
+
+
+def test_containers_repeated_modules_and_shared_weights():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            first = torchcache.mark(Backbone(), freeze=True)
+            second = torchcache.mark(Backbone(), freeze=True)
+            second.first.weight = first.first.weight
+            self.towers = nn.ModuleList([nn.Sequential(first), nn.Sequential(second)])
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x, y):
+            return self.head(self.towers[0](x) + self.towers[0](y) + self.towers[1](x))
+
+    model = Towers()
+    run = compiled(model)
+    x, y = torch.randn(4, 16), torch.randn(4, 16)
+    with torchcache.bypass():
+        expected = model(x, y)
+    for _ in range(2):
+        torch.testing.assert_close(run(x, y), expected)
+    assert torchcache.stats(run).misses == 12
+
+
+def test_activation_checkpointing_and_autocast_behave():
+    class Checkpointed(Net):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.head, self.backbone(x), use_reentrant=False)
+
+    net = Checkpointed()
+    torchcache.mark(net.backbone, freeze=True)
+    run = compiled(net)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torchcache.bypass():
+            torch.testing.assert_close(out, net(x), rtol=1e-2, atol=1e-2)
+        net.zero_grad()
+        out.float().sum().backward()
+        assert net.head.weight.grad is not None
+    assert torchcache.stats(run).misses == 4
+
+
+def test_a_graph_break_inside_a_mark_falls_back_to_the_eager_door():
+    class Breaking(Backbone):
+        def forward(self, x, k=1):
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(h) * k
+
+    net = Net()
+    net.backbone = torchcache.mark(Breaking(), freeze=True)
+    run = compiled(net)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), net.head(net.backbone.second(net.backbone.first(x))))
+    assert (torchcache.stats(run).misses, torchcache.stats(run).hits) == (4, 4)
+
+
+def test_an_unknown_inner_backend_is_named():
+    net, _ = pair()
+    with pytest.raises(Exception, match="no_such_backend"):
+        compiled(net, inner="no_such_backend")(torch.randn(4, 16))
