@@ -11,6 +11,7 @@ from torchcache.errors import (
     StoreVersionError,
     TorchcacheError,
 )
+from torchcache.explain import explain
 from torchcache.lookup.context import bypass, sample_keys
 from torchcache.marks import mark, torchcache, unmark
 from torchcache.options import CacheOptions
@@ -31,6 +32,7 @@ __all__ = [
     "StoreVersionError",
     "TorchcacheError",
     "bypass",
+    "explain",
     "flush",
     "graphs",
     "mark",

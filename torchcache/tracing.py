@@ -15,7 +15,7 @@ from torchcache.graph.region import GraphRegion
 from torchcache.graph.rewrite import cache_regions
 from torchcache.logging import logger, warn_once
 
-__all__ = ["Traced"]
+__all__ = ["Traced", "trace_with"]
 
 _numbers = itertools.count()
 
@@ -47,8 +47,7 @@ class Traced:
         if self._broken:
             return self._function(*args, **kwargs)
         if self._compiled is None:
-            self._compiled = torch.compile(_own_frame(self._function), backend=self._backend)
-        _mark_batches((args, kwargs))
+            self._compiled = trace_with(self._function, self._backend)
         from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 
         try:
@@ -71,6 +70,17 @@ class Traced:
         self._broken = True
         warn_once(f"{self._name} cannot be traced ({type(error).__name__}); its marked modules are cached one by one")
         logger.info("tracing %s failed: %s", self._name, error)
+
+
+def trace_with(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, its graphs handed to ``backend``, with the first dimension of every tensor argument symbolic."""
+    compiled = torch.compile(_own_frame(function), backend=backend)
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        _mark_batches((args, kwargs))
+        return compiled(*args, **kwargs)
+
+    return traced
 
 
 def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,10 +39,13 @@ class Verdict:
         "trainable", "random", "batch statistics", "mutation", "gradient" or "untraceable".
     reason : str
         The reason with its cause, for people.
+    source : str
+        File and line of the node that it began with, where known.
     """
 
     kind: str
     reason: str
+    source: str = ""
 
 
 @dataclasses.dataclass
@@ -127,8 +131,13 @@ def analyse(graph: fx.Graph) -> Analysis:
             _classify(node, analysis)
             verdict = _inherited(node, analysis) or _own(node, analysis, levels)
             if verdict is not None:
-                analysis.verdicts[node] = verdict
+                analysis.verdicts[node] = verdict if verdict.source else _sourced(verdict, node)
     return analysis
+
+
+def _sourced(verdict: Verdict, node: fx.Node) -> Verdict:
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return dataclasses.replace(verdict, source=":".join(frames[-1])) if frames and node.op != "placeholder" else verdict
 
 
 def _classify(node: fx.Node, analysis: Analysis) -> None:
