@@ -178,7 +178,7 @@ def _explain_graph(module: fx.GraphModule, found: Explanation, seen: set[str]) -
     seen.update(call.path for call in calls)
     analysis = analyse(module.graph)
     cached: set[fx.Node] = set()
-    for nodes in partition(module, analysis):
+    for nodes in partition(module.graph, analysis):
         cut = cut_region(nodes, analysis)
         if cut is None:
             continue

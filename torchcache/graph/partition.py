@@ -1,14 +1,13 @@
-"""Marked and frozen nodes to regions: connected, convex, one set of options each."""
+"""Marked and frozen nodes to regions: connected, convex, one set of options each.
+
+Convex means that no path leaves a region and comes back, also not through other regions run as one step, so that each
+can run at one point of the graph. Nodes are taken in the graph's order and join the regions of their inputs, unless
+one of their other inputs depends on that region.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
-
 from torch import fx
-from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
-from torch.fx.passes.operator_support import OperatorSupportBase
 
 from torchcache.graph.frozen import Analysis, tensor_of
 from torchcache.graph.marked import MarkedCall, outermost
@@ -17,120 +16,110 @@ from torchcache.options import CacheOptions
 __all__ = ["partition"]
 
 
-class _Frozen(OperatorSupportBase):
-    """Who may join a region of these options."""
+class _Group:
+    """A region in the making.
 
-    def __init__(self, analysis: Analysis, options: CacheOptions) -> None:
-        self._analysis = analysis
-        self._options = options
+    Parameters
+    ----------
+    options : CacheOptions
+        The options of every mark in it.
+    """
 
-    def is_node_supported(self, submodules: Mapping[str, object], node: fx.Node) -> bool:
-        call = outermost(node)
-        return call is not None and self._analysis.cacheable(node) and call.options == self._options
+    def __init__(self, options: CacheOptions) -> None:
+        self.options = options
+        self.nodes: list[fx.Node] = []
+        self.outside: set[_Group] = set()
+        self._merged_into: _Group | None = None
+
+    def root(self) -> _Group:
+        """The group that this one is part of by now."""
+        group = self
+        while group._merged_into is not None:
+            group = group._merged_into
+        return group
+
+    def merge(self, other: _Group) -> None:
+        """Take ``other`` in."""
+        self.nodes += other.nodes
+        self.outside |= other.outside
+        other._merged_into = self
 
 
-def partition(module: fx.GraphModule, analysis: Analysis) -> list[list[fx.Node]]:
+def partition(graph: fx.Graph, analysis: Analysis) -> list[list[fx.Node]]:
     """The regions of a graph, each as its nodes in the graph's order; the regions in the order of their first nodes."""
-    order = {node: position for position, node in enumerate(module.graph.nodes)}
-    choices: list[CacheOptions] = []
-    for node in module.graph.nodes:
-        call = outermost(node)
-        if call is not None and analysis.cacheable(node) and call.options not in choices:
-            choices.append(call.options)
-    regions = []
-    for options in choices:
-        with _quiet():
-            partitioner = CapabilityBasedPartitioner(
-                module, _Frozen(analysis, options), allows_single_node_partition=True
-            )
-            proposed = partitioner.propose_partitions()
-        groups = _joined([sorted(group.nodes, key=order.__getitem__) for group in proposed])
-        _add_items(groups, module, analysis, options)
-        for nodes in groups:
-            regions.extend(_components(sorted(nodes, key=order.__getitem__)))
-    return sorted(regions, key=lambda nodes: order[nodes[0]])
-
-
-def _add_items(groups: list[list[fx.Node]], module: fx.GraphModule, analysis: Analysis, options: CacheOptions) -> None:
-    """Give indexing of inputs back to the groups that read it: the partitioner moves it to its producer's partition."""
-    owner = {node: group for group in groups for node in group}
-    support = _Frozen(analysis, options)
-    for node in reversed(module.graph.nodes):
-        if node in owner or not support.is_node_supported({}, node):
-            continue
-        for user in node.users:
-            group = owner.get(user)
-            if group is not None and _convex([*group, node]):
-                group.append(node)
-                owner[node] = group
-                break
-
-
-def _joined(groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """Partitions that hold parts of the same call, put together where nothing runs between them."""
-    joined: list[list[fx.Node]] = []
-    for group in groups:
-        calls = set(map(outermost, group))
-        partner = next(
-            (other for other in joined if calls & set(map(outermost, other)) and _convex([*other, *group])), None
-        )
-        if partner is None:
-            joined.append(list(group))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    member: dict[fx.Node, _Group] = {}
+    outside: dict[fx.Node, set[_Group]] = {}
+    groups: list[_Group] = []
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        behind = {group.root() for source in sources for group in outside[source]}
+        feeding = list(dict.fromkeys(member[source].root() for source in sources if source in member))
+        if analysis.cacheable(node):
+            group = _choose(node, feeding, behind)
+            if group not in groups:
+                groups.append(group)
+            group.nodes.append(node)
+            member[node] = group
+            behind |= {other.root() for other in feeding} - {group}
+            group.outside |= behind
         else:
-            partner.extend(group)
+            behind |= set(feeding)
+        outside[node] = behind
+    found = _join_calls([group for group in groups if group.root() is group])
+    return sorted((sorted(group.nodes, key=order.__getitem__) for group in found), key=lambda nodes: order[nodes[0]])
+
+
+def _choose(node: fx.Node, feeding: list[_Group], behind: set[_Group]) -> _Group:
+    """The group that ``node`` joins: those of its inputs, merged as far as they may be, or a new one."""
+    call = outermost(node)
+    assert call is not None
+    options = call.options
+    chosen: _Group | None = None
+    for group in feeding:
+        if group.options != options or group in _closure(behind | (set(feeding) - {group})):
+            continue
+        if chosen is None:
+            chosen = group
+        elif _independent(chosen, group):
+            chosen.merge(group)
+    return chosen if chosen is not None else _Group(options)
+
+
+def _closure(groups: set[_Group]) -> set[_Group]:
+    """``groups`` and all that they depend on."""
+    found: set[_Group] = set()
+    pending = [group.root() for group in groups]
+    while pending:
+        group = pending.pop()
+        if group not in found:
+            found.add(group)
+            pending += [other.root() for other in group.outside]
+    return found
+
+
+def _independent(first: _Group, second: _Group) -> bool:
+    return first not in _closure(second.outside) and second not in _closure(first.outside)
+
+
+def _join_calls(groups: list[_Group]) -> list[_Group]:
+    """Put parts of the same call that read the same tensor together; two calls of one module stay two regions."""
+    joined: list[_Group] = []
+    for group in groups:
+        for other in joined:
+            if other.options == group.options and _reads(other) & _reads(group) and _independent(other, group):
+                other.merge(group)
+                break
+        else:
+            joined.append(group)
     return joined
 
 
-def _convex(nodes: list[fx.Node]) -> bool:
-    """Whether no path leaves ``nodes`` and comes back."""
-    inside = set(nodes)
-    after = {user for node in nodes for user in node.users if user not in inside}
-    pending = list(after)
-    while pending:
-        for user in pending.pop().users:
-            if user in inside:
-                return False
-            if user not in after:
-                after.add(user)
-                pending.append(user)
-    return True
-
-
-def _components(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """The parts of ``nodes`` that belong together: connected ones, and parts of one call that read the same input.
-
-    The partitioner also joins nodes that only stand side by side; two calls of one module stay two regions.
-    """
-    inside = set(nodes)
-    leader = {node: node for node in nodes}
-
-    def find(node: fx.Node) -> fx.Node:
-        while leader[node] is not node:
-            leader[node] = leader[leader[node]]
-            node = leader[node]
-        return node
-
-    readers: dict[tuple[MarkedCall | None, fx.Node], fx.Node] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            if source in inside:
-                leader[find(node)] = find(source)
-            elif tensor_of(source) is not None:
-                first = readers.setdefault((outermost(node), source), node)
-                leader[find(node)] = find(first)
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        groups.setdefault(find(node), []).append(node)
-    return list(groups.values())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch's partitioner prints whole graphs at INFO."""
-    logger = logging.getLogger("torch.fx.passes.infra.partitioner")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _reads(group: _Group) -> set[tuple[MarkedCall | None, fx.Node]]:
+    inside = set(group.nodes)
+    return {
+        (outermost(node), source)
+        for node in group.nodes
+        for source in node.all_input_nodes
+        if source not in inside and tensor_of(source) is not None
+    }

@@ -55,7 +55,7 @@ def cache_regions(
             raise ArgumentError(call.problem)
     analysis = analyse(graph)
     regions = []
-    for nodes in partition(module, analysis):
+    for nodes in partition(graph, analysis):
         cut = cut_region(nodes, analysis)
         if cut is None:
             continue
