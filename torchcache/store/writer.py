@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 from collections import deque
@@ -50,6 +51,7 @@ class Writer:
             self._changed.wait_for(lambda: not self._jobs)
 
     def _run(self) -> None:
+        _yield_to_training()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._jobs))
@@ -64,6 +66,12 @@ class Writer:
                 self._jobs.popleft()
                 self._waiting -= size
                 self._changed.notify_all()
+
+
+def _yield_to_training() -> None:
+    """Let this thread run when training does not need the core, where the system can say so."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # a thread's own priority, on Linux
 
 
 _writer = Writer()

