@@ -111,7 +111,8 @@ def test_weights_attributes_and_arguments_are_part_of_the_key():
 
 def test_found_by_name_without_importing_torchcache():
     source = (
-        "import torch; m = torch.nn.Linear(2, 2); f = torch.compile(m, backend='torchcache', options={'inner': 'eager'});"
+        "import torch; m = torch.nn.Linear(2, 2);"
+        "f = torch.compile(m, backend='torchcache', options={'inner': 'eager'});"
         "print(f(torch.ones(3, 2)).shape)"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)

@@ -54,6 +54,7 @@ IGNORED_ATTRIBUTES = frozenset(
 )
 IGNORED_PREFIXES = ("torchcache_", "_torchcache", "_commit_hash")
 
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not in C
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -182,7 +183,7 @@ class Encoder:
 
     def _type(self, cls: type) -> None:
         """Encode a class: its name, and for the user's own classes all of its code."""
-        if installed(cls.__module__):
+        if _is_installed(cls):
             self._put("class", cls.__module__, cls.__qualname__)
             self._package(cls.__module__)
             return
@@ -408,6 +409,12 @@ def _is_machinery(value: Any) -> bool:
         "typing",
         "torchcache",
     )
+
+
+def _is_installed(cls: type) -> bool:
+    """Whether a version names the code of ``cls``; classes of code without a module claim to be builtins."""
+    made_by_code = bool(cls.__flags__ & HEAP_TYPE)
+    return installed(cls.__module__) and not (cls.__module__ == "builtins" and made_by_code)
 
 
 def _slots(cls: type) -> tuple[str, ...]:

@@ -1,0 +1,206 @@
+"""The disk tier: what it refuses, and what it survives."""
+
+import json
+import os
+import pickle
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from torchcache.errors import StoreVersionError
+from torchcache.logging import logger
+from torchcache.store.disk import MIN_FILE_SIZE, BlobDisk, DiskTier
+
+LIMIT = 10**9
+
+
+def key(number):
+    return number.to_bytes(32, "big")
+
+
+def entries(numbers, size=100):
+    return [(key(number), number.to_bytes(4, "big") * (size // 4)) for number in numbers]
+
+
+def database(directory):
+    return sqlite3.connect(next(directory.rglob("cache.db")))
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    seen = []
+    monkeypatch.setattr(logger, "warning", lambda text, *args: seen.append(text % args if args else text))
+    return seen
+
+
+def test_batches_of_any_size_come_back(tmp_path):
+    tier = DiskTier(tmp_path)
+    stored = entries(range(1700))
+    assert tier.write(stored, "tag", LIMIT) == (1700, 170_000)
+    assert tier.read([key(number) for number in range(-0, 1700)]) == dict(stored)
+    assert tier.read([key(5), key(9999)]) == dict(stored[5:6])
+    assert DiskTier(tmp_path).read([key(3)]) == dict(stored[3:4])
+
+
+def test_large_values_are_files_and_private(tmp_path):
+    tier = DiskTier(tmp_path / "new")
+    stored = entries(range(3), size=2 * MIN_FILE_SIZE)
+    tier.write(stored, "tag", LIMIT)
+    files = list(tmp_path.rglob("*.val"))
+    assert len(files) == 3
+    assert tier.read([key(1)]) == dict(stored[1:2])
+    if os.name == "posix":
+        assert all(path.stat().st_mode & 0o077 == 0 for path in [*files, tmp_path / "new"])
+
+
+def test_the_limit_counts_files_and_stops_storing(tmp_path, warnings):
+    tier = DiskTier(tmp_path)
+    stored, _ = tier.write(entries(range(40), size=2 * MIN_FILE_SIZE), "tag", 20 * MIN_FILE_SIZE)
+    assert 0 < stored < 11
+    assert tier.full
+    assert tier.volume() <= 20 * MIN_FILE_SIZE
+    assert DiskTier(tmp_path).write(entries(range(50, 60), 2 * MIN_FILE_SIZE), "tag", 20 * MIN_FILE_SIZE)[0] <= 1
+    assert len([text for text in warnings if "full" in text]) == 1
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"mode": 4, "value": "bomb"},
+        {"mode": 4, "value": None, "filename": "bomb.val"},
+        {"mode": 3, "value": None, "filename": "bomb.val"},
+        {"mode": 2, "value": None, "filename": "{outside}"},
+        {"mode": 2, "value": None, "filename": "../../secret"},
+        {"mode": 2, "value": None, "filename": "ab/cd/" + "e" * 28 + ".val"},
+        {"mode": 1, "value": "text"},
+        {"mode": None, "value": None},
+    ],
+)
+def test_planted_rows_execute_nothing_and_open_nothing(tmp_path, columns, warnings):
+    directory = tmp_path / "cache"
+    tier = DiskTier(directory)
+    tier.write(entries(range(3)), "tag", LIMIT)
+    bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
+    (tmp_path / "secret").write_bytes(b"secret")
+    rows = next(directory.rglob("cache.db")).parent
+    (rows / "bomb.val").write_bytes(bomb)
+    link = rows / "ab" / "cd" / ("e" * 28 + ".val")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "secret")
+    planted = {"filename": None, **columns}
+    planted = {name: bomb if value == "bomb" else value for name, value in planted.items()}
+    if planted["filename"]:
+        planted["filename"] = planted["filename"].format(outside=tmp_path / "secret")
+    with database(directory) as connection:
+        assignments = ", ".join(f"{name} = ?" for name in planted)
+        connection.execute(f"UPDATE Cache SET {assignments} WHERE key = ?", (*planted.values(), key(1)))
+    found = DiskTier(directory).read([key(0), key(1), key(2)])
+    assert set(found) == {key(0), key(2)}
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_pickled_keys_and_values_are_refused(tmp_path):
+    disk = BlobDisk(str(tmp_path))
+    for value in ("text", 3, 2.5, ("tuple",), None):
+        with pytest.raises(TypeError):
+            disk.put(value)
+        with pytest.raises(TypeError):
+            disk.store(value, False)
+    with pytest.raises(ValueError, match="refused"):
+        disk.get(pickle.dumps(Bomb(str(tmp_path / "exploded"))), False)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_newer_format_is_refused_and_untouched(tmp_path):
+    (tmp_path / "torchcache.json").write_text(json.dumps({"format": 2, "more": 1}))
+    with pytest.raises(StoreVersionError, match="upgrade"):
+        DiskTier(tmp_path).read([key(1)])
+    assert os.listdir(tmp_path) == ["torchcache.json"]
+
+
+@pytest.mark.parametrize("harm", ["garbage", "file", "directory"])
+def test_a_broken_directory_reads_as_empty_and_is_warned_of_once(tmp_path, harm, warnings):
+    directory = tmp_path / "cache"
+    if harm == "file":
+        directory.write_text("no directory")
+    else:
+        first = DiskTier(directory)
+        first.write(entries(range(100)), "tag", LIMIT)
+        first.close()
+        path = next(directory.rglob("cache.db"))
+        for side in path.parent.glob("cache.db-*"):
+            side.unlink()
+        if harm == "garbage":
+            path.write_bytes(os.urandom(50_000))
+        else:
+            path.unlink()
+            path.mkdir()
+    tier = DiskTier(directory)
+    for _ in range(3):
+        assert tier.read([key(1)]) == {}
+        assert tier.write(entries([1]), "tag", LIMIT) == (0, 0)
+    assert tier.errors > 0
+    assert len(warnings) == 1
+
+
+WRITER = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[3])
+    from test_disk import DiskTier, entries, LIMIT
+    tier = DiskTier(Path(sys.argv[1]))
+    start = int(sys.argv[2])
+    print("ready", flush=True)
+    for batch in range(10_000 if start < 0 else 20):
+        tier.write(entries(range(abs(start) + batch * 50, abs(start) + batch * 50 + 50), 4000), "tag", LIMIT)
+"""
+
+
+def spawn(directory, start):
+    arguments = [sys.executable, "-c", textwrap.dedent(WRITER), str(directory), str(start), os.path.dirname(__file__)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_processes_that_create_and_write_one_directory_at_once_lose_nothing(tmp_path):
+    writers = [spawn(tmp_path / "cache", start) for start in (0, 1000, 2000, 3000)]
+    for writer in writers:
+        _, log = writer.communicate(timeout=120)
+        assert writer.returncode == 0
+        assert not log, log
+    stored = dict(entries(range(4000), 4000))
+    assert DiskTier(tmp_path / "cache").read(list(stored)) == stored
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
+def test_killed_writers_leave_whole_entries_only(tmp_path):
+    directory = tmp_path / "cache"
+    for attempt in range(4):
+        writer = spawn(directory, -1 - 100_000 * attempt)
+        assert writer.stdout.readline() == b"ready\n"
+        time.sleep(0.05 + 0.07 * attempt)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        with database(directory) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            keys = [row[0] for row in connection.execute("SELECT key FROM Cache")]
+        found = DiskTier(directory).read(keys)
+        assert set(found) == set(keys)
+        for name, blob in found.items():
+            number = int.from_bytes(name, "big")
+            assert blob == number.to_bytes(4, "big") * 1000
+    assert keys

@@ -1,0 +1,104 @@
+"""Options: what is refused when they are set, and where they come from."""
+
+import inspect
+
+import platformdirs
+import pytest
+import torch
+from torch import nn
+
+import torchcache
+from torchcache import CacheOptions
+from torchcache import torchcache as cached
+from torchcache.options import default_cache_dir
+
+WRONG = [
+    ("enabled", 1, TypeError),
+    ("persistent", "yes", TypeError),
+    ("persistent_cache_dir", 3, TypeError),
+    ("persistent_module_hash", 3, TypeError),
+    ("persistent_module_hash", "", ValueError),
+    ("max_persistent_cache_size", "10GB", TypeError),
+    ("max_persistent_cache_size", -1, ValueError),
+    ("max_memory_cache_size", float("inf"), ValueError),
+    ("max_memory_cache_size", True, TypeError),
+    ("memory_cache_device", 3.5, TypeError),
+    ("memory_cache_device", "toaster", ValueError),
+    ("cache_dtype", "float16", TypeError),
+    ("cache_dtype", torch.int8, ValueError),
+    ("zstd_compression_level", "fast", TypeError),
+    ("zstd_compression_level", 99, ValueError),
+    ("digest", "md5", ValueError),
+    ("verify", None, TypeError),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error"), WRONG)
+def test_wrong_values_are_refused_by_name(name, value, error):
+    with pytest.raises(error, match=name):
+        CacheOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["subsample_count", "zstd_compression", "zstd_compression_threads", "use_mmap_on_load"]
+)
+@pytest.mark.parametrize("door", [lambda **o: cached(**o), lambda **o: torchcache.mark(nn.Linear(2, 2), **o)])
+def test_options_of_the_older_package_say_what_to_do_instead(name, door):
+    with pytest.raises(TypeError) as error:
+        door(**{name: 1})
+    assert name in str(error.value)
+    assert "does not exist here" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_option_is_corrected():
+    with pytest.raises(TypeError, match="did you mean 'persistent'"):
+        cached(persistant=True)
+    with pytest.raises(TypeError, match="the options are"):
+        cached(xyzzy=True)
+
+
+def test_sizes_may_be_written_as_floats():
+    assert CacheOptions(max_memory_cache_size=1e9).max_memory_cache_size == 1_000_000_000
+
+
+def test_the_directory_comes_from_the_option_the_environment_or_the_platform(monkeypatch, tmp_path):
+    assert CacheOptions().directory is None
+    assert CacheOptions(persistent=True, persistent_cache_dir=tmp_path).directory == tmp_path
+    monkeypatch.setenv("TORCHCACHE_DIR", str(tmp_path / "env"))
+    assert CacheOptions(persistent=True).directory == tmp_path / "env"
+    monkeypatch.delenv("TORCHCACHE_DIR")
+    assert str(default_cache_dir()) == platformdirs.user_cache_dir("torchcache")
+
+
+def test_signatures_show_the_options():
+    for function in (cached, torchcache.mark):
+        assert set(inspect.signature(CacheOptions).parameters) <= set(inspect.signature(function).parameters)
+
+
+def test_an_instance_attribute_overrides_the_decorator(tmp_path):
+    @cached(persistent=True)
+    class Module(nn.Module):
+        def __init__(self, directory):
+            super().__init__()
+            self.torchcache_persistent_cache_dir = directory
+            self.linear = nn.Linear(3, 3).requires_grad_(False)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    module = Module(tmp_path / "own")
+    module(torch.randn(4, 3))
+    torchcache.flush()
+    assert (tmp_path / "own" / "torchcache.json").exists()
+    module.torchcache_persistent_cache_dir = 3
+    with pytest.raises(TypeError, match="persistent_cache_dir"):
+        Module(3)(torch.randn(4, 3))
+
+
+def test_blake3_serves_where_it_is_installed():
+    pytest.importorskip("blake3")
+    module = torchcache.mark(nn.Linear(3, 3), freeze=True, digest="blake3")
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(module(x), module(x))
+    assert torchcache.stats(module).hits == 4
