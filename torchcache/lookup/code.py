@@ -8,8 +8,11 @@ import os
 import sys
 import sysconfig
 import types
+from typing import Any
 
-__all__ = ["global_names", "installed"]
+__all__ = ["global_names", "installed", "is_installed_class", "is_machinery"]
+
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not in C
 
 _INSTALLED = tuple(
     os.path.realpath(path) + os.sep for path in {sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib")}
@@ -52,3 +55,20 @@ def global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
         if isinstance(constant, types.CodeType):
             chains.update(global_names(constant))
     return tuple(sorted(chains))
+
+
+def is_installed_class(cls: type) -> bool:
+    """Whether a version names the code of ``cls``; classes of code without a module claim to be builtins."""
+    made_by_code = bool(cls.__flags__ & HEAP_TYPE)
+    return installed(cls.__module__) and not (cls.__module__ == "builtins" and made_by_code)
+
+
+def is_machinery(value: Any) -> bool:
+    """Loggers, locks and the like: named by code, without a say in what it computes."""
+    return (type(value).__module__ or "").partition(".")[0] in (
+        "logging",
+        "_thread",
+        "threading",
+        "typing",
+        "torchcache",
+    )

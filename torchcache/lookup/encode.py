@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from torchcache.errors import FingerprintError
-from torchcache.lookup.code import global_names, installed
+from torchcache.lookup.code import global_names, installed, is_installed_class, is_machinery
 
 __all__ = ["IGNORED_ATTRIBUTES", "Encoder"]
 
@@ -54,7 +54,6 @@ IGNORED_ATTRIBUTES = frozenset(
 )
 IGNORED_PREFIXES = ("torchcache_", "_torchcache", "_commit_hash")
 
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not in C
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -183,7 +182,7 @@ class Encoder:
 
     def _type(self, cls: type) -> None:
         """Encode a class: its name, and for the user's own classes all of its code."""
-        if _is_installed(cls):
+        if is_installed_class(cls):
             self._put("class", cls.__module__, cls.__qualname__)
             self._package(cls.__module__)
             return
@@ -240,7 +239,7 @@ class Encoder:
             self._module(value)
         elif isinstance(value, type):
             self._type(value)
-        elif _is_machinery(value):
+        elif is_machinery(value):
             self._put("machinery", type(value).__qualname__)
         elif isinstance(value, enum.Enum):
             self._put("enum", type(value).__module__, type(value).__qualname__, value.name)
@@ -398,23 +397,6 @@ class _Step:
 
     def __exit__(self, *error: object) -> None:
         self._path.pop()
-
-
-def _is_machinery(value: Any) -> bool:
-    """Loggers, locks and the like: named by code, without a say in what it computes."""
-    return (type(value).__module__ or "").partition(".")[0] in (
-        "logging",
-        "_thread",
-        "threading",
-        "typing",
-        "torchcache",
-    )
-
-
-def _is_installed(cls: type) -> bool:
-    """Whether a version names the code of ``cls``; classes of code without a module claim to be builtins."""
-    made_by_code = bool(cls.__flags__ & HEAP_TYPE)
-    return installed(cls.__module__) and not (cls.__module__ == "builtins" and made_by_code)
 
 
 def _slots(cls: type) -> tuple[str, ...]:
