@@ -402,3 +402,20 @@ def test_padded_batches_of_varying_length():
             torch.testing.assert_close(net(ids, mask), net.head(twin(ids, mask)), rtol=1e-4, atol=1e-5)
     assert torchcache.stats(net).misses == 42
     assert torchcache.stats(net).hits == 42
+
+
+@pytest.mark.parametrize("door", ["eager", "transform"])
+def test_rows_stored_in_inference_mode_serve_training(door):
+    model = Model()
+    torchcache.mark(model.backbone, freeze=True)
+    if door == "transform":
+        torchcache.transform(model)
+    x = torch.randn(4, 10)
+    with torch.inference_mode():
+        expected = model(x[:2].clone())
+        model(x[1:3].clone())
+    out = model(x)
+    torch.testing.assert_close(out[:2], expected)
+    out.sum().backward()
+    torch.testing.assert_close(model.head.weight.grad, torch.tanh(model.backbone.linear(x)).sum(0).expand(3, 10))
+    assert torchcache.stats(model).misses == 4

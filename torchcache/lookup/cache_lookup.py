@@ -147,6 +147,10 @@ class CacheLookup:
         count = call.rows[0].shape[0]
         if not count:
             return self.bypass(call)
+        if torch.is_inference_mode_enabled():
+            # What is stored here is also served where gradients are taken.
+            with torch.inference_mode(False):
+                return self(call)
         fingerprint, digests = self._hash(call, count)
         split = self._split(call, fingerprint, digests)
         computed = self._compute(call, split)
@@ -218,12 +222,13 @@ class CacheLookup:
         if len(split.missing) == len(split.digests):
             return computed
         layouts = self._layouts_of(call, split.fingerprint)
+        near = call.rows[0].device
         slab, slots = split.found.slab, split.found.slots
         if slab is not None and ABSENT not in slots:
             merged = slab.gather(slots)
         else:
-            merged = _assemble(split, slab, computed, layouts)
-        merged = [layout.apply(leaf) for layout, leaf in zip(layouts, merged, strict=True)]
+            merged = _assemble(split, slab, computed, layouts, near)
+        merged = [layout.apply(leaf, near) for layout, leaf in zip(layouts, merged, strict=True)]
         self.counters.merge_seconds += time.perf_counter() - start
         return merged
 
@@ -263,7 +268,9 @@ def _select(tensors: Tensors, rows: list[int]) -> Tensors:
     return [select_rows(leaf, rows) for leaf in tensors]
 
 
-def _assemble(split: Split, slab: Slab | None, computed: Tensors, layouts: Sequence[Layout]) -> Tensors:
+def _assemble(
+    split: Split, slab: Slab | None, computed: Tensors, layouts: Sequence[Layout], near: torch.device
+) -> Tensors:
     """A batch from up to three sources: the slab, rows read from disk, rows just computed."""
     order = {digest: row for row, digest in enumerate(split.missing)}
     sources: list[tuple[Tensors, list[int], list[int]]] = [
@@ -281,7 +288,8 @@ def _assemble(split: Split, slab: Slab | None, computed: Tensors, layouts: Seque
         sources[which][1].append(row)
         sources[which][2].append(split.found.extra[digest] if which == 0 else order[digest])
     merged = [
-        torch.empty((len(split.digests), *layout.shape), dtype=layout.dtype, device=layout.device) for layout in layouts
+        torch.empty((len(split.digests), *layout.shape), dtype=layout.dtype, device=layout.place(near))
+        for layout in layouts
     ]
     parts = [(held, slab.gather(slots))] if slab is not None and held else []
     parts += [(rows, [select_rows(leaf, taken) for leaf in source]) for source, rows, taken in sources if rows]

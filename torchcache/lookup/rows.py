@@ -235,9 +235,13 @@ class Layout:
         """Whether rows lie one after the other, row-major."""
         return self.order == tuple(range(len(self.order)))
 
-    def apply(self, leaf: torch.Tensor) -> torch.Tensor:
-        """``leaf``, row-major, on this device, in this dtype and memory order."""
-        leaf = leaf.to(self.device, self.dtype)
+    def place(self, near: torch.device) -> torch.device:
+        """Where a leaf goes whose inputs are on ``near``: keys are shared between the devices of one kind."""
+        return near if near.type == self.device.type else self.device
+
+    def apply(self, leaf: torch.Tensor, near: torch.device) -> torch.Tensor:
+        """``leaf``, row-major, for a call with inputs on ``near``, in this dtype and memory order."""
+        leaf = leaf.to(self.place(near), self.dtype)
         if self.contiguous:
             return leaf
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
