@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -110,12 +109,13 @@ class _EagerCache:
             warn_once(f"{self.name} got an input that needs a gradient: such calls bypass the cache")
             lookup.counters.count_bypass(batch_size(tensors, self.name))
             return mark.function(*args, **kwargs)
+        passed = _as_passed(args, kwargs, tensors, self.name, 1 if mark.of_module else 0)
         roles = self._roles.setdefault(tree.constants, _Roles(self.name))
 
         def compute(some: list[torch.Tensor]) -> list[torch.Tensor]:
             given = iter(some)
             leaves = [next(given) if row else tensor for tensor, row in zip(tensors, rows, strict=True)]
-            return self._original(module, bound, tree.rebuild(leaves), tree.constants, lookup)
+            return self._original(module, passed(leaves), tree.constants, lookup)
 
         while True:
             rows = roles.of(tensors)
@@ -173,14 +173,13 @@ class _EagerCache:
     def _original(
         self,
         module: nn.Module | None,
-        bound: inspect.BoundArguments,
-        arguments: dict[str, Any],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
         constants: bytes,
         lookup: CacheLookup,
     ) -> list[torch.Tensor]:
         """Run the original on other rows of a call; note its output's structure, and whether it changed itself."""
-        given = inspect.BoundArguments(bound.signature, dict(bound.arguments) | arguments)
-        outputs = self._mark.function(*given.args, **given.kwargs)
+        args, kwargs = given
+        outputs = self._mark.function(*args, **kwargs)
         leaves, tree, lookup.output_paths = flatten_outputs(outputs, self.name)
         lookup.output_rows = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
         self._trees[constants] = tree
@@ -225,6 +224,20 @@ class _EagerCache:
             module = self._module() if self._module is not None else None
             add_lookup(self._mark if module is None else module, key, lookup)
         return lookup
+
+
+def _as_passed(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], where: str, skip: int
+) -> Callable[[list[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """From other values for ``tensors`` to a call of the caller's own form: wrapped forwards tell forms apart."""
+    own, tree = flatten_arguments({"args": args[skip:], "kwargs": kwargs}, where)
+    places = {id(tensor): position for position, tensor in enumerate(tensors)}
+
+    def rebuild(leaves: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = tree.rebuild([leaves[places[id(tensor)]] for tensor in own])
+        return (*args[:skip], *given["args"]), given["kwargs"]
+
+    return rebuild
 
 
 class _Roles:

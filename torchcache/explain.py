@@ -18,6 +18,7 @@ from torchcache.graph.cut import calls_of, cut_region
 from torchcache.graph.frozen import Analysis, analyse, is_context_node, is_number, tensor_of
 from torchcache.graph.marked import MarkedCall, outermost
 from torchcache.graph.partition import partition
+from torchcache.graph.region import hint
 from torchcache.lookup.context import bypass
 from torchcache.marks import marked_modules
 from torchcache.modes import settle
@@ -225,17 +226,13 @@ def _shown(node: fx.Node) -> str:
     tensor = tensor_of(node)
     assert tensor is not None
     dtype = str(tensor.dtype).replace("torch.", "")
-    return f"{node.name}: {dtype} {tuple(_hint(size) for size in tensor.shape[1:])}"
+    return f"{node.name}: {dtype} {tuple(hint(size) for size in tensor.shape[1:])}"
 
 
 def _row_bytes(node: fx.Node) -> int:
     tensor = tensor_of(node)
     assert tensor is not None
-    return tensor.dtype.itemsize * math.prod(_hint(size) for size in tensor.shape[1:])
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return tensor.dtype.itemsize * math.prod(hint(size) for size in tensor.shape[1:])
 
 
 def _source(node: fx.Node) -> str:

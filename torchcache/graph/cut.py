@@ -20,7 +20,7 @@ CHEAP = frozenset(
     view reshape transpose permute unsqueeze squeeze expand expand_as flatten unflatten contiguous t getitem getattr to
     float half bfloat16 bool int long type type_as clone detach size eq ne lt le gt ge and_ or_ not_ invert logical_not
     logical_and logical_or neg sub rsub add mul truediv masked_fill where zeros ones full zeros_like ones_like full_like
-    arange empty split chunk unbind cat stack dropout identity
+    arange tensor empty split chunk unbind cat stack dropout identity
     """.split()
 )
 
@@ -35,10 +35,13 @@ class Cut:
         The nodes copied into the region's graph, in order.
     outputs : list of Node
         Those among them whose values are stored.
+    recomputed : list of Node
+        Those that are cheap to compute from the stored ones, and are read outside: in order.
     """
 
     nodes: list[fx.Node]
     outputs: list[fx.Node]
+    recomputed: list[fx.Node]
 
 
 def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
@@ -51,11 +54,12 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
         batch = batch_of(members, outputs, analysis)
         bad = [node for node in outputs if not has_rows(node, batch)]
         if not bad:
+            outputs, recomputed = _spare(outputs, members, analysis)
             needed = _ancestors(outputs, members, analysis)
             kept = [node for node in members if node in needed]
             if not _worthwhile(kept, nodes, analysis) or not _orderly(kept, outputs, analysis):
                 return None
-            return Cut(kept, outputs)
+            return Cut(kept, outputs, [node for node in members if node in recomputed])
         for node in _descendants(bad, members):
             members.pop(node, None)
     return None
@@ -78,6 +82,40 @@ def _is_cheap_from_inputs(node: fx.Node, members: dict[fx.Node, None], analysis:
     if len(closure) == len(members) or any(member in analysis.written for member in closure):
         return False
     return all(_is_cheap(member, analysis) for member in closure)
+
+
+def _spare(
+    outputs: list[fx.Node], members: dict[fx.Node, None], analysis: Analysis
+) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The outputs that must be stored, and the nodes that lead from them to those that need not be."""
+    stored = list(outputs)
+    recomputed: set[fx.Node] = set()
+    for output in reversed(outputs):
+        others = set(stored) - {output}
+        path: set[fx.Node] = set()
+        pending = [output]
+        reached = False
+        while pending:
+            node = pending.pop()
+            if node in others:
+                reached = True
+            elif node in members and node not in path:
+                path.add(node)
+                pending.extend(node.all_input_nodes)
+        if reached and all(_is_light(node, analysis) for node in path):
+            stored.remove(output)
+            recomputed |= path
+    return stored, recomputed
+
+
+def _is_light(node: fx.Node, analysis: Analysis) -> bool:
+    """Whether computing ``node`` again costs about as much as reading it: no weights, no products of matrices."""
+    name = getattr(node.target, "__name__", str(node.target))
+    heavy = any(
+        part in name for part in ("matmul", "mm", "conv", "linear", "attention", "einsum", "lstm", "gru", "fft")
+    )
+    reads_state = any(source in analysis.state for source in node.all_input_nodes)
+    return not heavy and not reads_state and node not in analysis.written
 
 
 def _is_cheap(node: fx.Node, analysis: Analysis) -> bool:

@@ -36,7 +36,7 @@ class Verdict:
     Parameters
     ----------
     kind : str
-        "trainable", "random", "batch statistics", "mutation", "gradient" or "untraceable".
+        "trainable", "random", "batch statistics", "mutation", "gradient", "functorch" or "untraceable".
     reason : str
         The reason with its cause, for people.
     source : str
@@ -181,7 +181,8 @@ def _guard_source(source: Any) -> Any:
 def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
     for source in node.all_input_nodes:
         verdict = analysis.verdicts.get(source)
-        if verdict is not None:
+        # What runs under a functorch transform cannot be copied into a region; its result can be an input of one.
+        if verdict is not None and verdict.kind != "functorch":
             return verdict
     return None
 
@@ -195,7 +196,7 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     if node.op not in ("call_function", "call_method", "call_module") or is_context_node(node):
         return None
     if levels:
-        return Verdict("untraceable", f"{_where(node)} runs under a functorch transform")
+        return Verdict("functorch", f"{_where(node)} runs under a functorch transform")
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _leaves(node.meta.get("example_value"))):
         return Verdict("gradient", f"{_where(node)} computes from an input that needs a gradient")
     if outermost(node) is None:

@@ -55,7 +55,7 @@ def partition(graph: fx.Graph, analysis: Analysis) -> list[list[fx.Node]]:
         sources = node.all_input_nodes
         behind = {group.root() for source in sources for group in outside[source]}
         feeding = list(dict.fromkeys(member[source].root() for source in sources if source in member))
-        if analysis.cacheable(node):
+        if analysis.cacheable(node) and not _feeds_functorch(node, analysis):
             group = _choose(node, feeding, behind)
             if group not in groups:
                 groups.append(group)
@@ -68,6 +68,16 @@ def partition(graph: fx.Graph, analysis: Analysis) -> list[list[fx.Node]]:
         outside[node] = behind
     found = _join_calls([group for group in groups if group.root() is group])
     return sorted((sorted(group.nodes, key=order.__getitem__) for group in found), key=lambda nodes: order[nodes[0]])
+
+
+def _feeds_functorch(node: fx.Node, analysis: Analysis) -> bool:
+    """Whether ``node``, the same in every call, leads to a functorch block: it would cut its region in two."""
+    if node in analysis.varying or any(source in analysis.state for source in node.all_input_nodes):
+        return False
+    return any(
+        (user in analysis.verdicts and analysis.verdicts[user].kind == "functorch") or _feeds_functorch(user, analysis)
+        for user in node.users
+    )
 
 
 def _choose(node: fx.Node, feeding: list[_Group], behind: set[_Group]) -> _Group:

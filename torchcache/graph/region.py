@@ -20,10 +20,10 @@ from torchcache.lookup.context import bypassed
 from torchcache.lookup.digest import digest_bytes
 from torchcache.lookup.fingerprint import Program, State
 from torchcache.lookup.key import NumericMode
-from torchcache.lookup.rows import Layout, memory_order
+from torchcache.lookup.rows import Layout, dense, inverted, memory_order
 from torchcache.store.select import select_rows
 
-__all__ = ["GraphRegion", "RegionPlan", "add_lookup", "expression_of", "lookup_for", "lookups_of"]
+__all__ = ["GraphRegion", "RegionPlan", "add_lookup", "expression_of", "hint", "lookup_for", "lookups_of"]
 
 Original = Callable[..., Sequence[torch.Tensor]]
 
@@ -96,6 +96,7 @@ class GraphRegion:
         # Dynamo guards the ambient autocast state, so what it is at the time of tracing holds for every call.
         self._mode = NumericMode.current(self._device)
         self._size = _BatchSymbol(plan, self._rows)
+        self._orders = [memory_order([*map(hint, leaf.shape)], [*map(hint, leaf.stride())]) for leaf in plan.outputs]
 
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""
@@ -107,24 +108,29 @@ class GraphRegion:
             [inputs[position] for position in self._shared],
             lambda some: self._compute(inputs, sizes, some),
             lambda: self._layouts(inputs, sizes),
+            # A graph of one row cannot show whether rows mix.
+            probeable=rows[0].shape[0] > 1,
         )
         if bypassed() or not all(marked.options.enabled for marked in self.plan.calls):
             outputs = self.lookup.bypass(call)
         else:
             call.region = self._region([inputs[position] for position in self._held], inputs)
             outputs = self.lookup(call)
-        return _unaliased(outputs, inputs)
+        return _unaliased([dense(leaf, order) for leaf, order in zip(outputs, self._orders, strict=True)], inputs)
 
     def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
         """Outputs without their contents: the traced ones, with this batch's size."""
         if all(_same_shape(given, traced) for given, traced in zip(inputs, self.plan.inputs, strict=True)):
-            return [
-                torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-                for leaf in self.plan.outputs
-            ]
-        with torch.no_grad():
-            outputs = self.plan.module(*inputs, *sizes)
-        return [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device) for o in outputs]
+            outputs = list(self.plan.outputs)
+        else:
+            with torch.no_grad():
+                outputs = self.plan.module(*inputs, *sizes)
+        return [
+            torch.empty([leaf.shape[dim] for dim in order], dtype=leaf.dtype, device=leaf.device).permute(
+                inverted(order)
+            )
+            for leaf, order in zip(outputs, self._orders, strict=True)
+        ]
 
     def _region(self, held: list[torch.Tensor], inputs: list[torch.Tensor]) -> bytes:
         """The region's fingerprint, recomputed when weights or module numbers changed."""
@@ -157,6 +163,11 @@ class GraphRegion:
         count = rows[0].shape[0]
         full = inputs[self._rows[0]].shape[0]
         run, sizes = self._size.fit(count, full, sizes)
+        if run < count:
+            parts = [
+                self._compute(inputs, sizes, [leaf[at : at + run] for leaf in rows]) for at in range(0, count, run)
+            ]
+            return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         if run > count:
             padding = [*range(count), *([count - 1] * (run - count))]
             rows = [select_rows(leaf, padding) for leaf in rows]
@@ -240,6 +251,11 @@ def _program(call: MarkedCall) -> Program:
 def expression_of(size: Any) -> Any:
     """The sympy expression of a traced size."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def hint(size: Any) -> int:
+    """A traced size as it was in the call that was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _evaluate(size: Any, known: dict[Any, int]) -> int:

@@ -83,7 +83,9 @@ def _replace(
     order = {node: position for position, node in enumerate(graph.nodes)}
     extracted = _extract(cut, analysis)
     tensors, sizes = extracted.tensors, extracted.sizes
+    outside = inside - set(cut.recomputed)
     readers = [user for node in cut.outputs for user in node.users if user not in inside]
+    readers += [user for node in cut.recomputed for user in node.users if user not in inside]
     given = [*tensors, *sizes]
     after = max(given, key=order.__getitem__)
     first_reader = min(readers, key=order.__getitem__)
@@ -103,7 +105,7 @@ def _replace(
     if "row" not in plan.roles:
         return None
     region = GraphRegion(plan, lookup_for(plan.calls, plan.identity), compile_original)
-    name = name_region(plan.calls[0].path, region)
+    name = name_region(f"{plan.calls[0].path}/{_signature(plan).hex()[:8]}", region)
     last = cut.nodes[-1]
     with graph.inserting_before(last.next if order[last] < order[first_reader] else first_reader):
         lookup = graph.call_function(LOOKUP, (list(tensors), list(sizes), name))
@@ -117,8 +119,12 @@ def _replace(
             analysis.contexts[item] = analysis.contexts[node]
     for node, item in replacements.items():
         for user in list(node.users):
-            if user not in inside and user is not lookup:
+            if user not in outside and user is not lookup:
                 user.replace_input_with(node, item)
+    at = next(reversed(replacements.values()))
+    for node in cut.recomputed:
+        at.append(node)
+        at = node
     return region
 
 
@@ -220,6 +226,12 @@ def _identity(graph: fx.Graph, tensors: int) -> bytes:
     return digest_bytes("\n".join(lines).encode())
 
 
+def _signature(plan: RegionPlan) -> bytes:
+    """What a compiler that finds code by the text of the outer graph must see of a region: what it returns."""
+    outputs = [(str(leaf.dtype), str(leaf.device), str(leaf.shape), str(leaf.stride())) for leaf in plan.outputs]
+    return digest_bytes(plan.identity + repr(outputs).encode())
+
+
 def _target_name(target: Any) -> str:
     if isinstance(target, str):
         return target
@@ -231,7 +243,9 @@ def _abstract(value: Any, numbers: dict[fx.Node, int]) -> str:
     if isinstance(value, fx.Node):
         return f"%{numbers[value]}" if value in numbers else "#"
     if isinstance(value, (tuple, list)):
-        return "(" + ",".join(_abstract(item, numbers) for item in value) + ")"
+        items = [_abstract(item, numbers) for item in value]
+        # A shape is a tuple of numbers in a static trace, and may be a single node in a dynamic one.
+        return "#" if items and set(items) == {"#"} else "(" + ",".join(items) + ")"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_abstract(value[key], numbers)}" for key in sorted(value)) + "}"
     if isinstance(value, slice):

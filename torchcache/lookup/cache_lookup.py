@@ -80,6 +80,8 @@ class Call:
         The original, from any number of rows to its outputs.
     layouts : callable
         What the outputs look like, asked when that is not known from an earlier call.
+    probeable : bool
+        Whether the original computes several rows together, so that the probe can tell whether they mix.
     """
 
     region: bytes
@@ -88,6 +90,7 @@ class Call:
     shared: Tensors
     compute: Callable[[Tensors], Tensors]
     layouts: Callable[[], tuple[Layout, ...]]
+    probeable: bool = True
 
 
 @dataclasses.dataclass
@@ -201,7 +204,7 @@ class CacheLookup:
             outputs = call.compute(rows)
         self._check_rows(outputs, len(split.missing))
         self.counters.compute_seconds += time.perf_counter() - start
-        if not self._probed:
+        if not self._probed and call.probeable:
             with computing():
                 probe(self.name, rows, outputs, call.compute, call.mode.autocast is not None)
             self._probed = True

@@ -230,22 +230,23 @@ class Layout:
         """The layout of a tensor of shape ``(B, *)``."""
         return cls(leaf.dtype, tuple(leaf.shape[1:]), memory_order(leaf.shape, leaf.stride()), leaf.device)
 
-    @property
-    def contiguous(self) -> bool:
-        """Whether rows lie one after the other, row-major."""
-        return self.order == tuple(range(len(self.order)))
-
     def place(self, near: torch.device) -> torch.device:
         """Where a leaf goes whose inputs are on ``near``: keys are shared between the devices of one kind."""
         return near if near.type == self.device.type else self.device
 
     def apply(self, leaf: torch.Tensor, near: torch.device) -> torch.Tensor:
         """``leaf``, row-major, for a call with inputs on ``near``, in this dtype and memory order."""
-        leaf = leaf.to(self.place(near), self.dtype)
-        if self.contiguous:
-            return leaf
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return leaf.permute(self.order).contiguous().permute(inverse)
+        return dense(leaf.to(self.place(near), self.dtype), self.order)
+
+
+def dense(leaf: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """``leaf`` without gaps, its dimensions in this memory order; itself where it is so already."""
+    return leaf.permute(*order).contiguous().permute(*inverted(order)) if leaf.ndim else leaf
+
+
+def inverted(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes ``order``."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
