@@ -57,7 +57,7 @@ def step(net, x):
     return out
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_training_steps_are_the_same_without_a_graph_break(inner):
     net, plain = pair()
     run = torch.compile(net, backend=torchcache.torchcache_backend, fullgraph=True, options={"inner": inner})

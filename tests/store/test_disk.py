@@ -174,7 +174,6 @@ def spawn(directory, start):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.slow
 def test_processes_that_create_and_write_one_directory_at_once_lose_nothing(tmp_path):
     writers = [spawn(tmp_path / "cache", start) for start in (0, 1000, 2000, 3000)]
     for writer in writers:
@@ -185,7 +184,6 @@ def test_processes_that_create_and_write_one_directory_at_once_lose_nothing(tmp_
     assert DiskTier(tmp_path / "cache").read(list(stored)) == stored
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
 def test_killed_writers_leave_whole_entries_only(tmp_path):
     directory = tmp_path / "cache"

