@@ -144,6 +144,7 @@ class _EagerCache:
             [tensor for tensor, row in zip(tensors, rows, strict=True) if not row],
             compute,
             lambda: learn_layouts(described),
+            state=self._state.digest,
         )
         return described
 

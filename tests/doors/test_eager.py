@@ -528,3 +528,17 @@ def test_modules_and_their_rows_are_freed(door):
     del module, model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("door", ["eager", "transform"])
+def test_rows_of_old_weights_make_room_when_memory_is_full(door):
+    module = torchcache.mark(nn.Linear(4, 4), freeze=True, max_memory_cache_size=16 * 10)
+    run = torchcache.transform(nn.Sequential(module)) if door == "transform" else module
+    x = torch.randn(10, 4)
+    for _ in range(3):
+        with torch.no_grad():
+            module.weight.add_(1)
+        run(x), run(x)
+    (region,) = torchcache.stats(module).regions
+    assert (region.misses, region.hits) == (30, 30)
+    assert region.memory_bytes == 160

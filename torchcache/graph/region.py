@@ -115,6 +115,7 @@ class GraphRegion:
             outputs = self.lookup.bypass(call)
         else:
             call.region = self._region([inputs[position] for position in self._held], inputs)
+            call.state = self._state.digest
             outputs = self.lookup(call)
         return _unaliased([dense(leaf, order) for leaf, order in zip(outputs, self._orders, strict=True)], inputs)
 

@@ -82,6 +82,8 @@ class Call:
         What the outputs look like, asked when that is not known from an earlier call.
     probeable : bool
         Whether the original computes several rows together, so that the probe can tell whether they mix.
+    state : bytes
+        Digest of the weights: rows of others make room in memory when it is full.
     """
 
     region: bytes
@@ -91,6 +93,7 @@ class Call:
     compute: Callable[[Tensors], Tensors]
     layouts: Callable[[], tuple[Layout, ...]]
     probeable: bool = True
+    state: bytes = b""
 
 
 @dataclasses.dataclass
@@ -181,7 +184,7 @@ class CacheLookup:
             layouts = self._layouts_of(call, fingerprint)
             return _row_spec(layouts), layouts[0].device
 
-        found = self.tiers.find(fingerprint, digests, expected)
+        found = self.tiers.find(fingerprint, digests, expected, call.state)
         missing: dict[bytes, int] = {}
         if ABSENT in found.slots:
             for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
@@ -212,7 +215,7 @@ class CacheLookup:
             self._layouts.setdefault(split.fingerprint, tuple(map(Layout.of, outputs)))
         start = time.perf_counter()
         digests = list(split.missing)
-        slab, slots = self.tiers.keep(split.fingerprint, self.tag, digests, outputs, RowSpec.of(outputs))
+        slab, slots = self.tiers.keep(split.fingerprint, self.tag, digests, outputs, RowSpec.of(outputs), call.state)
         if slab is not None:
             split.found.slab = slab
         if len(slots) == len(digests) < len(split.digests) and self.options.cache_dtype is None and slab is not None:

@@ -32,12 +32,15 @@ class Slab:
         Slots at the most.
     lazy : bool
         Whether unwritten memory of ``device`` costs nothing.
+    state : bytes
+        Digest of the weights that computed the rows.
     """
 
     FIRST_SLOTS = 1024
 
-    def __init__(self, spec: RowSpec, device: torch.device, capacity: int, lazy: bool) -> None:
+    def __init__(self, spec: RowSpec, device: torch.device, capacity: int, lazy: bool, state: bytes = b"") -> None:
         self.spec = spec
+        self.state = state
         self.capacity = capacity
         self.slots: dict[bytes, int] = {}
         self.used = 0
@@ -81,7 +84,8 @@ class MemoryTier:
     """Slabs under one budget: one for each call fingerprint, that is for each shape and dtype of row.
 
     A full tier admits no new rows and keeps those it has: scans over a data set larger than the budget then
-    hit a stable share of it in every epoch, where an evicting cache would hit none.
+    hit a stable share of it in every epoch, where an evicting cache would hit none. Only rows of weights that are
+    no longer in use make room for others.
 
     Parameters
     ----------
@@ -109,6 +113,7 @@ class MemoryTier:
         rows: Sequence[torch.Tensor],
         spec: RowSpec,
         device: torch.device,
+        state: bytes = b"",
     ) -> tuple[Slab | None, range]:
         """Store as many of ``rows`` as the budget allows, first ones first.
 
@@ -123,13 +128,15 @@ class MemoryTier:
         size = max(spec.size, 1)
         with self._lock:
             slab = self._slabs.get(fingerprint)
+            if (self.budget - self.used) // size < len(digests):
+                self._drop_other_states(state)
             room = (self.budget - self.used) // size
             count = min(room, len(digests))
             if count <= 0:
                 return slab, range(0)
             if slab is None:
                 try:
-                    slab = Slab(spec, device, min(room, 2**31), lazy)
+                    slab = Slab(spec, device, min(room, 2**31), lazy, state)
                 except RuntimeError:  # no memory of that size: the tier is as full as it gets
                     return None, range(0)
                 self._slabs[fingerprint] = slab
@@ -143,6 +150,12 @@ class MemoryTier:
         if lazy:
             slab.write(slots.start, digests[:count], rows)
         return slab, slots
+
+    def _drop_other_states(self, state: bytes) -> None:
+        for fingerprint, slab in list(self._slabs.items()):
+            if slab.state != state:
+                del self._slabs[fingerprint]
+                self.used -= slab.used * max(slab.spec.size, 1)
 
     def clear(self) -> None:
         """Forget every row."""

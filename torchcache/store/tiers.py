@@ -68,7 +68,11 @@ class Tiers:
         return RowSpec(tuple((dtype if old.is_floating_point else old, shape) for old, shape in spec.leaves))
 
     def find(
-        self, fingerprint: bytes, digests: Sequence[bytes], expected: Callable[[], tuple[RowSpec, torch.device]]
+        self,
+        fingerprint: bytes,
+        digests: Sequence[bytes],
+        expected: Callable[[], tuple[RowSpec, torch.device]],
+        state: bytes,
     ) -> Found:
         """Look ``digests`` up in memory, then the rest on disk; what disk has is promoted to memory.
 
@@ -80,13 +84,19 @@ class Tiers:
         if self.disk is None or ABSENT not in slots:
             return found
         absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
-        self._read(found, fingerprint, absent, expected)
+        self._read(found, fingerprint, absent, expected, state)
         if found.from_disk and found.slab is not None:
             found.slots = found.slab.find(digests)
         return found
 
     def keep(
-        self, fingerprint: bytes, tag: str, digests: Sequence[bytes], rows: Sequence[torch.Tensor], spec: RowSpec
+        self,
+        fingerprint: bytes,
+        tag: str,
+        digests: Sequence[bytes],
+        rows: Sequence[torch.Tensor],
+        spec: RowSpec,
+        state: bytes,
     ) -> tuple[Slab | None, range]:
         """Store computed ``rows``: in memory now, on disk behind the step.
 
@@ -98,7 +108,7 @@ class Tiers:
             Slots of the first rows, as many as were admitted.
         """
         stored = self.stored(spec)
-        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device))
+        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
         if self.disk is not None and not self.disk.full and all(storable(dtype) for dtype, _ in stored.leaves):
             admitted = len(slots)
             if slab is not None and admitted:
@@ -120,6 +130,7 @@ class Tiers:
         fingerprint: bytes,
         digests: list[bytes],
         expected: Callable[[], tuple[RowSpec, torch.device]],
+        state: bytes,
     ) -> None:
         assert self.disk is not None
         blobs = self.disk.read([fingerprint + digest for digest in digests])
@@ -139,7 +150,7 @@ class Tiers:
             digests = [digests[index] for index in sound]
         if not digests:
             return
-        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(device))
+        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(device), state)
         found.slab = slab
         found.from_disk = frozenset(digests)
         found.extra = {digest: index for index, digest in enumerate(digests) if index >= len(slots)}
