@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision_operators  # noqa: F401  # before anything imports torchvision
 
 import torchcache
 from torchcache.logging import warn_once

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -208,27 +207,6 @@ def imported(name):
         return importlib.import_module(name)
     except Exception as error:  # torchvision without its operators raises RuntimeError
         return pytest.skip(f"{name} cannot be imported here: {error}")
-
-
-def _torchvision_operators():
-    """Declare the two operators that torchvision needs to import where its compiled library does not load."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for half_imported in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[half_imported]
-    except ImportError:
-        return None
-    else:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-# Before anything else: timm imports torchvision, and so does transformers where it can. Lives as long as they do.
-LIBRARY = _torchvision_operators()
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
