@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer
 import torchcache
 
 TOKENS = 64
-LABELS = 12
+LABELS = 60
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -184,7 +184,7 @@ def check(epochs: list[Epoch]) -> list[str]:
 def main() -> None:
     """Run all three and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=4800, help="docstrings to train on")
+    parser.add_argument("--samples", type=int, default=5600, help="docstrings to train on")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of the cached runs")
     parser.add_argument("--uncached-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -66,6 +66,8 @@ class Analysis:
         The autocast blocks around each node, outermost first, as the nodes that enter them.
     written : dict of Node to set of int
         Storages that a node writes to in place.
+    harmless : set of str
+        Operators with their settings that draw, normalise and write nothing, whatever tensors they are given.
     """
 
     verdicts: dict[fx.Node, Verdict] = dataclasses.field(default_factory=dict)
@@ -74,6 +76,7 @@ class Analysis:
     varying: set[fx.Node] = dataclasses.field(default_factory=set)
     contexts: dict[fx.Node, tuple[fx.Node, ...]] = dataclasses.field(default_factory=dict)
     written: dict[fx.Node, set[int]] = dataclasses.field(default_factory=dict)
+    harmless: set[str] = dataclasses.field(default_factory=set)
 
     def cacheable(self, node: fx.Node) -> bool:
         """Whether ``node`` is marked and may be cached."""
@@ -205,6 +208,9 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
 
 
 def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
+    settings = f"{node.op} {node.target} {_settings(node.args)} {_settings(node.kwargs)}"
+    if settings in analysis.harmless:
+        return None
     recorder = _Recorder()
     try:
         arguments = fx.map_arg((node.args, node.kwargs), _example)
@@ -220,6 +226,7 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
     if recorder.statistics and not _is_instance_norm(node):
         return Verdict("batch statistics", f"{_where(node)} normalises over the batch ({recorder.statistics})")
     if not recorder.written:
+        analysis.harmless.add(settings)
         return None
     outliving = {
         storage_of(value)
@@ -231,6 +238,11 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
         return Verdict("mutation", f"{_where(node)} writes to an input or a buffer in place")
     analysis.written[node] = recorder.written
     return None
+
+
+def _settings(value: Any) -> str:
+    """The arguments of a node, tensors left out: nodes with the same operator and settings act alike."""
+    return str(fx.map_arg(value, lambda node: type(node.meta.get("example_value")).__name__))
 
 
 class _NestedError(Exception):

@@ -42,7 +42,7 @@ MAGIC = b"TCB" + bytes([FORMAT_VERSION])
 COMPRESSED, SHUFFLED = 1, 2
 CHECKSUM_SIZE = 8
 # Below this gain a frame costs more to decode than its smaller size saves to read.
-WORTHWHILE = 0.90
+WORTHWHILE = 0.80
 
 _HEAD = struct.Struct("<4sBBHQ")
 # A dtype's code is its place in this table: append only.
