@@ -149,8 +149,8 @@ def check_names(options: Mapping[str, Any]) -> None:
             continue
         if name in REMOVED:
             raise TypeError(f"torchcache: the option {name!r} does not exist here: {REMOVED[name]}")
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(NAMES)}"
+        close = difflib.get_close_matches(name, NAMES, n=2)
+        advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the options are {', '.join(NAMES)}"
         raise TypeError(f"torchcache: {name!r} is not an option: {advice}")
 
 

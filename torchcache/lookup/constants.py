@@ -63,7 +63,7 @@ def _constant(value: Any) -> Iterable[bytes]:
         yield from _group(type(value).__qualname__, [getattr(value, f.name) for f in dataclasses.fields(value)])
         return
     else:
-        raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}")
+        raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins."))
     kind = "number" if isinstance(value, (bool, int)) and not isinstance(value, enum.Enum) else type(value).__name__
     kind = "bool" if isinstance(value, bool) else kind
     yield from _joined(kind, [text.encode("utf-8", "surrogatepass")])
