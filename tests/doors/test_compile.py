@@ -225,3 +225,28 @@ def test_an_unknown_inner_backend_is_named():
     net, _ = pair()
     with pytest.raises(Exception, match="no_such_backend"):
         compiled(net, inner="no_such_backend")(torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_an_original_that_returns_its_input_or_one_tensor_twice(inner):
+    class Passing(nn.Module):
+        def forward(self, x):
+            h = x * 2
+            return x, h, h[:, :4]
+
+    module = torchcache.mark(Passing())
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            a, b, c = self.module(x)
+            return a.add(1), b.mul(1), c.mul(3)
+
+    run = compiled(Outer(), inner)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        for got, expected in zip(run(x), (x + 1, x * 2, x[:, :4] * 6), strict=True):
+            torch.testing.assert_close(got, expected)

@@ -117,7 +117,7 @@ class GraphRegion:
             call.region = self._region([inputs[position] for position in self._held], inputs)
             call.state = self._state.digest
             outputs = self.lookup(call)
-        return _unaliased([dense(leaf, order) for leaf, order in zip(outputs, self._orders, strict=True)], inputs)
+        return [dense(leaf, order) for leaf, order in zip(outputs, self._orders, strict=True)]
 
     def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
         """Outputs without their contents: the traced ones, with this batch's size."""
@@ -179,7 +179,7 @@ class GraphRegion:
             assert self._compile is not None
             self._original = self._compile(self.plan.module)
         with _autocast(self._device, self._mode.autocast):
-            outputs = self._original(*given, *sizes)
+            outputs = _unaliased(self._original(*given, *sizes), given)
         return [leaf[:count] for leaf in outputs] if run > count else list(outputs)
 
     def _layouts(self, inputs: list[torch.Tensor], sizes: list[int]) -> tuple[Layout, ...]:
@@ -286,7 +286,7 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
-def _unaliased(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs that share memory neither with an input nor with each other, as the op promises."""
     taken = {leaf.untyped_storage().data_ptr() for leaf in inputs}
     fresh = []
