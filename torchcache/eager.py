@@ -13,7 +13,7 @@ from torch._C._dynamo import eval_frame
 from torchcache.errors import OutputError, RowwiseError
 from torchcache.graph.marked import Mark
 from torchcache.graph.region import add_lookup
-from torchcache.logging import warn_once
+from torchcache.logging import logger, warn_once
 from torchcache.lookup.cache_lookup import CacheLookup, Call, learn_layouts
 from torchcache.lookup.context import bypassed, inside_region
 from torchcache.lookup.digest import digest_bytes
@@ -47,7 +47,10 @@ def call(mark: Mark, door: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     watching = eval_frame.set_eval_frame(None)
     try:
         owner = args[0] if mark.of_module and args else None
-        return _cache_of(mark, owner, door)(args, kwargs)
+        cache = _cache_of(mark, owner, door)
+        if watching:
+            cache.tell_fallback()
+        return cache(args, kwargs)
     finally:
         eval_frame.set_eval_frame(watching)
 
@@ -86,9 +89,16 @@ class _EagerCache:
         self._lookups: dict[bytes, CacheLookup] = {}
         self.traced: Traced | None = None
         self._tracing = False
+        self._told = False
         self.name = (
             type(module).__name__ if module is not None else str(getattr(mark.function, "__qualname__", "function"))
         )
+
+    def tell_fallback(self) -> None:
+        """Say once that a call inside a traced model ended here."""
+        if not self._told:
+            self._told = True
+            logger.info("%s does not trace as one graph; it is cached as a whole (see torchcache.explain)", self.name)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mark = self._mark

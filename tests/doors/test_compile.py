@@ -250,3 +250,41 @@ def test_an_original_that_returns_its_input_or_one_tensor_twice(inner):
     for _ in range(2):
         for got, expected in zip(run(x), (x + 1, x * 2, x[:, :4] * 6), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("door", ["transform", "eager", "aot_eager"])
+def test_a_mark_under_activation_checkpointing_is_cached(door):
+    class Checkpointed(Net):
+        def body(self, x):
+            return torch.relu(self.head(self.backbone(x)))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+    net = Checkpointed()
+    plain = copy.deepcopy(net)
+    torchcache.mark(net.backbone, freeze=True)
+    run = torchcache.transform(net) if door == "transform" else compiled(net, door)
+    x = torch.randn(4, 16)
+    for batch in (x, x, x[:3]):
+        torch.testing.assert_close(step(run, batch), step(plain, batch))
+        torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
+    (region,) = torchcache.stats(run).regions
+    assert region.misses == 4
+
+
+def test_a_fallback_to_the_eager_door_is_logged_once(monkeypatch):
+    class Breaking(Backbone):
+        def forward(self, x, k=1):
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(h)
+
+    lines = []
+    monkeypatch.setattr(torchcache.logging.logger, "info", lambda text, *args: lines.append(text % args))
+    net = Net()
+    net.backbone = torchcache.mark(Breaking(), freeze=True)
+    run = compiled(net)
+    for _ in range(3):
+        run(torch.randn(4, 16))
+    assert len([line for line in lines if "Breaking does not trace" in line]) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,14 +47,14 @@ def cache_regions(
         The regions, which the caller keeps as long as the graph.
     """
     graph = module.graph
+    regions = [region for body in _checkpoint_bodies(module) for region in cache_regions(body, compile_original)]
     calls = calls_of(graph.nodes)
     if not calls:
-        return []
+        return regions
     for call in calls:
         if call.problem is not None and call.options.enabled:
             raise ArgumentError(call.problem)
     analysis = analyse(graph)
-    regions = []
     for nodes in partition(graph, analysis):
         cut = cut_region(nodes, analysis)
         if cut is None:
@@ -224,6 +224,22 @@ def _identity(graph: fx.Graph, tensors: int) -> bytes:
         arguments = (_abstract(node.args, numbers), _abstract(node.kwargs, numbers))
         lines.append(f"{node.op} {_target_name(node.target)} {arguments}")
     return digest_bytes("\n".join(lines).encode())
+
+
+def _checkpoint_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graphs under activation checkpointing, their inputs known by what the outer graph passes."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or "checkpoint" not in getattr(node.target, "__name__", ""):
+            continue
+        body = node.args[0] if node.args else None
+        inner = getattr(module, str(body.target), None) if isinstance(body, fx.Node) and body.op == "get_attr" else None
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        placeholders = [found for found in inner.graph.nodes if found.op == "placeholder"]
+        for placeholder, given in zip(placeholders, node.args[1:], strict=False):
+            if isinstance(given, fx.Node) and given.op == "placeholder" and "grapharg" in given.meta:
+                placeholder.meta.setdefault("grapharg", given.meta["grapharg"])
+        yield inner
 
 
 def _signature(plan: RegionPlan) -> bytes:
