@@ -163,9 +163,11 @@ WRITER = """
     from test_disk import DiskTier, entries, LIMIT
     tier = DiskTier(Path(sys.argv[1]))
     start = int(sys.argv[2])
-    print("ready", flush=True)
+    tier.open()
+    print("opened", flush=True)
     for batch in range(10_000 if start < 0 else 20):
         tier.write(entries(range(abs(start) + batch * 50, abs(start) + batch * 50 + 50), 4000), "tag", LIMIT)
+        print("wrote", flush=True)
 """
 
 
@@ -189,8 +191,9 @@ def test_killed_writers_leave_whole_entries_only(tmp_path):
     directory = tmp_path / "cache"
     for attempt in range(4):
         writer = spawn(directory, -1 - 100_000 * attempt)
-        assert writer.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.07 * attempt)
+        # The first is killed between opening and writing, the others in the middle of writing.
+        assert [writer.stdout.readline() for _ in range(1 + attempt)][-1] == (b"wrote\n" if attempt else b"opened\n")
+        time.sleep(0.01 * attempt)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         with database(directory) as connection:
