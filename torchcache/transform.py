@@ -12,10 +12,9 @@ from torch import fx, nn
 from torchcache.eager import traced_parts
 from torchcache.errors import FingerprintError, MarkError
 from torchcache.graph.marked import Mark
-from torchcache.logging import logger
 from torchcache.lookup.fingerprint import Program
 from torchcache.marks import marked_modules
-from torchcache.modes import is_frozen, settle
+from torchcache.modes import settle
 from torchcache.store.disk import check_version
 from torchcache.tracing import Traced
 
@@ -139,17 +138,15 @@ class TransformedForward:
 def _problem(path: str, module: nn.Module, mark: Mark) -> str | None:
     """Why a mark can never work, if so."""
     trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    held = [*module.parameters(), *module.buffers()]
     if trainable and len(trainable) == sum(1 for _ in module.parameters()):
         shown = ", ".join(trainable[:5]) + (f" and {len(trainable) - 5} more" if len(trainable) > 5 else "")
         return (
             f"{path} is marked, but nothing in it is frozen: trainable are {shown}. Call requires_grad_(False) on what "
             "you do not train, or torchcache.mark(module, freeze=True)"
         )
-    if mark.options_for(module).persistent_module_hash is None and is_frozen(module):
+    if mark.options_for(module).persistent_module_hash is None:
         try:
             Program((module, mark.function), path)
         except FingerprintError as error:
             return str(error)
-    logger.debug("%s is marked, %d tensors", path, len(held))
     return None

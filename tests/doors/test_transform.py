@@ -419,3 +419,51 @@ def test_rows_stored_in_inference_mode_serve_training(door):
     out.sum().backward()
     torch.testing.assert_close(model.head.weight.grad, torch.tanh(model.backbone.linear(x)).sum(0).expand(3, 10))
     assert torchcache.stats(model).misses == 4
+
+
+def test_an_output_that_follows_from_another_is_computed_again_and_not_stored():
+    class Two(Backbone):
+        def forward(self, x):
+            h = torch.tanh(self.linear(x))
+            return h, h.relu()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torchcache.mark(Two(), freeze=True)
+            self.head = nn.Linear(10, 3)
+
+        def forward(self, x, scale):
+            h, positive = self.backbone(x)
+            late = scale.exp()
+            return self.head(h + positive * late)
+
+    model = torchcache.transform(Net())
+    x, scale = torch.randn(4, 10), torch.randn(1)
+    for _ in range(2):
+        h = torch.tanh(model.backbone.linear(x))
+        torch.testing.assert_close(model(x, scale), model.head(h + h.relu() * scale.exp()))
+    (region,) = torchcache.stats(model).regions
+    assert (region.misses, region.hits) == (4, 4)
+    assert region.memory_bytes == 4 * 40
+
+
+def test_the_users_own_name_serves_both_doors_and_is_cheap(monkeypatch):
+    model = Model()
+    torchcache.mark(model.backbone, freeze=True, persistent_module_hash="v1")
+    torchcache.transform(model)
+    x = torch.randn(4, 10)
+    first = model(x)
+    with torch.no_grad():
+        model.backbone.linear.weight.zero_()
+    torch.testing.assert_close(model(x), first)  # the name is the user's promise
+    assert torchcache.stats(model).hits == 4
+
+
+def test_marking_again_takes_the_new_options():
+    model, _ = pair()
+    x = torch.randn(4, 10)
+    model(x)
+    torchcache.mark(model.backbone, freeze=True, cache_dtype=torch.bfloat16)
+    model(x), model(x)
+    assert any(region.memory_bytes == 4 * 20 for region in torchcache.stats(model).regions)

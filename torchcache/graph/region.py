@@ -94,7 +94,8 @@ class GraphRegion:
         self._original: Original | None = None if compile_original is not None else plan.module.forward
         self._device = plan.outputs[0].device.type
         # Dynamo guards the ambient autocast state, so what it is at the time of tracing holds for every call.
-        self._mode = NumericMode.current(self._device)
+        self._autocast = NumericMode.current(self._device).autocast
+        self._named = all(call.options.persistent_module_hash is not None for call in plan.calls)
         self._size = _BatchSymbol(plan, self._rows)
         self._orders = [memory_order([*map(hint, leaf.shape)], [*map(hint, leaf.stride())]) for leaf in plan.outputs]
 
@@ -103,7 +104,7 @@ class GraphRegion:
         rows = [inputs[position] for position in self._rows]
         call = Call(
             b"",
-            self._mode,
+            NumericMode.current(self._device, self._autocast),
             rows,
             [inputs[position] for position in self._shared],
             lambda some: self._compute(inputs, sizes, some),
@@ -114,7 +115,8 @@ class GraphRegion:
         if bypassed() or not all(marked.options.enabled for marked in self.plan.calls):
             outputs = self.lookup.bypass(call)
         else:
-            call.region = self._region([inputs[position] for position in self._held], inputs)
+            held = [] if self._named else [inputs[position] for position in self._held]
+            call.region = self._region(held, inputs)
             call.state = self._state.digest
             outputs = self.lookup(call)
         return [dense(leaf, order) for leaf, order in zip(outputs, self._orders, strict=True)]
@@ -149,10 +151,7 @@ class GraphRegion:
             name = call.options.persistent_module_hash
             parts.append(self._programs[index].digest if name is None else b"name:" + name.encode())
             parts.append(call.constants)
-        named = all(call.options.persistent_module_hash is not None for call in self.plan.calls)
-        parts.append(b"" if named else self._state.update(held))
-        if named:
-            self._state.update([])
+        parts.append(self._state.update(held))
         self._numbers = numbers
         self._fingerprint = digest_bytes(b"".join(digest_bytes(part) for part in parts))
         self.lookup.tag = self._fingerprint.hex()
@@ -178,7 +177,7 @@ class GraphRegion:
         if self._original is None:
             assert self._compile is not None
             self._original = self._compile(self.plan.module)
-        with _autocast(self._device, self._mode.autocast):
+        with _autocast(self._device, self._autocast):
             outputs = _unaliased(self._original(*given, *sizes), given)
         return [leaf[:count] for leaf in outputs] if run > count else list(outputs)
 
@@ -306,7 +305,8 @@ def lookup_for(calls: Sequence[MarkedCall], identity: bytes) -> CacheLookup:
     for call in calls:
         module = call.subject_module
         owners.append(call.mark if module is None else module)
-    key = digest_bytes(identity + b"".join(digest_bytes(call.constants) for call in calls))
+    options = repr(calls[0].options).encode()
+    key = digest_bytes(identity + options + b"".join(digest_bytes(call.constants) for call in calls))
     lookup = _lookups.setdefault(owners[0], {}).get(key)
     if lookup is None:
         names = list(dict.fromkeys(call.describe() for call in calls))

@@ -107,7 +107,8 @@ def _replace(
     region = GraphRegion(plan, lookup_for(plan.calls, plan.identity), compile_original)
     name = name_region(f"{plan.calls[0].path}/{_signature(plan).hex()[:8]}", region)
     last = cut.nodes[-1]
-    with graph.inserting_before(last.next if order[last] < order[first_reader] else first_reader):
+    anchor = last.next if order[last] < order[first_reader] else first_reader
+    with graph.inserting_before(anchor):
         lookup = graph.call_function(LOOKUP, (list(tensors), list(sizes), name))
         lookup.meta["example_value"] = list(plan.outputs)
         replacements = {}
@@ -123,8 +124,9 @@ def _replace(
                 user.replace_input_with(node, item)
     at = next(reversed(replacements.values()))
     for node in cut.recomputed:
-        at.append(node)
-        at = node
+        if order[node] < order[anchor]:
+            at.append(node)
+            at = node
     return region
 
 

@@ -41,9 +41,10 @@ class NumericMode:
     default: torch.dtype
 
     @classmethod
-    def current(cls, device: str) -> NumericMode:
-        """The mode in force on this thread for ``device``."""
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    def current(cls, device: str, autocast: torch.dtype | str | None = "ambient") -> NumericMode:
+        """The mode in force on this thread for ``device``, or that with another autocast dtype."""
+        if isinstance(autocast, str):
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return cls(device, autocast, torch.get_float32_matmul_precision(), torch.get_default_dtype())
 
 
