@@ -16,7 +16,7 @@ from torchcache.lookup.fingerprint import Program
 from torchcache.marks import marked_modules
 from torchcache.modes import settle
 from torchcache.store.disk import check_version
-from torchcache.tracing import Traced
+from torchcache.tracing import Traced, start_tracer
 
 __all__ = ["graphs", "transform"]
 
@@ -26,7 +26,8 @@ M = TypeVar("M", bound=nn.Module)
 def transform(model: M) -> M:
     """Cache the marked, frozen regions of ``model``, in place; call it once, before training.
 
-    Marked modules are put in eval mode where they are frozen. The model is traced at its first call.
+    Marked modules are put in eval mode where they are frozen. The model is traced at its first call; torch's tracer
+    is started here, which takes the best part of a second, once a process.
 
     Parameters
     ----------
@@ -62,6 +63,7 @@ def transform(model: M) -> M:
         if directory is not None:
             check_version(directory)
         settle(module)
+    start_tracer()
     holder = vars(model).get("forward")
     previous = holder.previous if isinstance(holder, TransformedForward) else holder
     vars(model)["forward"] = TransformedForward(model, previous)
