@@ -15,8 +15,10 @@ LAYERS = [
     {"store.blob", "store.select"},
     {"store.slab", "store.disk", "store.writer"},
     {"store.tiers"},
-    {"lookup.context", "lookup.digest", "lookup.constants", "lookup.code", "lookup.op"},
-    {"lookup.encode", "lookup.key", "lookup.probe", "lookup.rows"},
+    {"lookup.context", "lookup.digest", "lookup.constants", "lookup.code", "lookup.op", "lookup.watch"},
+    {"lookup.parts", "lookup.key", "lookup.probe", "lookup.rows"},
+    {"lookup.code_parts", "lookup.module_parts"},
+    {"lookup.encode"},
     {"lookup.fingerprint"},
     {"lookup.cache_lookup"},
     {"graph.marked"},
@@ -36,9 +38,13 @@ MODULES = {
 }
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchcache"):
+def imported(text):
+    for node in ast.walk(ast.parse(text)):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "relative imports hide the layer"
+        if isinstance(node, ast.Import):
+            ours = [alias.name for alias in node.names if alias.name.partition(".")[0] == "torchcache"]
+            yield from (name.removeprefix("torchcache").lstrip(".") for name in ours)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torchcache":
             base = node.module.removeprefix("torchcache").lstrip(".")
             for alias in node.names:
                 inner = f"{base}.{alias.name}".lstrip(".")
@@ -51,8 +57,28 @@ def test_every_module_has_its_layer():
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_point_downwards(name):
-    for other in imported(MODULES[name]):
+    for other in imported(MODULES[name].read_text(encoding="utf-8")):
         assert RANK[other] < RANK[name], f"{name} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("import torchcache.store.disk", ["store.disk"]),
+        ("def late():\n    from torchcache.store import tiers, blob", ["store.tiers", "store.blob"]),
+        ("from torchcache.store.blob import RowSpec", ["store.blob"]),
+        ("import os, torch\nfrom torchcachelike import x", []),
+    ],
+)
+def test_every_way_to_import_is_seen(text, names):
+    assert list(imported(text)) == names
+
+
+@pytest.mark.parametrize("package", ["graph", "lookup", "store"])
+def test_packages_import_nothing_of_their_own(package):
+    text = (PACKAGE / package / "__init__.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert not list(imported(text))
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -4,8 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import torchcache
 
 SCRIPT = """
 import logging
@@ -19,23 +22,37 @@ assert not log.propagate
 """
 
 
-def run(**environment):
+# Imports torchcache.logging without what the package imports beside it, which takes seconds.
+LIGHT = """
+import sys, types
+package = types.ModuleType("torchcache")
+package.__path__ = [sys.argv[1]]
+sys.modules["torchcache"] = package
+"""
+
+
+def run(*, whole=False, **environment):
+    script = SCRIPT if whole else LIGHT + SCRIPT.replace("import torchcache", "import torchcache.logging")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("TORCHCACHE_")}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**clean, **environment}, check=False
+        [sys.executable, "-c", script, str(Path(torchcache.__file__).parent)],
+        capture_output=True,
+        text=True,
+        env={**clean, **environment},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
 
 
 def test_warnings_show_by_default_in_the_documented_format():
-    (line,) = run()
+    (line,) = run(whole=True)
     assert re.fullmatch(
         r"\[torchcache\] - \d{4}-\d\d-\d\d \d\d:\d\d:\d\d - torchcache - WARNING - a warning line", line
     )
 
 
-@pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("info", 2), ("ERROR", 0), ("20", 2)])
+@pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("info", 2), (" WARNING ", 1), ("ERROR", 0), ("20", 2)])
 def test_levels(level, lines):
     assert len(run(TORCHCACHE_LOG_LEVEL=level)) == lines
 
@@ -67,3 +84,22 @@ def test_invalid_values_are_warned_of_and_the_default_is_used(name, value):
     first, last = run(**{name: value})
     assert name in first
     assert last.endswith("WARNING - a warning line")
+
+
+def test_a_file_gets_the_lines_of_the_level_beside_stderr(tmp_path):
+    path = tmp_path / "log.txt"
+    shown = run(TORCHCACHE_LOG_FILE=str(path), TORCHCACHE_LOG_LEVEL="INFO", TORCHCACHE_LOG_FMT="%(levelname)s")
+    assert shown == path.read_text().splitlines() == ["INFO", "WARNING"]
+
+
+@pytest.mark.parametrize("name", ["FMT", "DATEFMT"])
+def test_valid_formats_are_not_warned_of(name):
+    assert len(run(**{f"TORCHCACHE_LOG_{name}": {"FMT": "%(message)s", "DATEFMT": "%H:%M"}[name]})) == 1
+
+
+def test_a_warning_is_shown_once_each(caplog, monkeypatch):
+    monkeypatch.setattr(torchcache.logging.logger, "propagate", True)
+    for text in ("first", "second", "first", "first"):
+        torchcache.logging.warn_once(text)
+    assert [record.message for record in caplog.records] == ["first", "second"]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}

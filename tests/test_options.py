@@ -20,14 +20,19 @@ WRONG = [
     ("persistent_module_hash", "", ValueError),
     ("max_persistent_cache_size", "10GB", TypeError),
     ("max_persistent_cache_size", -1, ValueError),
+    ("max_persistent_cache_size", float("nan"), ValueError),
+    ("max_memory_cache_size", None, TypeError),
     ("max_memory_cache_size", float("inf"), ValueError),
     ("max_memory_cache_size", True, TypeError),
     ("memory_cache_device", 3.5, TypeError),
     ("memory_cache_device", "toaster", ValueError),
     ("cache_dtype", "float16", TypeError),
     ("cache_dtype", torch.int8, ValueError),
+    ("cache_dtype", torch.complex64, ValueError),
     ("zstd_compression_level", "fast", TypeError),
-    ("zstd_compression_level", 99, ValueError),
+    ("zstd_compression_level", True, TypeError),
+    ("zstd_compression_level", 23, ValueError),
+    ("zstd_compression_level", -8, ValueError),
     ("digest", "md5", ValueError),
     ("verify", None, TypeError),
 ]
@@ -37,6 +42,23 @@ WRONG = [
 def test_wrong_values_are_refused_by_name(name, value, error):
     with pytest.raises(error, match=name):
         CacheOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_memory_cache_size", 0),
+        ("zstd_compression_level", -7),
+        ("zstd_compression_level", 22),
+        ("zstd_compression_level", None),
+        ("memory_cache_device", torch.device("cpu")),
+        ("memory_cache_device", None),
+        ("cache_dtype", torch.float8_e4m3fn),
+        ("persistent_module_hash", "v1"),
+    ],
+)
+def test_values_at_the_edge_are_taken(name, value):
+    assert getattr(CacheOptions(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(
@@ -102,3 +124,59 @@ def test_blake3_serves_where_it_is_installed():
     x = torch.randn(4, 3)
     torch.testing.assert_close(module(x), module(x))
     assert torchcache.stats(module).hits == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("subsample_count", "every byte"),
+        ("zstd_compression", "zstd_compression_level"),
+        ("zstd_compression_threads", "leave it out"),
+        ("use_mmap_on_load", "leave it out"),
+    ],
+)
+def test_each_removed_option_has_its_own_advice(name, advice):
+    with pytest.raises(TypeError, match=advice):
+        CacheOptions.of({name: 1})
+
+
+def test_replacing_options_checks_names_and_values_and_leaves_the_old_ones():
+    options = CacheOptions(verify=False)
+    assert options.replace({}) == options
+    assert options.replace({"persistent": True}) == CacheOptions(verify=False, persistent=True)
+    assert not options.persistent
+    with pytest.raises(TypeError, match="did you mean 'verify'"):
+        options.replace({"verfy": True})
+    with pytest.raises(ValueError, match="max_memory_cache_size"):
+        options.replace({"max_memory_cache_size": -1})
+
+
+def test_the_directory_is_absolute_and_an_empty_variable_counts_as_unset(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert CacheOptions(persistent=True, persistent_cache_dir="rows").directory == tmp_path / "rows"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert CacheOptions(persistent=True, persistent_cache_dir="~/rows").directory == tmp_path / "rows"
+    monkeypatch.setenv("TORCHCACHE_DIR", "")
+    assert str(default_cache_dir()) == platformdirs.user_cache_dir("torchcache")
+
+
+def test_overrides_of_one_instance_leave_its_class_alone():
+    @cached
+    class Scaled(nn.Module):
+        def __init__(self, **overrides):
+            super().__init__()
+            for name, value in overrides.items():
+                setattr(self, f"torchcache_{name}", value)
+
+        def forward(self, x):
+            return x * 2
+
+    x = torch.randn(4, 3)
+    plain, off, tiny = Scaled(), Scaled(enabled=False), Scaled(max_memory_cache_size=2 * 3 * 4)
+    for module in (plain, off, tiny):
+        for _ in range(2):
+            assert torch.equal(module(x), x * 2)
+    assert torchcache.stats(plain).hits == 4
+    assert torchcache.stats(off).hits == torchcache.stats(off).misses == 0
+    assert torchcache.stats(tiny).hits == 2

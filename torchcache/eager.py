@@ -220,7 +220,7 @@ class _EagerCache:
         if self.traced is None:
             if module is not None:
                 settle(module)
-            self.traced = Traced(self._door, self.name)
+            self.traced = Traced(self._door, self.name, module)
         self._tracing = True
         try:
             return self.traced(*args, **kwargs)

@@ -206,11 +206,21 @@ class MarkedForward:
         self._bind()
 
     def _bind(self) -> None:
-        original = type(self.module).forward
-        original = getattr(original, "torchcache_function", original)
-        if self.inner is not None:
-            original = _instance_forward(self.inner)
+        original = _class_forward(type(self.module)) if self.inner is None else _instance_forward(self.inner)
         self.door: Any = make_door(Mark(original, self.options, of_module=True))
+
+
+def _class_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class as it is when called: a class may be given another one after its instance was marked."""
+    found = getattr(cls.forward, "torchcache_function", cls.forward)
+
+    @functools.wraps(found)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        current = type(self).forward
+        return getattr(current, "torchcache_function", current)(self, *args, **kwargs)
+
+    forward.torchcache_function = found  # type: ignore[attr-defined]
+    return forward
 
 
 def _instance_forward(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules import module as torch_module
 
 from torchcache.errors import TorchcacheError
-from torchcache.graph.region import GraphRegion
+from torchcache.graph.marked import MarkedCall
+from torchcache.graph.region import GraphRegion, program_now
 from torchcache.graph.rewrite import cache_regions
 from torchcache.logging import logger, warn_once
 
@@ -20,12 +23,17 @@ __all__ = ["Traced", "start_tracer", "trace_with"]
 
 _numbers = itertools.count()
 
+# A function whose program changes more often than this is not traced for each change.
+VARIANTS = 16
+
 
 class Traced:
     """``function`` with its marked regions cached.
 
     Traced at its first call, with the first dimension of every tensor argument symbolic, and again when
-    Dynamo's guards say so. Where Dynamo fails, ``function`` runs as it is, and marked modules are cached eagerly.
+    Dynamo's guards say so. What Dynamo does not guard is watched here: the programs of the marked calls (classes and
+    functions patched, values equal but of another type) and the hooks of all modules. Where Dynamo fails,
+    ``function`` runs as it is, and marked modules are cached eagerly.
 
     Parameters
     ----------
@@ -33,26 +41,30 @@ class Traced:
         What to trace.
     name : str
         For messages.
+    module : nn.Module or None
+        Whose hooks run within.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self.graphs: list[fx.GraphModule] = []
-        self.regions: list[GraphRegion] = []
+    def __init__(self, function: Callable[..., Any], name: str, module: nn.Module | None) -> None:
         self._function = function
         self._name = name
-        self._compiled: Callable[..., Any] | None = None
+        self._module = weakref.ref(module) if module is not None else None
+        self._variants: list[_Variant] = []
         self._broken = False
+
+    @property
+    def graphs(self) -> list[fx.GraphModule]:
+        """The rewritten graphs, one for each time the function was traced."""
+        return [graph for variant in self._variants for graph in variant.graphs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What ``function`` returns."""
         if self._broken:
             return self._function(*args, **kwargs)
-        if self._compiled is None:
-            self._compiled = trace_with(self._function, self._backend)
         from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 
         try:
-            return self._compiled(*args, **kwargs)
+            return self._variant().compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             cause = error.inner_exception
             if isinstance(cause, TorchcacheError):
@@ -62,15 +74,69 @@ class Traced:
             self._give_up(error)
         return self._function(*args, **kwargs)
 
-    def _backend(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.regions.extend(cache_regions(module))
-        self.graphs.append(module)
-        return module.forward
+    def _variant(self) -> _Variant:
+        """The trace that is right for the programs and hooks as they are now."""
+        known = self._variants
+        if not known or not (len(known) > VARIANTS or known[-1].is_current()):
+            found = next((variant for variant in known if variant.is_current()), None)
+            if found is None:
+                found = _Variant(self._function, self._module() if self._module is not None else None)
+            else:
+                known.remove(found)
+            known.append(found)
+            if len(known) > VARIANTS:
+                warn_once(
+                    f"{self._name} was traced {VARIANTS} times because its marked modules or its hooks keep changing; "
+                    "from now on only what torch.compile guards is looked at"
+                )
+        return known[-1]
 
     def _give_up(self, error: BaseException) -> None:
         self._broken = True
         warn_once(f"{self._name} cannot be traced ({type(error).__name__}); its marked modules are cached one by one")
         logger.info("tracing %s failed: %s", self._name, error)
+
+
+class _Variant:
+    """One compiled form of a function, and what it was traced with."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module | None) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self.compiled = trace_with(function, self._backend)
+        self._regions: list[GraphRegion] = []  # the graphs refer to them by name only
+        self._calls: list[MarkedCall] = []
+        self._digests: list[bytes] = []
+        self._module = weakref.ref(module) if module is not None else None
+        self._hooks: list[Any] = []
+        self._known_hooks = self._note_hooks()
+
+    def is_current(self) -> bool:
+        """Whether tracing again would give the same."""
+        return (
+            self._known_hooks == [*map(tuple, self._hooks)]
+            and [program_now(call).digest for call in self._calls] == self._digests
+        )
+
+    def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        regions = cache_regions(graph)
+        self.graphs.append(graph)
+        self._regions.extend(regions)
+        known = {(call.mark, call.subject_module) for call in self._calls}
+        for call in itertools.chain.from_iterable(region.plan.calls for region in regions):
+            if call.options.persistent_module_hash is None and (call.mark, call.subject_module) not in known:
+                known.add((call.mark, call.subject_module))
+                self._calls.append(call)
+                self._digests.append(program_now(call).digest)
+        self._known_hooks = self._note_hooks()
+        return graph.forward
+
+    def _note_hooks(self) -> list[tuple[int, ...]]:
+        """The keys of all hooks that run with a forward; a key is never used twice."""
+        module = self._module() if self._module is not None else None
+        self._hooks = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
+        for inner in module.modules() if module is not None else ():
+            self._hooks += (inner._forward_pre_hooks, inner._forward_hooks)
+        return [*map(tuple, self._hooks)]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torchcache.eager import traced_parts
 from torchcache.errors import FingerprintError, MarkError
 from torchcache.graph.marked import Mark
-from torchcache.lookup.fingerprint import Program
+from torchcache.lookup.fingerprint import program_of
 from torchcache.marks import marked_modules
 from torchcache.modes import settle
 from torchcache.store.disk import check_version
@@ -129,7 +129,7 @@ class TransformedForward:
         self.traced = self._new_trace()
 
     def _new_trace(self) -> Traced:
-        return Traced(self._plain, type(self.module).__name__)
+        return Traced(self._plain, type(self.module).__name__, self.module)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous is not None:
@@ -148,7 +148,7 @@ def _problem(path: str, module: nn.Module, mark: Mark) -> str | None:
         )
     if mark.options_for(module).persistent_module_hash is None:
         try:
-            Program((module, mark.function), path)
+            program_of(module, mark.function, path)
         except FingerprintError as error:
             return str(error)
     return None

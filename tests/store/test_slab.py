@@ -1,9 +1,12 @@
 """The memory tier."""
 
 import threading
+import types
 
+import pytest
 import torch
 
+from torchcache.store import slab as slab_module
 from torchcache.store.blob import RowSpec
 from torchcache.store.slab import ABSENT, MemoryTier, Slab
 
@@ -55,9 +58,12 @@ def test_slabs_that_cannot_be_lazy_grow():
     assert slab._leaves[0].shape[0] == 5000
 
 
-def test_threads_that_read_and_write_at_once_see_only_right_rows():
+@pytest.mark.parametrize("system", ["posix", "another"])
+def test_threads_that_read_and_write_at_once_see_only_right_rows(system, monkeypatch):
     tier = MemoryTier(10**7)
-    wrong = []
+    wrong, failed = [], []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setattr(slab_module, "os", types.SimpleNamespace(name=system))
 
     def write(offset):
         for start in range(0, 2000, 20):
@@ -80,4 +86,56 @@ def test_threads_that_read_and_write_at_once_see_only_right_rows():
     for thread in threads:
         thread.join()
     assert not wrong
+    assert not failed
     assert len(tier) == 8000
+
+
+def test_rows_are_kept_in_the_slabs_dtype():
+    tier = MemoryTier(10**6)
+    spec = RowSpec(((torch.float16, (2,)), (torch.int64, ())))
+    slab, _ = tier.admit(b"a", digests(range(3)), rows(range(3)), spec, CPU)
+    halves, numbers = slab.gather([2, 1])
+    assert halves.dtype == torch.float16
+    assert halves.tolist() == [[2, -2], [1, -1]]
+    assert numbers.tolist() == [2, 1]
+    assert tier.used == 3 * spec.size
+
+
+def test_the_callers_rows_are_copied():
+    tier, mine = MemoryTier(10**6), rows(range(3))
+    slab, _ = tier.admit(b"a", digests(range(3)), mine, SPEC, CPU)
+    for leaf in mine:
+        leaf.zero_()
+    assert slab.gather([2])[0].tolist() == [[2, -2]]
+
+
+def test_where_memory_is_not_lazy_the_tier_grows_within_its_budget(monkeypatch):
+    monkeypatch.setattr(slab_module, "os", types.SimpleNamespace(name="another"))
+    tier = MemoryTier(3000 * SPEC.size)
+    for start in range(0, 4000, 700):
+        numbers = range(start, start + 700)
+        slab, _ = tier.admit(b"a", digests(numbers), rows(numbers), SPEC, CPU)
+        assert slab._leaves[0].shape[0] <= 3000
+    assert len(tier) == 3000
+    assert slab.gather(slab.find(digests([0, 1500, 2999])))[1].tolist() == [0, 1500, 2999]
+    assert slab.find(digests([3000])) == [ABSENT]
+
+
+def test_rows_of_old_weights_make_room_and_those_in_use_stay():
+    tier = MemoryTier(100 * SPEC.size)
+    tier.admit(b"a", digests(range(90)), rows(range(90)), SPEC, CPU, b"old")
+    tier.admit(b"b", digests(range(40)), rows(range(40)), SPEC, CPU, b"new")
+    _, slots = tier.admit(b"c", digests(range(80)), rows(range(80)), SPEC, CPU, b"new")
+    assert tier.slab(b"a") is None
+    assert len(tier.slab(b"b")) == 40
+    assert len(slots) == 60
+    assert tier.used == 100 * SPEC.size
+
+
+def test_new_weights_get_all_the_room_that_old_rows_leave():
+    tier = MemoryTier(100 * SPEC.size)
+    tier.admit(b"a", digests(range(90)), rows(range(90)), SPEC, CPU, b"old")
+    for start in range(0, 100, 10):
+        numbers = range(start, start + 10)
+        tier.admit(b"b", digests(numbers), rows(numbers), SPEC, CPU, b"new")
+    assert len(tier.slab(b"b")) == 100

@@ -18,12 +18,21 @@ from torchcache.logging import logger
 from torchcache.lookup.cache_lookup import CacheLookup, Call
 from torchcache.lookup.context import bypassed
 from torchcache.lookup.digest import digest_bytes
-from torchcache.lookup.fingerprint import Program, State
+from torchcache.lookup.fingerprint import Program, State, program_of
 from torchcache.lookup.key import NumericMode
 from torchcache.lookup.rows import Layout, dense, inverted, memory_order
 from torchcache.store.select import select_rows
 
-__all__ = ["GraphRegion", "RegionPlan", "add_lookup", "expression_of", "hint", "lookup_for", "lookups_of"]
+__all__ = [
+    "GraphRegion",
+    "RegionPlan",
+    "add_lookup",
+    "expression_of",
+    "hint",
+    "lookup_for",
+    "lookups_of",
+    "program_now",
+]
 
 Original = Callable[..., Sequence[torch.Tensor]]
 
@@ -88,7 +97,7 @@ class GraphRegion:
         self._scalars = plan.positions("scalar")
         self._state = State()
         self._numbers: list[float] = []
-        self._programs: dict[int, Program] = {}
+        self._programs: dict[int, bytes] = {}
         self._fingerprint = b""
         self._compile = compile_original
         self._original: Original | None = None if compile_original is not None else plan.module.forward
@@ -145,11 +154,11 @@ class GraphRegion:
             self._programs = {}
             for index, call in enumerate(self.plan.calls):
                 if call.options.persistent_module_hash is None:
-                    self._programs[index] = _program(call)
+                    self._programs[index] = program_now(call).digest
         parts = [self.plan.identity]
         for index, call in enumerate(self.plan.calls):
             name = call.options.persistent_module_hash
-            parts.append(self._programs[index].digest if name is None else b"name:" + name.encode())
+            parts.append(self._programs[index] if name is None else b"name:" + name.encode())
             parts.append(call.constants)
         parts.append(self._state.update(held))
         self._numbers = numbers
@@ -242,10 +251,9 @@ class _BatchSymbol:
         return known
 
 
-def _program(call: MarkedCall) -> Program:
-    module = call.subject_module
-    subject = call.mark.function if module is None else (module, call.mark.function)
-    return Program(subject, call.path)
+def program_now(call: MarkedCall) -> Program:
+    """The program of a marked call as it is now."""
+    return program_of(call.subject_module, call.mark.function, call.path)
 
 
 def expression_of(size: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Whose code a module is, and which global names a piece of code reads."""
+"""Whose code a module is, and which names a piece of code reads."""
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import functools
 import os
@@ -10,7 +11,7 @@ import sysconfig
 import types
 from typing import Any
 
-__all__ = ["global_names", "installed", "is_installed_class", "is_machinery"]
+__all__ = ["Name", "installed", "is_installed_class", "is_machinery", "names_read"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not in C
 
@@ -34,27 +35,64 @@ def installed(module: str) -> bool:
     return inside and (standard or isinstance(getattr(package, "__version__", None), str))
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Name:
+    """Something that code reads by name from outside itself.
+
+    Parameters
+    ----------
+    module : str
+        The module it imports for that, with its leading dots where it is relative; empty for a global name.
+    chain : tuple of str
+        The names in turn: the global or imported one, then the attributes taken from it.
+    """
+
+    module: str
+    chain: tuple[str, ...]
+
+
 @functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The global names that ``code`` reads, each with the attributes taken from it, nested code included."""
-    chains: set[tuple[str, ...]] = set()
-    chain: list[str] = []
+def names_read(code: types.CodeType) -> tuple[Name, ...]:
+    """The globals that ``code`` reads and what it imports itself, nested code included."""
+    found: set[Name] = set()
+    imported: dict[str, Name] = {}
+    constants: list[Any] = [0, None]
+    module, whole = "", False
+    chain: Name | None = None
+    bound: Name | None = None
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if chain:
-                chains.add(tuple(chain))
-            chain = [instruction.argval]
-        elif chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            chain.append(instruction.argval)
-        elif chain and instruction.opname not in ("CACHE", "PUSH_NULL"):
-            chains.add(tuple(chain))
-            chain = []
-    if chain:
-        chains.add(tuple(chain))
+        operation, argument = instruction.opname, instruction.argval
+        if operation in ("CACHE", "PUSH_NULL"):
+            continue
+        if chain is not None:
+            if operation in ("LOAD_ATTR", "LOAD_METHOD"):
+                chain = Name(chain.module, (*chain.chain, argument))
+                continue
+            found.add(chain)
+            chain = None
+        names = argument if isinstance(argument, tuple) else (argument,)
+        if operation in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            constants = [constants[-1], argument]
+        elif operation == "IMPORT_NAME":
+            module, whole = "." * constants[0] + argument, not constants[1]
+            bound = Name(module.partition(".")[0], ())
+        elif operation == "IMPORT_FROM":
+            bound = Name(module, () if whole else (argument,))
+        elif operation.startswith("STORE_") and bound is not None:
+            imported[names[0]] = bound
+            if operation == "STORE_DEREF":  # read by nested code
+                found.add(bound)
+            bound = None
+            chain = imported.get(names[-1]) if "LOAD" in operation else None
+        elif operation in ("LOAD_GLOBAL", "LOAD_NAME"):
+            chain = Name("", names)
+        elif operation.startswith("LOAD_FAST"):
+            found.update(imported[name] for name in names[:-1] if name in imported)
+            chain = imported.get(names[-1])
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            chains.update(global_names(constant))
-    return tuple(sorted(chains))
+            found.update(names_read(constant))
+    return tuple(sorted(found))
 
 
 def is_installed_class(cls: type) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-import numpy as np
 import torch
+from torch import nn
+from torch._C._dynamo.guards import TensorGuards
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchcache.lookup.digest import digest_bytes, digest_tensor
 from torchcache.lookup.encode import Encoder
 
-__all__ = ["Program", "State"]
+__all__ = ["Program", "State", "content_digest", "program_of"]
 
 
 class Program:
@@ -32,8 +34,8 @@ class Program:
         16 bytes of identity, without the contents of tensors.
     tensors : list of torch.Tensor
         Every tensor the subject holds, in the order met: parameters, buffers, plain attributes, globals.
-    paths : list of str
-        Their paths.
+    alarms : int
+        How often the program was looked at again and found equal.
 
     Raises
     ------
@@ -43,17 +45,12 @@ class Program:
 
     def __init__(self, subject: Any, where: str) -> None:
         encoder = Encoder(where)
+        encoder.global_hooks()
         encoder.value(subject)
         self.digest = encoder.digest()
-        self.paths = [path for path, _ in encoder.tensors]
         self._tensors = [weakref.ref(tensor) for _, tensor in encoder.tensors]
-        self._bindings = encoder.bindings
-        self._live: list[Any] = []
-        self._copies: list[Any] = []
-        self._identities: list[tuple[Any, list[Any]]] = []
-        self._arrays: list[tuple[Any, bytes]] = []
-        for container in encoder.containers:
-            self._watch(container)
+        self._watch = encoder.watch
+        self.alarms = 0
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -61,55 +58,76 @@ class Program:
         return [tensor for reference in self._tensors if (tensor := reference()) is not None]
 
     def unchanged(self) -> bool:
-        """Whether no attribute, container or global that was read has changed since."""
-        try:
-            return (
-                all(map(operator.eq, self._live, self._copies))
-                and all(_same_items(container, values) for container, values in self._identities)
-                and all(scope.get(name) is value for scope, name, value in self._bindings)
-                and all(array.tobytes() == content for array, content in self._arrays)
-            )
-        except Exception:  # an exotic __eq__: look again rather than trust it
-            return False
-
-    def _watch(self, container: Any) -> None:
-        if isinstance(container, np.ndarray):
-            self._arrays.append((container, container.tobytes()))
-            return
-        values = list(container.values() if isinstance(container, Mapping) else container)
-        if any(isinstance(value, torch.Tensor) for value in values):
-            # Comparing tensors would compare elements: these must be the very same objects.
-            self._identities.append((container, values))
-        else:
-            self._live.append(container)
-            self._copies.append(container.copy())
+        """Whether no attribute, container, class, function or global that was read has changed since."""
+        return self._watch.unchanged()
 
 
-def _same_items(container: Any, values: list[Any]) -> bool:
-    live = container.values() if isinstance(container, Mapping) else container
-    return len(live) == len(values) and all(map(operator.is_, live, values))
+class _Programs(dict[Any, Program]):
+    """Programs kept in the ``__dict__`` of what they describe, to die with it; copies start empty."""
+
+    def __reduce__(self) -> tuple[type[_Programs], tuple[()]]:
+        return _Programs, ()
+
+
+# A program that is replaced so often by an equal one is not worth looking at in every call.
+FALSE_ALARMS = 16
+
+
+def program_of(module: nn.Module | None, function: Any, where: str) -> Program:
+    """The program of a marked call as it is now, looked at again only if something changed.
+
+    Parameters
+    ----------
+    module : nn.Module or None
+        The marked module; ``None`` for a function.
+    function : callable
+        The original that the mark stands for.
+    where : str
+        Its path, for errors.
+
+    Raises
+    ------
+    FingerprintError
+        When it holds something that has no identity.
+    """
+    subject = function if module is None else (module, function)
+    programs = vars(function if module is None else module).setdefault("_torchcache_programs", _Programs())
+    known = programs.get(function)
+    if known is not None and (known.alarms > FALSE_ALARMS or known.unchanged()):
+        return cast(Program, known)
+    fresh = Program(subject, where)
+    if known is not None and fresh.digest == known.digest:
+        fresh.alarms = known.alarms + 1
+    programs[function] = fresh
+    return fresh
 
 
 class State:
     """The contents of the tensors a region reads, hashed when they change and only then.
 
-    A change is seen by the tensors' identities, storage pointers and version counters. Writes that bypass the
-    version counter (through ``.data`` or a numpy view) are not.
+    A change is seen by the tensors' identities, storages, pointers, shapes, strides, dtypes and version counters.
+    Writes that bypass the version counter (into ``.data`` in place, or through a numpy view) are not.
     """
 
     def __init__(self) -> None:
         self._references: list[Callable[[], torch.Tensor | None]] = []
+        self._storages: list[StorageWeakRef] = []
+        self._handles: list[int] = []
         self._pointers: list[int] = []
         self._versions: list[int] = []
+        self._layouts: TensorGuards | None = None
         self.digest = b""
 
     def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether ``tensors`` are those last hashed, untouched."""
         try:
             return (
-                [tensor._version for tensor in tensors] == self._versions
-                and [tensor.data_ptr() for tensor in tensors] == self._pointers
-                and all(map(operator.is_, map(_call, self._references), tensors))
+                list(map(_version, tensors)) == self._versions
+                and list(map(torch.Tensor.data_ptr, tensors)) == self._pointers
+                # While a storage lives nothing else has its address, so that an equal pointer is the same memory.
+                and not any(map(_expired, self._handles))
+                and all(map(operator.is_, [reference() for reference in self._references], tensors))
+                and (self._layouts is None or self._layouts.check(*tensors))
             )
         except RuntimeError:  # inference tensors have no version: hash them every time
             return False
@@ -118,16 +136,37 @@ class State:
         """Hash what changed since the last time; 16 bytes over all tensors, in order."""
         self.digest = digest_bytes(b"".join(_content(tensor) for tensor in tensors))
         try:
-            versions = [tensor._version for tensor in tensors]
+            versions = list(map(_version, tensors))
         except RuntimeError:
             versions = [-1]
         self._versions = versions
-        self._pointers = [tensor.data_ptr() for tensor in tensors]
+        self._pointers = list(map(torch.Tensor.data_ptr, tensors))
+        self._storages = [_weak_storage(tensor) for tensor in tensors]
+        self._handles = [storage.cdata for storage in self._storages]
         self._references = [weakref.ref(tensor) for tensor in tensors]
+        self._layouts = _layouts(tensors) if tensors else None
         return self.digest
 
 
-_contents: dict[int, tuple[Callable[[], torch.Tensor | None], int, int, bytes]] = {}
+_version = operator.attrgetter("_version")
+_expired: Callable[[int], bool] = cast(Any, torch.UntypedStorage._expired)
+
+
+def _weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _layouts(tensors: Sequence[torch.Tensor]) -> TensorGuards:
+    """Type, dtype, device, shape and stride of all tensors, compared in one call."""
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
+    )
+
+
+_Known = tuple[Callable[[], torch.Tensor | None], StorageWeakRef, tuple[Any, ...], bytes]
+_contents: dict[int, _Known] = {}
 
 
 def content_digest(tensor: torch.Tensor) -> bytes:
@@ -141,14 +180,18 @@ def _content(tensor: torch.Tensor) -> bytes:
         version = tensor._version
     except RuntimeError:
         version = -1
-    if known is not None and known[0]() is tensor and version != -1 and known[1:3] == (tensor.data_ptr(), version):
+    found = (version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    if (
+        known is not None
+        and known[0]() is tensor
+        and version != -1
+        and known[2] == found
+        and not _expired(known[1].cdata)
+    ):
         return known[3]
     described = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     digest = digest_bytes(described + digest_tensor(tensor))
     key = id(tensor)
-    _contents[key] = (weakref.ref(tensor, lambda _: _contents.pop(key, None)), tensor.data_ptr(), version, digest)
+    storage = _weak_storage(tensor)
+    _contents[key] = (weakref.ref(tensor, lambda _: _contents.pop(key, None)), storage, found, digest)
     return digest
-
-
-def _call(reference: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-    return reference()

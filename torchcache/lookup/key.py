@@ -33,19 +33,23 @@ class NumericMode:
         ``torch.get_float32_matmul_precision()``.
     default : torch.dtype
         ``torch.get_default_dtype()``.
+    tf32 : bool
+        Whether convolutions on this device may round to TF32: ``torch.backends.cudnn.allow_tf32`` on CUDA.
     """
 
     device: str
     autocast: torch.dtype | None
     matmul: str
     default: torch.dtype
+    tf32: bool
 
     @classmethod
     def current(cls, device: str, autocast: torch.dtype | str | None = "ambient") -> NumericMode:
         """The mode in force on this thread for ``device``, or that with another autocast dtype."""
         if isinstance(autocast, str):
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(device, autocast, torch.get_float32_matmul_precision(), torch.get_default_dtype())
+        tf32 = device == "cuda" and torch._C._get_cudnn_allow_tf32()
+        return cls(device, autocast, torch.get_float32_matmul_precision(), torch.get_default_dtype(), tf32)
 
 
 def call_fingerprint(
@@ -88,6 +92,6 @@ def _combine(
     named: bool,
 ) -> bytes:
     rows = [(str(dtype), tuple(int(size) for size in shape)) for dtype, shape in shapes]
-    ambient = (str(mode.autocast), mode.matmul, str(mode.default), mode.device)
+    ambient = (str(mode.autocast), mode.matmul, str(mode.default), mode.device, mode.tf32)
     text = repr((FORMAT_VERSION, str(cache_dtype), digest, ambient, rows, len(shared), named))
     return digest_bytes(region + struct.pack("<I", len(text)) + text.encode() + b"".join(shared))

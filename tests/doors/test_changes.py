@@ -1,0 +1,605 @@
+"""Whatever a marked module's output depends on can change: the next call is a miss, through every door."""
+
+import array
+import collections
+import dataclasses
+import enum
+import functools
+import sys
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchcache
+
+CASES = {}
+SETTINGS = {"scale": 2.0}
+FACTOR = 2.0
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+class Scaled(nn.Module):
+    """Returns x times whatever ``get`` says."""
+
+    def __init__(self, held=None):
+        super().__init__()
+        self.held = held
+
+    def forward(self, x):
+        return x * self.get()
+
+
+def module_of(get, held=None):
+    """A module of a class of its own, so that classes can be changed."""
+    return type("Own", (Scaled,), {"get": get, "__module__": __name__})(held)
+
+
+class Bag:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scale: float = 2.0
+
+
+@dataclasses.dataclass
+class NotCompared:
+    scale: float = dataclasses.field(default=2.0, compare=False)
+
+
+class SlotBesideDict:
+    __slots__ = ("__dict__", "scale")
+
+
+class Name(str):
+    pass
+
+
+class Numbers(dict):
+    pass
+
+
+@case
+def class_attribute():
+    module = module_of(lambda self: self.scale)
+    type(module).scale = 2.0
+    return module, lambda: setattr(type(module), "scale", 3.0)
+
+
+@case
+def class_method():
+    module = module_of(lambda self: 2.0)
+    return module, lambda: setattr(type(module), "get", lambda self: 3.0)
+
+
+@case
+def class_forward():
+    module = module_of(lambda self: 2.0)
+    return module, lambda: setattr(type(module), "forward", lambda self, x: x * 3.0)
+
+
+@case
+def forward_of_a_child_class():
+    child = module_of(lambda self: 2.0)
+    return nn.Sequential(child), lambda: setattr(type(child), "forward", lambda self, x: x * 3.0)
+
+
+@case
+def forward_of_an_installed_class(monkeypatch):
+    module = nn.Sequential(nn.Hardshrink(0.0), module_of(lambda self: 2.0))
+    return module, lambda: monkeypatch.setattr(nn.Hardshrink, "forward", lambda self, x: x * 1.5)
+
+
+@case
+def function_that_an_installed_class_calls(monkeypatch):
+    module = nn.Sequential(nn.Hardshrink(0.0), module_of(lambda self: 2.0))
+    return module, lambda: monkeypatch.setattr(nn.functional, "hardshrink", lambda x, bound: x * 1.5)
+
+
+@case
+def attribute_of_a_tensor():
+    module = module_of(lambda self: self.table.scale)
+    module.register_buffer("table", torch.zeros(2))
+    module.table.scale = 2.0
+    return module, lambda: setattr(module.table, "scale", 3.0)
+
+
+@case
+def forward_of_a_child_instance():
+    child = module_of(lambda self: 2.0)
+    return nn.Sequential(child), lambda: setattr(child, "forward", lambda x: x * 3.0)
+
+
+@case
+def class_of_the_module():
+    module = module_of(lambda self: 2.0)
+    other = module_of(lambda self: 3.0)
+    return nn.Sequential(module), lambda: setattr(module, "__class__", type(other))
+
+
+@case
+def class_attribute_named_by_code():
+    class Settings:
+        scale = 2.0
+
+    return module_of(lambda self: Settings.scale), lambda: setattr(Settings, "scale", 3.0)
+
+
+@case
+def attribute():
+    module = module_of(lambda self: self.held, 2.0)
+    return module, lambda: setattr(module, "held", 3.0)
+
+
+@case
+def attribute_named_like_one_of_ours():
+    module = module_of(lambda self: self.held.train, Bag(train=2.0))
+    return module, lambda: setattr(module.held, "train", 3.0)
+
+
+@case
+def attribute_named_like_one_of_transformers():
+    module = module_of(lambda self: self.held.name_or_path, Bag(name_or_path=2.0))
+    return module, lambda: setattr(module.held, "name_or_path", 3.0)
+
+
+@case
+def integer_that_becomes_a_float():
+    module = module_of(lambda self: 2.0 if isinstance(self.held, int) else 3.0, 1)
+    return module, lambda: setattr(module, "held", 1.0)
+
+
+@case
+def integer_that_becomes_a_bool():
+    module = module_of(lambda self: 3.0 if isinstance(self.held, bool) else 2.0, Bag(one=1))
+    module.held = Bag(one=1)
+    type(module).get = lambda self: 3.0 if isinstance(self.held.one, bool) else 2.0
+    return module, lambda: setattr(module.held, "one", True)
+
+
+@case
+def zero_that_becomes_negative():
+    module = module_of(lambda self: 2.0 + (torch.tensor(self.held).signbit()), Bag(zero=0.0))
+    type(module).get = lambda self: 2.0 + torch.full((), self.held.zero).signbit()
+    return module, lambda: setattr(module.held, "zero", -0.0)
+
+
+@case
+def text_of_a_subclass():
+    module = module_of(lambda self: float(self.held), Name("2"))
+    return module, lambda: setattr(module, "held", Name("3"))
+
+
+@case
+def attribute_of_a_text_of_a_subclass():
+    name = Name("a")
+    name.scale = 2.0
+    return module_of(lambda self: self.held.scale, name), lambda: setattr(name, "scale", 3.0)
+
+
+@case
+def attribute_of_a_dict_of_a_subclass():
+    numbers = Numbers()
+    numbers.scale = 2.0
+    return module_of(lambda self: self.held.scale, numbers), lambda: setattr(numbers, "scale", 3.0)
+
+
+@case
+def item_of_a_list():
+    module = module_of(lambda self: self.held[0], [2.0])
+    return module, lambda: module.held.__setitem__(0, 3.0)
+
+
+@case
+def item_of_a_dict_in_a_tuple():
+    module = module_of(lambda self: self.held[0]["scale"], ({"scale": 2.0},))
+    return module, lambda: module.held[0].update(scale=3.0)
+
+
+@case
+def item_of_a_deque():
+    module = module_of(lambda self: self.held[0], collections.deque([2.0]))
+    return module, lambda: module.held.__setitem__(0, 3.0)
+
+
+@case
+def factory_of_a_defaultdict():
+    module = module_of(lambda self: 2.0 + self.held.copy()["missing"], collections.defaultdict(int))
+    return module, lambda: setattr(module.held, "default_factory", lambda: 1)
+
+
+@case
+def item_of_a_user_dict():
+    module = module_of(lambda self: self.held["scale"], collections.UserDict(scale=2.0))
+    return module, lambda: module.held.update(scale=3.0)
+
+
+@case
+def item_of_a_set():
+    module = module_of(lambda self: sum(self.held), {2.0})
+    return module, lambda: (module.held.clear(), module.held.add(3.0))
+
+
+@case
+def order_of_a_dict():
+    module = module_of(lambda self: 2.0 if next(iter(self.held)) == "a" else 3.0, {"a": 1, "b": 2})
+    return module, lambda: module.held.update(a=module.held.pop("a"))
+
+
+@case
+def order_of_children():
+    module = nn.Sequential(module_of(lambda self: 2.0), nn.Hardtanh(-4.0, 4.0))
+    module.append(module_of(lambda self: 1.0))
+    module[0].get, module[2].get = (lambda: 2.0), (lambda: 1.0)
+
+    def change():
+        module._modules["0"].get = lambda: 3.0
+
+    return module, change
+
+
+@case
+def bytes_of_a_bytearray():
+    module = module_of(lambda self: float(self.held[0]), bytearray([2]))
+    return module, lambda: module.held.__setitem__(0, 3)
+
+
+@case
+def item_of_an_array():
+    module = module_of(lambda self: self.held[0], array.array("d", [2.0]))
+    return module, lambda: module.held.__setitem__(0, 3.0)
+
+
+@case
+def item_of_a_numpy_array():
+    module = module_of(lambda self: float(self.held[0]), np.array([2.0]))
+    return module, lambda: module.held.__setitem__(0, 3.0)
+
+
+@case
+def item_of_an_array_of_objects():
+    module = module_of(lambda self: self.held[0], np.array([2.0, "a"], dtype=object))
+    return module, lambda: module.held.__setitem__(0, 3.0)
+
+
+@case
+def slot():
+    module = module_of(lambda self: self.held.scale, Slots())
+    return module, lambda: setattr(module.held, "scale", 3.0)
+
+
+@case
+def slot_beside_a_dict():
+    held = SlotBesideDict()
+    held.scale = 2.0
+    return module_of(lambda self: self.held.scale, held), lambda: setattr(held, "scale", 3.0)
+
+
+@case
+def field_that_is_not_compared():
+    module = module_of(lambda self: self.held.scale, NotCompared())
+    return module, lambda: setattr(module, "held", NotCompared(3.0))
+
+
+@case
+def object_behind_a_weak_reference():
+    held = Bag(scale=2.0)
+    module = module_of(lambda self: self.held().scale, weakref.ref(held))
+    module.keep = [held]
+    return module, lambda: setattr(held, "scale", 3.0)
+
+
+@case
+def other_object_behind_a_weak_reference():
+    keep = [Bag(scale=2.0), Bag(scale=3.0)]
+    module = module_of(lambda self: self.held().scale, weakref.ref(keep[0]))
+    return module, lambda: setattr(module, "held", weakref.ref(keep[1]))
+
+
+@case
+def value_of_an_enum_member():
+    def mode(value):
+        return enum.Enum("Mode", {"S": value}).S
+
+    module = module_of(lambda self: self.held.value, mode(2.0))
+    return module, lambda: setattr(module, "held", mode(3.0))
+
+
+@case
+def tensor_in_a_set():
+    tensor = torch.tensor(2.0)
+    return module_of(lambda self: sum(self.held), {tensor}), lambda: tensor.fill_(3.0)
+
+
+@case
+def tensors_that_change_places():
+    tensors = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
+    module = module_of(lambda self: self.held["a"], tensors)
+
+    def change():
+        first, second = tensors["a"], tensors["b"]
+        tensors.clear()
+        tensors.update(b=first, a=second)
+
+    return module, change
+
+
+@case
+def tensor_replaced_by_an_equal_one_and_then_changed():
+    module = module_of(lambda self: self.held["a"], {"a": torch.tensor(2.0)})
+
+    def change():
+        module.held["a"] = torch.tensor(2.0)
+        module(torch.randn(3, 2))
+        module.held["a"].fill_(3.0)
+
+    return module, change
+
+
+@case
+def data_of_a_buffer_set_twice():
+    module = module_of(lambda self: self.scale)
+    module.register_buffer("scale", torch.full((3000,), 2.0)[:2].clone())
+
+    def change():
+        for value in (5.0, 3.0, 3.0):  # freed memory is used again: the second may be where the first was
+            module.scale.data = torch.full((2,), value)
+
+    return module, change
+
+
+@case
+def data_of_a_buffer_transposed():
+    module = module_of(lambda self: self.scale[0, 1])
+    module.register_buffer("scale", torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
+
+    def change():
+        module.scale.data = module.scale.data.t()
+
+    return module, change
+
+
+@case
+def closure_cell():
+    scale = 2.0
+
+    def change():
+        nonlocal scale
+        scale = 3.0
+
+    return module_of(lambda self: scale), change
+
+
+@case
+def global_value(monkeypatch):
+    return module_of(lambda self: FACTOR), lambda: monkeypatch.setitem(globals(), "FACTOR", 3.0)
+
+
+@case
+def item_of_a_global(monkeypatch):
+    return module_of(lambda self: SETTINGS["scale"]), lambda: monkeypatch.setitem(SETTINGS, "scale", 3.0)
+
+
+@case
+def global_function_of_another_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "other_module", types.ModuleType("other_module"))
+    exec("scale = 2.0\ndef get(): return scale", sys.modules["other_module"].__dict__)
+
+    def get(self):
+        import other_module
+
+        return other_module.get()
+
+    return module_of(get), lambda: setattr(sys.modules["other_module"], "scale", 3.0)
+
+
+@case
+def name_imported_by_the_code(monkeypatch):
+    monkeypatch.setitem(sys.modules, "other_module", types.ModuleType("other_module"))
+    exec("def get(): return 2.0", sys.modules["other_module"].__dict__)
+
+    def get(self):
+        from other_module import get as imported
+
+        return imported()
+
+    return module_of(get), lambda: exec("def get(): return 3.0", sys.modules["other_module"].__dict__)
+
+
+@case
+def module_held_as_an_attribute(monkeypatch):
+    settings = types.ModuleType("settings_module")
+    settings.scale = 2.0
+    monkeypatch.setitem(sys.modules, "settings_module", settings)
+    return module_of(lambda self: self.held.scale, settings), lambda: setattr(settings, "scale", 3.0)
+
+
+def _function(k=2.0):
+    return k
+
+
+def _other_function(k=3.0):
+    return k
+
+
+def _fresh(function):
+    return types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+@case
+def default_of_a_function():
+    function = _fresh(_function)
+    return module_of(lambda self: self.held[0](), [function]), lambda: setattr(function, "__defaults__", (3.0,))
+
+
+@case
+def keyword_default_of_a_function():
+    def function(*, k=2.0):
+        return k
+
+    return module_of(lambda self: function()), lambda: function.__kwdefaults__.update(k=3.0)
+
+
+@case
+def code_of_a_function():
+    def function():
+        return 2.0
+
+    def other():
+        return 3.0
+
+    return module_of(lambda self: function()), lambda: setattr(function, "__code__", other.__code__)
+
+
+@case
+def attribute_of_a_function():
+    function = _fresh(_function)
+    function.scale = 2.0
+    return module_of(lambda self: self.held[0].scale, [function]), lambda: setattr(function, "scale", 3.0)
+
+
+@case
+def keyword_of_a_partial():
+    held = functools.partial(_function, k=2.0)
+    return module_of(lambda self: self.held(), held), lambda: held.keywords.update(k=3.0)
+
+
+@case
+def function_behind_a_lru_cache():
+    module = module_of(lambda self: self.held(), functools.lru_cache(_function))
+    return module, lambda: setattr(module, "held", functools.lru_cache(_other_function))
+
+
+@case
+def hook():
+    module = nn.Sequential(module_of(lambda self: 2.0))
+    return module, lambda: module[0].register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+@case
+def hook_that_takes_keywords():
+    module = nn.Sequential(module_of(lambda self: 2.0))
+
+    def hook(module, args, *others):
+        return None if len(others) == 1 else others[-1] * 1.5
+
+    handle = module[0].register_forward_hook(hook)
+
+    def change():
+        handle.remove()
+        module[0].register_forward_hook(hook, with_kwargs=True)
+
+    return module, change
+
+
+@case
+def hook_of_all_modules(request):
+    module = nn.Sequential(module_of(lambda self: 2.0))
+
+    def change():
+        def hook(found, args, output):
+            return output * 1.5 if found is module[0] else None
+
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        request.addfinalizer(handle.remove)
+
+    return module, change
+
+
+@case
+def several_at_once_that_swap():
+    module = module_of(lambda self: self.a * 2 - self.b)
+    module.a, module.b = 2.0, 2.0
+
+    def change():
+        module.a, module.b = 2.5, 2.0
+
+    return module, change
+
+
+@case
+def instance_forward_of_a_marked_child():
+    child = module_of(lambda self: 1.0)
+    child.forward = functools.partial(torch.mul, other=2.0) if False else (lambda x: x * 2.0)
+    torchcache.mark(child)
+    root = nn.Sequential(child)
+
+    def change():
+        torchcache.unmark(child)
+        child.forward = lambda x: x * 3.0
+        torchcache.mark(child)
+
+    return root, change
+
+
+def build(name, request, monkeypatch):
+    given = {"request": request, "monkeypatch": monkeypatch}
+    function = CASES[name]
+    return function(**{key: given[key] for key in function.__code__.co_varnames[: function.__code__.co_argcount]})
+
+
+class Model(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return features, self.head(features)
+
+
+def features_of(backbone, door):
+    if door == "eager":
+        return torchcache.mark(backbone, freeze=True)
+    model = Model(torchcache.mark(backbone, freeze=True))
+    if door == "transform":
+        torchcache.transform(model)
+        return lambda x: model(x)[0]
+    compiled = torch.compile(model, backend=torchcache.torchcache_backend, options={"inner": "eager"})
+    return lambda x: compiled(x)[0]
+
+
+@pytest.mark.parametrize("door", ["eager", "transform"])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_change_is_a_miss(name, door, request, monkeypatch):
+    module, change = build(name, request, monkeypatch)
+    x = torch.randn(3, 2).clamp(-1, 1)
+    features = features_of(module, door)
+    for _ in range(2):
+        torch.testing.assert_close(features(x), x * 2)
+    change()
+    for _ in range(2):
+        torch.testing.assert_close(features(x), x * 3)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_compiled_it_is_a_miss_wherever_torch_compile_sees_it(name, request, monkeypatch):
+    x = torch.randn(3, 2).clamp(-1, 1)
+    with monkeypatch.context() as patches:
+        module, change = build(name, request, patches)
+        uncached = torch.compile(Model(torchcache.unmark(module)), backend="eager")
+        uncached(x)
+        change()
+        expected = uncached(x)[0]
+    torch._dynamo.reset()
+    module, change = build(name, request, monkeypatch)
+    features = features_of(module, "compile")
+    for _ in range(2):
+        torch.testing.assert_close(features(x), x * 2)
+    change()
+    for _ in range(2):
+        found = features(x)
+        torch.testing.assert_close(found, expected if torch.allclose(found, expected) else x * 3)
