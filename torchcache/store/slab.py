@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Slab:
     def __init__(self, spec: RowSpec, device: torch.device, capacity: int, lazy: bool, state: bytes = b"") -> None:
         self.spec = spec
         self.state = state
+        self.lazy = lazy
         self.capacity = capacity
         self.slots: dict[bytes, int] = {}
         self.used = 0
@@ -70,7 +72,7 @@ class Slab:
         self.slots.update(zip(digests, range(start, stop), strict=True))
 
     def grow(self, slots: int) -> None:
-        """Make room for ``slots`` slots, at least doubling; only where memory is not lazy."""
+        """Make room for ``slots`` slots, at least doubling where there is not."""
         held = self._leaves[0].shape[0]
         if slots <= held:
             return
@@ -124,7 +126,6 @@ class MemoryTier:
         slots : range
             Their slots, in order; shorter than ``digests`` when the tier is full.
         """
-        lazy = device.type == "cpu" and os.name == "posix"
         size = max(spec.size, 1)
         with self._lock:
             slab = self._slabs.get(fingerprint)
@@ -134,22 +135,29 @@ class MemoryTier:
             count = min(room, len(digests))
             if count <= 0:
                 return slab, range(0)
-            if slab is None:
-                try:
-                    slab = Slab(spec, device, min(room, 2**31), lazy, state)
-                except RuntimeError:  # no memory of that size: the tier is as full as it gets
-                    return None, range(0)
-                self._slabs[fingerprint] = slab
-            count = min(count, slab.capacity - slab.used)
+            try:
+                if slab is None:
+                    slab = self._new_slab(spec, device, state)
+                slab.grow(slab.used + count)
+            except RuntimeError:  # no memory: the tier is as full as it gets
+                return slab, range(0)
+            self._slabs[fingerprint] = slab
             slots = range(slab.used, slab.used + count)
             slab.used += count
             self.used += count * size
-            if not lazy:
-                slab.grow(slots.stop)
+            if not slab.lazy:
                 slab.write(slots.start, digests[:count], rows)
-        if lazy:
+        if slab.lazy:
             slab.write(slots.start, digests[:count], rows)
         return slab, slots
+
+    def _new_slab(self, spec: RowSpec, device: torch.device, state: bytes) -> Slab:
+        capacity = self.budget // max(spec.size, 1)
+        if device.type == "cpu" and os.name == "posix":
+            # Any slab may come to have the whole budget, when others are dropped.
+            with contextlib.suppress(RuntimeError):  # a system that promises no more memory than it has
+                return Slab(spec, device, capacity, True, state)
+        return Slab(spec, device, capacity, False, state)
 
     def _drop_other_states(self, state: bytes) -> None:
         for fingerprint, slab in list(self._slabs.items()):
