@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -89,7 +90,8 @@ class Bomb:
         {"mode": None, "value": None},
     ],
 )
-def test_planted_rows_execute_nothing_and_open_nothing(tmp_path, columns, warnings):
+@pytest.mark.parametrize("remedy", ["write", "drop"])
+def test_planted_rows_execute_nothing_and_touch_nothing(tmp_path, columns, remedy, warnings):
     directory = tmp_path / "cache"
     tier = DiskTier(directory)
     tier.write(entries(range(3)), "tag", LIMIT)
@@ -110,6 +112,94 @@ def test_planted_rows_execute_nothing_and_open_nothing(tmp_path, columns, warnin
     found = DiskTier(directory).read([key(0), key(1), key(2)])
     assert set(found) == {key(0), key(2)}
     assert not (tmp_path / "exploded").exists()
+    if remedy == "write":
+        DiskTier(directory).write(entries([1]), "tag", LIMIT)
+        assert set(DiskTier(directory).read([key(1)])) == {key(1)}
+    else:
+        DiskTier(directory).drop([key(1)])
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    assert not (tmp_path / "exploded").exists()
+
+
+def plant_file(directory):
+    """Give row 1 a file name of the store; returns that name."""
+    name = "ab/cd/" + "e" * 28 + ".val"
+    with database(directory) as connection:
+        connection.execute("UPDATE Cache SET mode = 2, value = NULL, filename = ? WHERE key = ?", (name, key(1)))
+    return next(directory.rglob("cache.db")).parent / name
+
+
+def test_a_folder_that_leads_elsewhere_is_neither_read_nor_emptied(tmp_path, warnings):
+    directory, outside = tmp_path / "cache", tmp_path / "outside"
+    DiskTier(directory).write(entries(range(3)), "tag", LIMIT)
+    path = plant_file(directory)
+    secret = outside / "cd" / path.name
+    secret.parent.mkdir(parents=True)
+    secret.write_bytes(b"secret")
+    path.parents[1].symlink_to(outside)
+    assert DiskTier(directory).read([key(1)]) == {}
+    DiskTier(directory).drop([key(1)])
+    assert secret.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in this file system")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, warnings):
+    DiskTier(tmp_path).write(entries(range(3)), "tag", LIMIT)
+    path = plant_file(tmp_path)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(DiskTier(tmp_path).read([key(1)])), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [{}]
+
+
+def test_what_is_larger_than_any_blob_is_not_read(tmp_path, warnings):
+    DiskTier(tmp_path).write(entries(range(3)), "tag", LIMIT)
+    path = plant_file(tmp_path)
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    with database(tmp_path) as connection:
+        connection.execute("UPDATE Cache SET value = zeroblob(?) WHERE key = ?", (2 * MIN_FILE_SIZE, key(2)))
+    assert set(DiskTier(tmp_path).read([key(0), key(1), key(2)], lambda: 1000)) == {key(0)}
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [b"\xff\xfe", b"[]", b"", b"null", b"[" * 100_000, b'{"format": 0}', b'{"format": "9"}', b'{"format": 1e400}'],
+)
+def test_a_marker_that_says_nothing_is_replaced(tmp_path, marker):
+    (tmp_path / "torchcache.json").write_bytes(marker)
+    assert DiskTier(tmp_path).write(entries([1]), "tag", LIMIT) == (1, 100)
+    assert json.loads((tmp_path / "torchcache.json").read_text()) == {"format": 1}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "INSERT INTO Settings VALUES ('disk_fetch', 'x')",
+        "UPDATE Settings SET value = NULL WHERE key = 'size'",
+        "UPDATE Settings SET value = 'x' WHERE key = 'size'",
+        "INSERT INTO Settings VALUES (X'ff', 5)",
+        "INSERT INTO Settings VALUES ('sqlite_foo', '; drop')",
+        "DROP TABLE Cache",
+        "ALTER TABLE Cache RENAME COLUMN mode TO foo",
+    ],
+)
+def test_a_database_with_other_settings_or_tables_costs_rows_and_raises_nothing(tmp_path, harm, warnings):
+    tier = DiskTier(tmp_path)
+    tier.write(entries(range(3)), "tag", LIMIT)
+    tier.close()
+    with database(tmp_path) as connection:
+        connection.execute(harm)
+    tier = DiskTier(tmp_path)
+    assert set(tier.read([key(1)])) <= {key(1)}
+    tier.write(entries([7]), "tag", LIMIT)
+    tier.drop([key(1)])
+    assert tier.volume() >= 0
+    assert len(set(warnings)) == len(warnings)
 
 
 def test_pickled_keys_and_values_are_refused(tmp_path):

@@ -123,6 +123,11 @@ class Codec:
         self._payload_at = _HEAD.size + len(self._descriptors)
         self._prefixes = {flags: self._prefix(flags) for flags in (0, COMPRESSED, COMPRESSED | SHUFFLED)}
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest blob there can be: with a payload that compression made longer."""
+        return self._payload_at + self.spec.size + self.spec.size // 128 + 512 + CHECKSUM_SIZE
+
     def encode(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[bytes]:
         """One blob for each of ``keys`` from ``rows``, contiguous CPU tensors of shape ``(len(keys), *)``."""
         leaves = [row_bytes(leaf) for leaf in rows]

@@ -6,12 +6,14 @@ whose keys are 32 bytes (fingerprint and digest), whose values are blobs and who
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import sqlite3
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +39,10 @@ ROW_OVERHEAD = 160
 
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
+# Neither a link nor a pipe nor a device is followed, waited for or read.
+_READ_FLAGS = os.O_RDONLY
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+    _READ_FLAGS |= getattr(os, _name, 0)
 
 T = TypeVar("T")
 
@@ -64,22 +70,44 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
             return 0, _RAW, None, sqlite3.Binary(value)
         filename, path = self.filename(key, value)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._check(filename)
         with open(path, "xb", opener=_private) as file:
             file.write(value)
         return len(value), _BINARY, filename, None
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool = False) -> bytes:
         """The bytes of a database row; any mode but plain bytes and files of ours is refused."""
+        return self.fetch_within(sys.maxsize, mode, filename, value)
+
+    def fetch_within(self, limit: int, mode: int, filename: str | None, value: object) -> bytes:
+        """The bytes of a database row, if they are no more than ``limit``."""
         if mode == _RAW and type(value) is bytes:
             return value
-        if mode != _BINARY or not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
+        if mode != _BINARY:
             raise ValueError("refused a value that is not plain bytes")
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(os.path.join(self._directory, filename), flags)
+        descriptor = os.open(self._check(filename), _READ_FLAGS)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError("refused a value that is no regular file")
-            return file.read()
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+                raise ValueError("refused a value that is no regular file of the expected size")
+            return file.read(status.st_size)
+
+    def remove(self, file_path: str) -> None:
+        """Delete the file of a database row, if it is one of ours."""
+        with contextlib.suppress(OSError, ValueError):
+            path = self._check(file_path)
+            os.remove(path)
+            os.removedirs(os.path.dirname(path))  # stops at the first that is not empty
+
+    def _check(self, filename: object) -> str:
+        """The path of a value's file; no name in a database and no link leads out of the directory."""
+        if not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
+            raise ValueError("refused a file name that is not of the store")
+        path = os.path.join(self._directory, filename)
+        parent, folder = os.path.dirname(path), os.path.dirname(filename)
+        if os.path.realpath(parent) != os.path.join(os.path.realpath(self._directory), *re.split(r"[/\\]", folder)):
+            raise ValueError("refused a file that is not in the store's directory")
+        return path
 
 
 def _private(path: str, flags: int) -> int:
@@ -89,8 +117,9 @@ def _private(path: str, flags: int) -> int:
 def check_version(directory: Path) -> None:
     """Raise ``StoreVersionError`` for a directory that a newer torchcache wrote; leave it untouched."""
     try:
-        found = json.loads((directory / MARKER).read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        with open(directory / MARKER, "rb") as file:
+            found = json.loads(file.read(4096))["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(found, int) and found > FORMAT_VERSION:
         raise StoreVersionError(
@@ -127,24 +156,32 @@ class DiskTier:
             if self._cache is None and not self._failed:
                 try:
                     self._cache = self._connect()
-                except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+                except StoreVersionError:
+                    raise
+                except Exception as error:  # whatever a damaged database makes of diskcache
                     self._failed = True
                     self._complain("opened", error)
         return self._cache is not None
 
-    def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """The blobs of those ``keys`` that are here, by one query for every few hundred keys."""
+    def read(self, keys: Sequence[bytes], largest: Callable[[], int] = lambda: sys.maxsize) -> dict[bytes, bytes]:
+        """The blobs of those ``keys`` that are here, by one query for every few hundred keys.
+
+        ``largest`` gives the bytes of the largest blob there can be, and is asked where something was found; what is
+        larger is not read.
+        """
         found: dict[bytes, bytes] = {}
         if not self.open():
             return found
-        fetch = self._cache.disk.fetch
+        limit: int | None = None
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"
+            held = f"CASE WHEN length(value) <= {MIN_FILE_SIZE} THEN value END"
+            query = f"SELECT key, mode, filename, {held} FROM Cache WHERE raw = 1 AND key IN ({marks})"
             for key, mode, filename, value in self._rows(query, part):
+                limit = largest() if limit is None else limit
                 try:
-                    found[key] = fetch(mode, filename, value)
+                    found[key] = self._cache.disk.fetch_within(limit, mode, filename, value)
                 except (OSError, ValueError) as error:
                     self._complain("read", error)
         return found
@@ -218,14 +255,12 @@ class DiskTier:
 
     def _write_marker(self) -> None:
         marker = self.directory / MARKER
-        wanted = json.dumps({"format": FORMAT_VERSION})
-        try:
-            if marker.read_text(encoding="utf-8") == wanted:
+        wanted = json.dumps({"format": FORMAT_VERSION}).encode()
+        with contextlib.suppress(OSError), open(marker, "rb") as file:
+            if file.read(4096) == wanted:
                 return
-        except OSError:
-            pass
         temporary = marker.with_name(f"{MARKER}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(wanted, encoding="utf-8")
+        temporary.write_bytes(wanted)
         os.replace(temporary, marker)
 
     def _fill(self, limit: int) -> None:
@@ -235,7 +270,7 @@ class DiskTier:
     def _guard(self, done: str, action: Callable[[], T], otherwise: T) -> T:
         try:
             return action()
-        except (OSError, sqlite3.Error, diskcache.Timeout, ValueError) as error:
+        except Exception as error:  # whatever a damaged database makes of diskcache
             self._complain(done, error)
             return otherwise
 

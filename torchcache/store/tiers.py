@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -133,11 +134,16 @@ class Tiers:
         state: bytes,
     ) -> None:
         assert self.disk is not None
-        blobs = self.disk.read([fingerprint + digest for digest in digests])
+
+        @functools.cache
+        def wanted() -> tuple[RowSpec, torch.device]:
+            spec, device = expected()
+            return self.stored(spec), device
+
+        blobs = self.disk.read([fingerprint + digest for digest in digests], lambda: self._codec(wanted()[0]).largest)
         if not blobs:
             return
-        spec, device = expected()
-        stored = self.stored(spec)
+        stored, device = wanted()
         digests = [digest for digest in digests if fingerprint + digest in blobs]
         keys = [fingerprint + digest for digest in digests]
         sound, rows = self._codec(stored).decode(keys, [blobs[key] for key in keys])
