@@ -21,7 +21,7 @@ LAYERS = [
     {"lookup.encode"},
     {"lookup.fingerprint"},
     {"lookup.cache_lookup"},
-    {"graph.marked"},
+    {"graph.marked", "graph.sizes"},
     {"graph.frozen", "graph.region"},
     {"graph.partition", "graph.cut"},
     {"graph.rewrite"},

@@ -65,10 +65,10 @@ def torchcache_backend(
     compile_misses = given.pop("compile_misses", compile_misses)
     if compile_misses is None:
         compile_misses = inner == "inductor"
-    compile_rest = functools.partial(_compile, inner=inner, mode=mode, options=given)
-    original = functools.partial(_lazily_compiled, inner=inner, mode=mode, options=given) if compile_misses else None
-    regions = cache_regions(module, original)
-    compiled = compile_rest(module, example_inputs)
+    compile_graph = functools.partial(_compile, inner=inner, mode=mode, options=given)
+    # A region's original is compiled when it first runs, for any number of rows.
+    regions = cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
+    compiled = compile_graph(module, example_inputs)
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
@@ -94,12 +94,3 @@ def _compile(
         raise TorchcacheError(f"torchcache: inner={inner!r} is no torch.compile backend: {error}") from None
     compiled = backend(module, list(example_inputs), **options)
     return compiled
-
-
-def _lazily_compiled(
-    module: fx.GraphModule, *, inner: Any, mode: str | None, options: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """A region's original, compiled when it first runs, for any number of rows."""
-    if inner == "inductor":
-        return torch.compile(module, mode=mode, options=dict(options) or None)
-    return torch.compile(module, backend=inner, options=dict(options) or None)

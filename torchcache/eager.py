@@ -11,7 +11,7 @@ from torch import nn
 from torch._C._dynamo import eval_frame
 
 from torchcache.errors import OutputError, RowwiseError
-from torchcache.graph.marked import Mark
+from torchcache.graph.marked import Mark, graph_break
 from torchcache.graph.region import add_lookup
 from torchcache.logging import logger, warn_once
 from torchcache.lookup.cache_lookup import CacheLookup, Call, learn_layouts
@@ -98,7 +98,8 @@ class _EagerCache:
         """Say once that a call inside a traced model ended here."""
         if not self._told:
             self._told = True
-            logger.info("%s does not trace as one graph; it is cached as a whole (see torchcache.explain)", self.name)
+            reason = graph_break(self._mark) or "see torchcache.explain"
+            logger.info("%s does not trace as one graph, so it is cached as a whole: %s", self.name, reason)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mark = self._mark

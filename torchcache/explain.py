@@ -18,7 +18,7 @@ from torchcache.graph.cut import calls_of, cut_region
 from torchcache.graph.frozen import Analysis, analyse, is_context_node, is_number, tensor_of
 from torchcache.graph.marked import MarkedCall, outermost
 from torchcache.graph.partition import partition
-from torchcache.graph.region import hint
+from torchcache.graph.sizes import hint
 from torchcache.lookup.context import bypass
 from torchcache.marks import marked_modules
 from torchcache.modes import settle

@@ -1,6 +1,7 @@
 """Door 2: torch.compile with our backend."""
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -90,7 +91,7 @@ def test_misses_run_with_any_number_of_rows_without_compiling_again():
     net, plain = pair()
     run = compiled(net, inner="eager", compile_misses=True)
     data = torch.randn(40, 16)
-    run(data[:8]), run(data[:5])
+    run(data[:8]), run(data[30:35])
     with torch.compiler.set_stance("fail_on_recompile"):
         for start, stop in ((3, 12), (10, 17), (5, 20), (12, 24)):
             torch.testing.assert_close(run(data[start:stop]), plain(data[start:stop]))
@@ -287,4 +288,99 @@ def test_a_fallback_to_the_eager_door_is_logged_once(monkeypatch):
     run = compiled(net)
     for _ in range(3):
         run(torch.randn(4, 16))
-    assert len([line for line in lines if "Breaking does not trace" in line]) == 1
+    (line,) = [line for line in lines if "Breaking does not trace" in line]
+    assert "graph_break" in line
+    assert f"{__file__}:" in line
+
+
+def test_a_partial_is_a_backend_and_passes_options_on():
+    seen = []
+
+    def inner(module, example_inputs, **options):
+        seen.append(options)
+        return module.forward
+
+    net, plain = pair()
+    run = torch.compile(net, backend=functools.partial(torchcache.torchcache_backend, inner=inner, depth=3))
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), plain(x))
+    assert seen == [{"depth": 3}]
+    assert torchcache.stats(run).hits == 4
+
+
+@pytest.mark.parametrize("given", ["mode", "options"])
+def test_mode_reaches_inductor_for_the_rest_and_for_the_misses(given, monkeypatch):
+    seen = []
+
+    class Recording:
+        def __init__(self, mode, options, dynamic):
+            seen.append((mode, options))
+
+        def __call__(self, module, example_inputs):
+            return module.forward
+
+    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", Recording)
+    net, plain = pair()
+    if given == "mode":
+        run = torch.compile(net, backend="torchcache", mode="max-autotune")
+    else:
+        run = torch.compile(
+            net, backend="torchcache", options={"mode": "max-autotune", "epilogue_fusion": True, "compile_misses": True}
+        )
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), plain(x))
+    assert len(seen) == 2
+    assert {mode for mode, _ in seen} == {"max-autotune"}
+    if given == "options":
+        assert all(options == {"epilogue_fusion": True} for _, options in seen)
+
+
+def test_the_backbone_is_not_compiled_before_its_first_miss(tmp_path):
+    operators = []
+
+    def inner(module, example_inputs, **options):
+        operators.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    def net():
+        torch.manual_seed(0)
+        found = Net()
+        torchcache.mark(found.backbone, freeze=True, persistent=True, persistent_cache_dir=str(tmp_path))
+        return found
+
+    x = torch.randn(6, 16)
+    torchcache.transform(net())(x[:4])
+    torchcache.flush()
+    torch._dynamo.reset()
+    warm = net()
+    run = compiled(warm, inner, compile_misses=True)
+    for _ in range(2):
+        run(x[:4])
+    (outer,) = operators
+    assert torchcache.stats(run).misses == 0
+    assert any("lookup" in name for name in outer)
+    run(x)
+    assert torchcache.stats(run).misses == 2
+    assert any(not any("lookup" in name for name in graph) for graph in operators[1:])
+
+
+@pytest.mark.parametrize("wrap", ["transform inside", "compile outside", "compile inside"])
+def test_under_distributed_data_parallel(wrap):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net, plain = pair()
+        if wrap == "transform inside":
+            run = nn.parallel.DistributedDataParallel(torchcache.transform(net))
+        elif wrap == "compile outside":
+            run = compiled(nn.parallel.DistributedDataParallel(net))
+        else:
+            run = nn.parallel.DistributedDataParallel(compiled(net))
+        x = torch.randn(4, 16)
+        for batch in (x, x, x[:3]):
+            torch.testing.assert_close(step(run, batch), step(plain, batch))
+            torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
+        assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == (4, 7)
+    finally:
+        torch.distributed.destroy_process_group()

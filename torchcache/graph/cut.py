@@ -10,7 +10,7 @@ from torch import fx
 
 from torchcache.graph.frozen import Analysis, is_number, storage_of, tensor_of
 from torchcache.graph.marked import MarkedCall, outermost
-from torchcache.graph.region import expression_of
+from torchcache.graph.sizes import expression_of
 
 __all__ = ["Cut", "batch_of", "calls_of", "cut_region", "has_rows"]
 

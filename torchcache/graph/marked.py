@@ -22,7 +22,7 @@ from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
 
-__all__ = ["Mark", "MarkedCall", "enter", "leave", "outermost", "register_door"]
+__all__ = ["Mark", "MarkedCall", "enter", "graph_break", "leave", "outermost", "register_door"]
 
 META = "torchcache"
 OPEN = "_torchcache_open"
@@ -112,6 +112,7 @@ class MarkedCall:
 
 
 _doors: dict[types.CodeType, weakref.ReferenceType[Mark]] = {}
+_breaks: weakref.WeakKeyDictionary[Mark, str] = weakref.WeakKeyDictionary()
 
 
 def register_door(code: types.CodeType, mark: Mark) -> None:
@@ -132,12 +133,15 @@ def enter(context: Any) -> None:
     runs eagerly and is cached as one module.
     """
     frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    if frame.parent is None and any(_failed(entry) for entry in frame.speculation_log.entries):
-        from torch._dynamo.exc import SkipFrame
-
-        raise SkipFrame("torchcache: a marked module that does not trace as one graph is cached as a whole")
     reference = _doors.get(frame.f_code)
     mark = reference() if reference is not None else None
+    failed = next((entry for entry in frame.speculation_log.entries if _failed(entry)), None)
+    if frame.parent is None and failed is not None:
+        from torch._dynamo.exc import SkipFrame
+
+        if mark is not None:
+            _breaks[mark] = _why(failed)
+        raise SkipFrame("torchcache: a marked module that does not trace as one graph is cached as a whole")
     graph = frame.output.current_tracer.graph
     call = _describe(mark, frame) if mark is not None else None
     opened = graph.__dict__.setdefault(OPEN, [])
@@ -159,6 +163,21 @@ def leave(context: Any) -> None:
             break
         if node.op != "placeholder":
             node.meta[META] = [*node.meta.get(META, ()), call]
+
+
+def graph_break(mark: Mark) -> str | None:
+    """Why calls of ``mark`` did not trace as one graph, and where; ``None`` if that is not known."""
+    return _breaks.get(mark)
+
+
+def _why(entry: Any) -> str:
+    place = f"{entry.filename}:{entry.lineno}"
+    reason = getattr(entry, "reason", None)
+    stack = getattr(reason, "user_stack", None)
+    if stack:
+        place = f"{stack[-1].filename}:{stack[-1].lineno}"
+    text = str(getattr(reason, "reason", "") or "graph break").strip().splitlines()[0]
+    return f"{text} ({place})"
 
 
 def _failed(entry: Any) -> bool:

@@ -9,11 +9,11 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
 
 from torchcache.graph.marked import MarkedCall
+from torchcache.graph.sizes import BatchSymbol, evaluate, hint, same_shape
 from torchcache.logging import logger
 from torchcache.lookup.cache_lookup import CacheLookup, Call
 from torchcache.lookup.context import bypassed
@@ -27,8 +27,6 @@ __all__ = [
     "GraphRegion",
     "RegionPlan",
     "add_lookup",
-    "expression_of",
-    "hint",
     "lookup_for",
     "lookups_of",
     "program_now",
@@ -105,7 +103,7 @@ class GraphRegion:
         # Dynamo guards the ambient autocast state, so what it is at the time of tracing holds for every call.
         self._autocast = NumericMode.current(self._device).autocast
         self._named = all(call.options.persistent_module_hash is not None for call in plan.calls)
-        self._size = _BatchSymbol(plan, self._rows)
+        self._size = BatchSymbol(plan.inputs, plan.sizes, self._rows[0])
         self._orders = [memory_order([*map(hint, leaf.shape)], [*map(hint, leaf.stride())]) for leaf in plan.outputs]
 
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
@@ -132,7 +130,7 @@ class GraphRegion:
 
     def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
         """Outputs without their contents: the traced ones, with this batch's size."""
-        if all(_same_shape(given, traced) for given, traced in zip(inputs, self.plan.inputs, strict=True)):
+        if all(same_shape(given, traced) for given, traced in zip(inputs, self.plan.inputs, strict=True)):
             outputs = list(self.plan.outputs)
         else:
             with torch.no_grad():
@@ -180,12 +178,14 @@ class GraphRegion:
         if run > count:
             padding = [*range(count), *([count - 1] * (run - count))]
             rows = [select_rows(leaf, padding) for leaf in rows]
+        if self._compile is not None and self._size.known:
+            rows = [_any_number(leaf) for leaf in rows]
         given = list(inputs)
         for position, leaf in zip(self._rows, rows, strict=True):
             given[position] = leaf
         if self._original is None:
             assert self._compile is not None
-            self._original = self._compile(self.plan.module)
+            self._original = self._compile(self._size.follow(self.plan.module))
         with _autocast(self._device, self._autocast):
             outputs = _unaliased(self._original(*given, *sizes), given)
         return [leaf[:count] for leaf in outputs] if run > count else list(outputs)
@@ -195,8 +195,8 @@ class GraphRegion:
         known = self._size.bind(inputs, self.plan.inputs)
         layouts = []
         for leaf in self.plan.outputs:
-            shape = [_evaluate(size, known) for size in leaf.shape]
-            stride = [_evaluate(step, known) for step in leaf.stride()]
+            shape = [evaluate(size, known) for size in leaf.shape]
+            stride = [evaluate(step, known) for step in leaf.stride()]
             shape[0] = max(shape[0], 2)
             layouts.append(
                 Layout(leaf.dtype, tuple(shape[1:]), memory_order(shape, stride), _indexed(leaf.device, inputs))
@@ -204,84 +204,14 @@ class GraphRegion:
         return tuple(layouts)
 
 
-class _BatchSymbol:
-    """How the size inputs of a graph follow the number of rows."""
-
-    def __init__(self, plan: RegionPlan, rows: Sequence[int]) -> None:
-        traced = plan.inputs[rows[0]].shape[0]
-        expression = expression_of(traced)
-        # Sizes that happened to be equal get one symbol: where other dimensions have it too, it does not mean rows.
-        others = [size for fake in plan.inputs for size in fake.shape[1:]]
-        shared = any(expression in expression_of(size).free_symbols for size in others)
-        self._symbol = expression if isinstance(expression, sympy.Symbol) and not shared else None
-        self._sizes = [expression_of(size) for size in plan.sizes]
-
-    def fit(self, count: int, full: int, sizes: list[int]) -> tuple[int, list[int]]:
-        """The rows to run for ``count`` rows, and the size inputs for that many.
-
-        A graph with a symbolic batch runs any number from two on (one is specialised by Dynamo);
-        one traced at a fixed batch runs only that.
-        """
-        if count == full:
-            return full, sizes
-        if self._symbol is None:
-            return full, sizes
-        run = max(count, 2)
-        known = {self._symbol: run}
-        fitted = []
-        for size, expression in zip(sizes, self._sizes, strict=True):
-            symbols = expression.free_symbols
-            if self._symbol not in symbols:
-                fitted.append(size)
-            elif symbols == {self._symbol}:
-                fitted.append(int(expression.xreplace(known)))
-            else:
-                return full, sizes
-        return run, fitted
-
-    @staticmethod
-    def bind(inputs: Sequence[torch.Tensor], traced: Sequence[torch.Tensor]) -> dict[Any, int]:
-        """The value of each symbol that is a dimension of an input."""
-        known: dict[Any, int] = {}
-        for given, fake in zip(inputs, traced, strict=True):
-            for size, expected in zip(given.shape, fake.shape, strict=True):
-                expression = expression_of(expected)
-                if isinstance(expression, sympy.Symbol):
-                    known[expression] = size
-        return known
-
-
 def program_now(call: MarkedCall) -> Program:
     """The program of a marked call as it is now."""
     return program_of(call.subject_module, call.mark.function, call.path)
 
 
-def expression_of(size: Any) -> Any:
-    """The sympy expression of a traced size."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
-def hint(size: Any) -> int:
-    """A traced size as it was in the call that was traced."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _evaluate(size: Any, known: dict[Any, int]) -> int:
-    return int(expression_of(size).xreplace(known))
-
-
 def _indexed(device: torch.device, inputs: Sequence[torch.Tensor]) -> torch.device:
     """``device`` with the index that the inputs have, since graphs are shared between devices of a kind."""
     return next((leaf.device for leaf in inputs if leaf.device.type == device.type), device)
-
-
-def _same_shape(given: torch.Tensor, traced: torch.Tensor) -> bool:
-    """Whether shapes are the very same, as expressions: nothing here may add a guard."""
-    return [_origin(size) for size in given.shape] == [_origin(size) for size in traced.shape]
-
-
-def _origin(size: Any) -> tuple[Any, int]:
-    return expression_of(size), id(size.node.shape_env) if isinstance(size, torch.SymInt) else 0
 
 
 @contextlib.contextmanager
@@ -291,6 +221,14 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
         return
     with torch.autocast(device, enabled=dtype is not None, dtype=dtype):
         yield
+
+
+def _any_number(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` in a form that is compiled for any number of them: where they start in memory is guarded, too."""
+    rows = rows.clone() if rows.storage_offset() else rows
+    if rows.shape[0] > 1:
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return rows
 
 
 def _unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
