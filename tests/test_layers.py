@@ -23,7 +23,7 @@ LAYERS = [
     {"lookup.cache_lookup"},
     {"graph.marked", "graph.sizes"},
     {"graph.frozen", "graph.region"},
-    {"graph.partition", "graph.cut"},
+    {"graph.partition", "graph.cut", "graph.feed"},
     {"graph.rewrite"},
     {"tracing", "backend", "stats"},
     {"eager"},

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from torchcache.errors import TorchcacheError
+from torchcache.graph.feed import feed_state
+from torchcache.graph.frozen import is_number
 from torchcache.graph.rewrite import cache_regions
 
 __all__ = ["torchcache_backend"]
@@ -68,14 +70,36 @@ def torchcache_backend(
     compile_graph = functools.partial(_compile, inner=inner, mode=mode, options=given)
     # A region's original is compiled when it first runs, for any number of rows.
     regions = cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
-    compiled = compile_graph(module, example_inputs)
+    feed = feed_state(module, regions)
+    smaller, kept = _without_unused_inputs(module)
+    compiled = compile_graph(smaller, [example_inputs[position] for position in kept])
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        return compiled(*args)
+        feed(args)
+        return compiled(*[args[position] for position in kept])
 
     run.regions = regions  # type: ignore[attr-defined]  # the graph refers to them by name only
     return run
+
+
+def _without_unused_inputs(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
+    """A copy of ``module`` without tensor inputs that no node reads, and the positions of those that stay.
+
+    The graph itself keeps them: Dynamo reads from it what to pass.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    kept = [index for index, node in enumerate(inputs) if node.users or is_number(node)]
+    for index in set(range(len(inputs))) - set(kept):
+        graph.erase_node(copies[inputs[index]])
+    output = next(iter(reversed(graph.nodes)))
+    output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)
+    copy = fx.GraphModule(module, graph)
+    copy.meta.update(module.meta)
+    return copy, kept
 
 
 def _compile(

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn.modules import module as torch_module
 
 from torchcache.errors import TorchcacheError
+from torchcache.graph.feed import feed_state
 from torchcache.graph.marked import MarkedCall
 from torchcache.graph.region import GraphRegion, program_now
 from torchcache.graph.rewrite import cache_regions
@@ -128,7 +129,13 @@ class _Variant:
                 self._calls.append(call)
                 self._digests.append(program_now(call).digest)
         self._known_hooks = self._note_hooks()
-        return graph.forward
+        feed, run = feed_state(graph, regions), graph.forward
+
+        def fed(*args: Any) -> Any:
+            feed(args)
+            return run(*args)
+
+        return fed
 
     def _note_hooks(self) -> list[tuple[int, ...]]:
         """The keys of all hooks that run with a forward; a key is never used twice."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +91,11 @@ class GraphRegion:
     ) -> None:
         self.plan = plan
         self.lookup = lookup
+        self.name = ""
+        self._pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+        self._arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = tuple
+        self._fed = threading.local()
+        self._missing: list[torch.Tensor] = []
         self._rows = plan.positions("row")
         self._shared = plan.positions("shared")
         self._held = plan.positions("state")
@@ -106,8 +113,26 @@ class GraphRegion:
         self._size = BatchSymbol(plan.inputs, plan.sizes, self._rows[0])
         self._orders = [memory_order([*map(hint, leaf.shape)], [*map(hint, leaf.stride())]) for leaf in plan.outputs]
 
+    def take_state(self, taken: Sequence[int], sources: Sequence[int]) -> None:
+        """Expect the inputs at ``taken`` from ``feed``, which finds them at ``sources`` of the graph's inputs."""
+        given = [index for index in range(len(self.plan.roles)) if index not in set(taken)]
+        places = {index: place for place, index in enumerate([*given, *taken])}
+        self._pick = operator.itemgetter(*sources, sources[0])
+        self._arrange = operator.itemgetter(*(places[index] for index in range(len(places))), 0)
+        self._missing = [self.plan.inputs[index] for index in taken]
+
+    def feed(self, arguments: Sequence[Any]) -> None:
+        """Take the state for this thread's next call from the inputs of the graph."""
+        if self._pick is not None:
+            self._fed.state = self._pick(arguments)[:-1]
+
+    def _whole(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All inputs of the region, in its order."""
+        return list(inputs) if self._pick is None else list(self._arrange((*inputs, *state))[:-1])
+
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""
+        inputs = self._whole(inputs, self._fed.state if self._pick is not None else ())
         rows = [inputs[position] for position in self._rows]
         call = Call(
             b"",
@@ -130,6 +155,7 @@ class GraphRegion:
 
     def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
         """Outputs without their contents: the traced ones, with this batch's size."""
+        inputs = self._whole(inputs, self._missing)
         if all(same_shape(given, traced) for given, traced in zip(inputs, self.plan.inputs, strict=True)):
             outputs = list(self.plan.outputs)
         else:

@@ -105,7 +105,7 @@ def _replace(
     if "row" not in plan.roles:
         return None
     region = GraphRegion(plan, lookup_for(plan.calls, plan.identity), compile_original)
-    name = name_region(f"{plan.calls[0].path}/{_signature(plan).hex()[:8]}", region)
+    name = region.name = name_region(f"{plan.calls[0].path}/{_signature(plan).hex()[:8]}", region)
     last = cut.nodes[-1]
     anchor = last.next if order[last] < order[first_reader] else first_reader
     with graph.inserting_before(anchor):
