@@ -11,8 +11,9 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest; modules on one line may not import each other.
 LAYERS = [
-    {"errors", "logging", "options", "modes"},
-    {"store.blob", "store.select"},
+    {"errors", "logging", "options", "modes", "threads"},
+    {"store.select"},
+    {"store.blob"},
     {"store.slab", "store.disk", "store.writer"},
     {"store.tiers"},
     {"lookup.context", "lookup.digest", "lookup.constants", "lookup.code", "lookup.op", "lookup.watch"},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,15 +11,12 @@ import torch
 import xxhash
 
 from torchcache.store.blob import row_bytes
+from torchcache.threads import in_parts
 
 __all__ = ["digest_bytes", "digest_rows"]
 
-# Rows shorter than this are hashed faster by one thread than handed to several.
-THREADED_ROW = 16 * 1024
 # Rows of several inputs up to this many bytes are joined by one vectorised copy before hashing.
 JOINED_ROW = 4 * 1024
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
@@ -45,14 +40,7 @@ def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
         arrays = [np.concatenate(arrays, axis=1)]
     count = arrays[0].shape[0]
     hash_range = _one_input if len(arrays) == 1 else _several_inputs
-    threads = min(torch.get_num_threads(), count)
-    if width < THREADED_ROW or threads < 2:
-        return hash_range(arrays, 0, count, algorithm)
-    bounds = [count * part // threads for part in range(threads + 1)]
-    parts = _pool(threads).map(
-        lambda part: hash_range(arrays, bounds[part], bounds[part + 1], algorithm), range(threads)
-    )
-    return [digest for part in parts for digest in part]
+    return in_parts(count, width, lambda start, stop: hash_range(arrays, start, stop, algorithm))
 
 
 def digest_bytes(data: bytes) -> bytes:
@@ -103,12 +91,3 @@ def _several_inputs(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: i
             hasher.update(array[index])
         digests.append(hasher.digest())
     return digests
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # Keyed by process as well: a forked child inherits the dict but not the threads.
-    key = (os.getpid(), threads)
-    pool = _pools.get(key)
-    if pool is None:
-        pool = _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="torchcache-hash")
-    return pool

@@ -35,7 +35,10 @@ import torch
 import xxhash
 import zstandard
 
-__all__ = ["FORMAT_VERSION", "BlobError", "Codec", "RowSpec"]
+from torchcache.store.select import select_rows
+from torchcache.threads import in_parts
+
+__all__ = ["FORMAT_VERSION", "BlobError", "Codec", "RowSpec", "row_bytes", "storable"]
 
 FORMAT_VERSION = 1
 MAGIC = b"TCB" + bytes([FORMAT_VERSION])
@@ -101,6 +104,12 @@ def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     return flat.reshape(count, flat.size // count if count else 0)
 
 
+def _checksum(key: bytes, body: bytes | memoryview) -> bytes:
+    hasher = xxhash.xxh3_64(key)
+    hasher.update(body)
+    return hasher.digest()
+
+
 class Codec:
     """Rows of one spec to blobs and back.
 
@@ -120,6 +129,7 @@ class Codec:
         self._descriptors = b"".join(
             struct.pack(f"<BB{len(shape)}Q", _CODES[dtype], len(shape), *shape) for dtype, shape in spec.leaves
         )
+        self._size, self._widths = spec.size, spec.sizes
         self._payload_at = _HEAD.size + len(self._descriptors)
         self._prefixes = {flags: self._prefix(flags) for flags in (0, COMPRESSED, COMPRESSED | SHUFFLED)}
 
@@ -143,7 +153,7 @@ class Codec:
             if compressor is not None:
                 payload = compressor.compress(payload)
             body = prefix + payload
-            blobs.append(body + xxhash.xxh3_64_digest(key + body))
+            blobs.append(body + _checksum(key, body))
         return blobs
 
     def decode(self, keys: Sequence[bytes], blobs: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
@@ -156,35 +166,52 @@ class Codec:
         rows : list of torch.Tensor
             Per leaf, shape ``(len(sound), *)``, on the CPU.
         """
-        size = self.spec.size
-        payloads: list[bytes | memoryview] = []
-        sound: list[int] = []
-        decompressor = zstandard.ZstdDecompressor()
-        for index, (key, blob) in enumerate(zip(keys, blobs, strict=True)):
-            try:
-                payloads.append(self._open(key, blob, decompressor))
-            except (BlobError, zstandard.ZstdError):
-                continue
-            sound.append(index)
-        joined = np.frombuffer(bytearray().join(payloads), dtype=np.uint8).reshape(len(sound), size)
-        rows, start = [], 0
-        for (dtype, shape), width in zip(self.spec.leaves, self.spec.sizes, strict=True):
-            leaf = np.ascontiguousarray(joined[:, start : start + width])
-            rows.append(torch.from_numpy(leaf.reshape(-1)).view(dtype).reshape(len(sound), *shape))
-            start += width
-        return sound, rows
+        rows = self.spec.empty(len(keys))
+        sound = self.decode_into(keys, blobs, rows)
+        return sound, [leaf[: len(sound)] for leaf in rows]
 
-    def _open(self, key: bytes, blob: bytes, decompressor: zstandard.ZstdDecompressor) -> bytes | memoryview:
-        view = memoryview(blob)
-        flags = view[4] if len(view) > 4 else 0
+    def decode_into(self, keys: Sequence[bytes], blobs: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[int]:
+        """Write the rows of the sound ones among ``blobs`` to the first of ``rows``, contiguous CPU tensors.
+
+        Returns
+        -------
+        list of int
+            Indices of the blobs that decoded, in order.
+        """
+        targets = [memoryview(row_bytes(leaf).reshape(-1)) for leaf in rows]  # type: ignore[arg-type]
+
+        def work(start: int, stop: int) -> list[int]:
+            decompressor = zstandard.ZstdDecompressor()
+            sound = []
+            for index in range(start, stop):
+                try:
+                    payload = self._open(keys[index], blobs[index], decompressor)
+                except (BlobError, zstandard.ZstdError):
+                    continue
+                at = 0
+                for target, width in zip(targets, self._widths, strict=True):
+                    target[index * width : (index + 1) * width] = payload[at : at + width]
+                    at += width
+                sound.append(index)
+            return sound
+
+        sound = in_parts(len(keys), self._size, work)
+        if len(sound) < len(keys):
+            for leaf in rows:
+                leaf[: len(sound)] = select_rows(leaf, sound)
+        return sound
+
+    def _open(self, key: bytes, blob: bytes, decompressor: zstandard.ZstdDecompressor) -> memoryview:
+        flags = blob[4] if len(blob) > 4 else 0
         prefix = self._prefixes.get(flags)
-        end = len(view) - CHECKSUM_SIZE
-        if prefix is None or end < len(prefix) or view[: len(prefix)] != prefix:
+        if prefix is None or not blob.startswith(prefix):
             raise BlobError("foreign header")
-        if xxhash.xxh3_64_digest(key + blob[:end]) != view[end:]:
+        end = len(blob) - CHECKSUM_SIZE
+        view = memoryview(blob)
+        if _checksum(key, view[:end]) != view[end:]:
             raise BlobError("wrong checksum")
         stored = view[self._payload_at : end]
-        size = self.spec.size
+        size = self._size
         if not flags & COMPRESSED:
             if len(stored) != size:
                 raise BlobError("wrong length")
@@ -194,7 +221,7 @@ class Codec:
         payload = decompressor.decompress(stored, max_output_size=size)
         if len(payload) != size:
             raise BlobError("wrong length")
-        return self._unshuffle(payload) if flags & SHUFFLED else payload
+        return memoryview(self._unshuffle(payload) if flags & SHUFFLED else payload)
 
     def _prefix(self, flags: int) -> bytes:
         return _HEAD.pack(MAGIC, flags, len(self.spec.leaves), 0, self.spec.size) + self._descriptors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,6 +15,8 @@ from torchcache.store.select import select_rows
 __all__ = ["MemoryTier", "Slab"]
 
 ABSENT = -1
+
+Tensors = Sequence[torch.Tensor]
 
 
 class Slab:
@@ -126,29 +128,80 @@ class MemoryTier:
         slots : range
             Their slots, in order; shorter than ``digests`` when the tier is full.
         """
-        size = max(spec.size, 1)
         with self._lock:
-            slab = self._slabs.get(fingerprint)
-            if (self.budget - self.used) // size < len(digests):
-                self._drop_other_states(state)
-            room = (self.budget - self.used) // size
-            count = min(room, len(digests))
-            if count <= 0:
-                return slab, range(0)
-            try:
-                if slab is None:
-                    slab = self._new_slab(spec, device, state)
-                slab.grow(slab.used + count)
-            except RuntimeError:  # no memory: the tier is as full as it gets
-                return slab, range(0)
-            self._slabs[fingerprint] = slab
-            slots = range(slab.used, slab.used + count)
-            slab.used += count
-            self.used += count * size
-            if not slab.lazy:
-                slab.write(slots.start, digests[:count], rows)
+            slab, slots = self._reserve(fingerprint, len(digests), spec, device, state)
+            if slab is not None and slots and not slab.lazy:
+                slab.write(slots.start, digests[: len(slots)], rows)
+        if slab is not None and slots and slab.lazy:
+            slab.write(slots.start, digests[: len(slots)], rows)
+        return slab, slots
+
+    def admit_by(
+        self,
+        fingerprint: bytes,
+        digests: Sequence[bytes],
+        fill: Callable[[int, Tensors], list[int]],
+        spec: RowSpec,
+        device: torch.device,
+        state: bytes = b"",
+    ) -> tuple[Slab | None, list[int], int]:
+        """Store rows that ``fill`` writes where they are kept.
+
+        ``fill`` is given how many of the first rows are wanted and the tensors for them; it writes the good ones
+        among these, one after the other, and returns their indices.
+
+        Returns
+        -------
+        slab : Slab or None
+            Where they went.
+        good : list of int
+            Indices of the rows that are stored now.
+        tried : int
+            How many of the first rows the budget allowed.
+        """
+        if device.type != "cpu":
+            rows = spec.empty(len(digests))
+            good = fill(len(digests), rows)
+            slab, slots = self.admit(fingerprint, [digests[index] for index in good], rows, spec, device, state)
+            tried = len(digests) if len(slots) == len(good) else good[len(slots)]
+            return slab, good[: len(slots)], tried
+        with self._lock:
+            slab, slots = self._reserve(fingerprint, len(digests), spec, device, state)
+            if slab is None or not slots:
+                return slab, [], 0
+            if not slab.lazy:  # the slots may move when they grow
+                good = self._fill(slab, slots, digests, fill)
         if slab.lazy:
-            slab.write(slots.start, digests[:count], rows)
+            good = self._fill(slab, slots, digests, fill)
+        return slab, good, len(slots)
+
+    def _fill(
+        self, slab: Slab, slots: range, digests: Sequence[bytes], fill: Callable[[int, Tensors], list[int]]
+    ) -> list[int]:
+        good = fill(len(slots), slab.view(slots.start, slots.stop))
+        slab.slots.update(zip([digests[index] for index in good], slots, strict=False))
+        return good
+
+    def _reserve(
+        self, fingerprint: bytes, wanted: int, spec: RowSpec, device: torch.device, state: bytes
+    ) -> tuple[Slab | None, range]:
+        size = max(spec.size, 1)
+        slab = self._slabs.get(fingerprint)
+        if (self.budget - self.used) // size < wanted:
+            self._drop_other_states(state)
+        count = min((self.budget - self.used) // size, wanted)
+        if count <= 0:
+            return slab, range(0)
+        try:
+            if slab is None:
+                slab = self._new_slab(spec, device, state)
+            slab.grow(slab.used + count)
+        except RuntimeError:  # no memory: the tier is as full as it gets
+            return slab, range(0)
+        self._slabs[fingerprint] = slab
+        slots = range(slab.used, slab.used + count)
+        slab.used += count
+        self.used += count * size
         return slab, slots
 
     def _new_slab(self, spec: RowSpec, device: torch.device, state: bytes) -> Slab:

@@ -146,21 +146,27 @@ class Tiers:
         stored, device = wanted()
         digests = [digest for digest in digests if fingerprint + digest in blobs]
         keys = [fingerprint + digest for digest in digests]
-        sound, rows = self._codec(stored).decode(keys, [blobs[key] for key in keys])
+        read = [blobs.pop(key) for key in keys]
+        codec = self._codec(stored)
+        found.slab, sound, tried = self.memory.admit_by(
+            fingerprint,
+            digests,
+            lambda count, rows: codec.decode_into(keys[:count], read[:count], rows),
+            stored,
+            self._device(device),
+            state,
+        )
+        if tried < len(keys):
+            more, found.extra_rows = codec.decode(keys[tried:], read[tried:])
+            found.extra = {digests[tried + index]: row for row, index in enumerate(more)}
+            sound += [tried + index for index in more]
+        found.from_disk = frozenset(digests[index] for index in sound)
         if len(sound) < len(keys):
             whole = set(sound)
             damaged = [key for index, key in enumerate(keys) if index not in whole]
             self.disk.errors += len(damaged)
             warn_once(f"damaged rows in {self.disk.directory} were dropped and are computed anew")
             self.disk.drop(damaged)
-            digests = [digests[index] for index in sound]
-        if not digests:
-            return
-        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(device), state)
-        found.slab = slab
-        found.from_disk = frozenset(digests)
-        found.extra = {digest: index for index, digest in enumerate(digests) if index >= len(slots)}
-        found.extra_rows = rows
 
     def _submit(
         self, fingerprint: bytes, tag: str, digests: Sequence[bytes], rows: list[torch.Tensor], spec: RowSpec
