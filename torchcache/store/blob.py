@@ -35,6 +35,7 @@ import torch
 import xxhash
 import zstandard
 
+from torchcache.store.file import SCATTERS, BlobFile, BlobFileError
 from torchcache.store.select import select_rows
 from torchcache.threads import in_parts
 
@@ -104,9 +105,10 @@ def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     return flat.reshape(count, flat.size // count if count else 0)
 
 
-def _checksum(key: bytes, body: bytes | memoryview) -> bytes:
+def _checksum(key: bytes, *parts: bytes | bytearray | memoryview) -> bytes:
     hasher = xxhash.xxh3_64(key)
-    hasher.update(body)
+    for part in parts:
+        hasher.update(part)
     return hasher.digest()
 
 
@@ -130,13 +132,10 @@ class Codec:
             struct.pack(f"<BB{len(shape)}Q", _CODES[dtype], len(shape), *shape) for dtype, shape in spec.leaves
         )
         self._size, self._widths = spec.size, spec.sizes
+        # A payload that compression makes longer is longer by this at the most.
+        self._longest = self._size + self._size // 128 + 512
         self._payload_at = _HEAD.size + len(self._descriptors)
         self._prefixes = {flags: self._prefix(flags) for flags in (0, COMPRESSED, COMPRESSED | SHUFFLED)}
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest blob there can be: with a payload that compression made longer."""
-        return self._payload_at + self.spec.size + self.spec.size // 128 + 512 + CHECKSUM_SIZE
 
     def encode(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[bytes]:
         """One blob for each of ``keys`` from ``rows``, contiguous CPU tensors of shape ``(len(keys), *)``."""
@@ -156,7 +155,7 @@ class Codec:
             blobs.append(body + _checksum(key, body))
         return blobs
 
-    def decode(self, keys: Sequence[bytes], blobs: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
+    def decode(self, keys: Sequence[bytes], blobs: Sequence[bytes | BlobFile]) -> tuple[list[int], list[torch.Tensor]]:
         """The rows of the sound ones among ``blobs``.
 
         Returns
@@ -170,7 +169,9 @@ class Codec:
         sound = self.decode_into(keys, blobs, rows)
         return sound, [leaf[: len(sound)] for leaf in rows]
 
-    def decode_into(self, keys: Sequence[bytes], blobs: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[int]:
+    def decode_into(
+        self, keys: Sequence[bytes], blobs: Sequence[bytes | BlobFile], rows: Sequence[torch.Tensor]
+    ) -> list[int]:
         """Write the rows of the sound ones among ``blobs`` to the first of ``rows``, contiguous CPU tensors.
 
         Returns
@@ -184,14 +185,14 @@ class Codec:
             decompressor = zstandard.ZstdDecompressor()
             sound = []
             for index in range(start, stop):
+                row = [
+                    target[index * width : (index + 1) * width]
+                    for target, width in zip(targets, self._widths, strict=True)
+                ]
                 try:
-                    payload = self._open(keys[index], blobs[index], decompressor)
-                except (BlobError, zstandard.ZstdError):
+                    self._decode(keys[index], blobs[index], row, decompressor)
+                except (BlobError, BlobFileError, zstandard.ZstdError, OSError):
                     continue
-                at = 0
-                for target, width in zip(targets, self._widths, strict=True):
-                    target[index * width : (index + 1) * width] = payload[at : at + width]
-                    at += width
                 sound.append(index)
             return sound
 
@@ -200,6 +201,34 @@ class Codec:
             for leaf in rows:
                 leaf[: len(sound)] = select_rows(leaf, sound)
         return sound
+
+    def _decode(
+        self,
+        key: bytes,
+        blob: bytes | BlobFile,
+        row: Sequence[memoryview],
+        decompressor: zstandard.ZstdDecompressor,
+    ) -> None:
+        """Write the leaves of one row."""
+        if isinstance(blob, BlobFile):
+            plain = self._payload_at + self._size + CHECKSUM_SIZE
+            if SCATTERS and blob.size == plain and self._read_plain(key, blob, row):
+                return
+            blob = blob.read(self._payload_at + self._longest + CHECKSUM_SIZE)
+        payload = self._open(key, blob, decompressor)
+        at = 0
+        for leaf in row:
+            leaf[:] = payload[at : at + len(leaf)]
+            at += len(leaf)
+
+    def _read_plain(self, key: bytes, blob: BlobFile, row: Sequence[memoryview]) -> bool:
+        """Read a row that is not compressed from its file to where it goes; ``False`` if it is no such row."""
+        head, checksum = bytearray(self._payload_at), bytearray(CHECKSUM_SIZE)
+        if blob.scatter([head, *row, checksum]) != blob.size or head != self._prefixes[0]:
+            return False
+        if _checksum(key, head, *row) != checksum:
+            raise BlobError("wrong checksum")
+        return True
 
     def _open(self, key: bytes, blob: bytes, decompressor: zstandard.ZstdDecompressor) -> memoryview:
         flags = blob[4] if len(blob) > 4 else 0

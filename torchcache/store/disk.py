@@ -12,7 +12,6 @@ import os
 import random
 import re
 import sqlite3
-import stat
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ import diskcache
 from torchcache.errors import StoreVersionError
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.file import BlobFile
 
 __all__ = ["DiskTier", "check_version", "disk_tier"]
 
@@ -39,10 +39,6 @@ ROW_OVERHEAD = 160
 
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
-# Neither a link nor a pipe nor a device is followed, waited for or read.
-_READ_FLAGS = os.O_RDONLY
-for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
-    _READ_FLAGS |= getattr(os, _name, 0)
 
 T = TypeVar("T")
 
@@ -77,20 +73,16 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool = False) -> bytes:
         """The bytes of a database row; any mode but plain bytes and files of ours is refused."""
-        return self.fetch_within(sys.maxsize, mode, filename, value)
+        found = self.find(mode, filename, value)
+        return found if isinstance(found, bytes) else found.read(sys.maxsize)
 
-    def fetch_within(self, limit: int, mode: int, filename: str | None, value: object) -> bytes:
-        """The bytes of a database row, if they are no more than ``limit``."""
+    def find(self, mode: int, filename: str | None, value: object) -> bytes | BlobFile:
+        """What a database row holds: bytes, or a file to read them from."""
         if mode == _RAW and type(value) is bytes:
             return value
         if mode != _BINARY:
             raise ValueError("refused a value that is not plain bytes")
-        descriptor = os.open(self._check(filename), _READ_FLAGS)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-                raise ValueError("refused a value that is no regular file of the expected size")
-            return file.read(status.st_size)
+        return BlobFile(self._check(filename))
 
     def remove(self, file_path: str) -> None:
         """Delete the file of a database row, if it is one of ours."""
@@ -104,8 +96,8 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
         if not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
             raise ValueError("refused a file name that is not of the store")
         path = os.path.join(self._directory, filename)
-        parent, folder = os.path.dirname(path), os.path.dirname(filename)
-        if os.path.realpath(parent) != os.path.join(os.path.realpath(self._directory), *re.split(r"[/\\]", folder)):
+        parent = os.path.dirname(path)
+        if os.path.islink(parent) or os.path.islink(os.path.dirname(parent)):
             raise ValueError("refused a file that is not in the store's directory")
         return path
 
@@ -163,25 +155,22 @@ class DiskTier:
                     self._complain("opened", error)
         return self._cache is not None
 
-    def read(self, keys: Sequence[bytes], largest: Callable[[], int] = lambda: sys.maxsize) -> dict[bytes, bytes]:
-        """The blobs of those ``keys`` that are here, by one query for every few hundred keys.
+    def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes | BlobFile]:
+        """The blobs of those ``keys`` that are here, large ones still to be read from their files.
 
-        ``largest`` gives the bytes of the largest blob there can be, and is asked where something was found; what is
-        larger is not read.
+        One query serves a few hundred keys.
         """
-        found: dict[bytes, bytes] = {}
+        found: dict[bytes, bytes | BlobFile] = {}
         if not self.open():
             return found
-        limit: int | None = None
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
             held = f"CASE WHEN length(value) <= {MIN_FILE_SIZE} THEN value END"
             query = f"SELECT key, mode, filename, {held} FROM Cache WHERE raw = 1 AND key IN ({marks})"
             for key, mode, filename, value in self._rows(query, part):
-                limit = largest() if limit is None else limit
                 try:
-                    found[key] = self._cache.disk.fetch_within(limit, mode, filename, value)
+                    found[key] = self._cache.disk.find(mode, filename, value)
                 except (OSError, ValueError) as error:
                     self._complain("read", error)
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -134,16 +133,11 @@ class Tiers:
         state: bytes,
     ) -> None:
         assert self.disk is not None
-
-        @functools.cache
-        def wanted() -> tuple[RowSpec, torch.device]:
-            spec, device = expected()
-            return self.stored(spec), device
-
-        blobs = self.disk.read([fingerprint + digest for digest in digests], lambda: self._codec(wanted()[0]).largest)
+        blobs = self.disk.read([fingerprint + digest for digest in digests])
         if not blobs:
             return
-        stored, device = wanted()
+        spec, device = expected()
+        stored = self.stored(spec)
         digests = [digest for digest in digests if fingerprint + digest in blobs]
         keys = [fingerprint + digest for digest in digests]
         read = [blobs.pop(key) for key in keys]
