@@ -15,6 +15,7 @@ from torchcache.explain import explain
 from torchcache.lookup.context import bypass, sample_keys
 from torchcache.marks import mark, torchcache, unmark
 from torchcache.options import CacheOptions
+from torchcache.prefetch import prefetch
 from torchcache.stats import stats
 from torchcache.store.writer import flush
 from torchcache.transform import graphs, transform
@@ -36,6 +37,7 @@ __all__ = [
     "flush",
     "graphs",
     "mark",
+    "prefetch",
     "sample_keys",
     "stats",
     "torchcache",

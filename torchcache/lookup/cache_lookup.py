@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from torchcache.errors import OutputError
+from torchcache.lookup.ahead import learn, prepared
 from torchcache.lookup.context import computing, current_ids
 from torchcache.lookup.digest import digest_rows
 from torchcache.lookup.fingerprint import content_digest
@@ -157,8 +159,8 @@ class CacheLookup:
             # What is stored here is also served where gradients are taken.
             with torch.inference_mode(False):
                 return self(call)
-        fingerprint, digests = self._hash(call, count)
-        split = self._split(call, fingerprint, digests)
+        fingerprint, digests, ahead = self._hash(call, count)
+        split = self._split(call, fingerprint, digests, ahead)
         computed = self._compute(call, split)
         return self._merge(call, split, computed)
 
@@ -168,23 +170,47 @@ class CacheLookup:
         with computing():
             return call.compute(call.rows)
 
-    def _hash(self, call: Call, count: int) -> tuple[bytes, list[bytes]]:
+    def _hash(self, call: Call, count: int) -> tuple[bytes, list[bytes], Found | None]:
+        """The call's fingerprint and digests, and what look-ahead found for them."""
         start = time.perf_counter()
         ids = current_ids(count, self.name)
         shared = [content_digest(tensor) for tensor in call.shared]
         fingerprint = call_fingerprint(call.region, self.options, call.mode, call.rows, shared, ids is not None)
-        digests = digest_rows(call.rows, self.options.digest) if ids is None else ids
+        found = None
+        if ids is not None:
+            digests = ids
+        elif (done := prepared(self, call.rows)) is not None:
+            digests, found = done.digests, done.found
+        else:
+            digests = digest_rows(call.rows, self.options.digest)
+        if ids is None:
+            learn(self, call.rows, lambda: self._prepare_as(call, shared))
         self.counters.hash_seconds += time.perf_counter() - start
-        return fingerprint, digests
+        return fingerprint, digests, found
 
-    def _split(self, call: Call, fingerprint: bytes, digests: list[bytes]) -> Split:
+    def _prepare_as(self, call: Call, shared: list[bytes]) -> Callable[[Sequence[torch.Tensor]], Any]:
+        """How to work ahead for a call like this one."""
+        region, mode, state = call.region, call.mode, call.state
+
+        def prepare(rows: Sequence[torch.Tensor]) -> tuple[list[bytes], Found | None]:
+            digests = digest_rows(rows, self.options.digest)
+            fingerprint = call_fingerprint(region, self.options, mode, rows, shared, False)
+            layouts = self._layouts.get(fingerprint)
+            if self.tiers.disk is None or layouts is None:
+                return digests, None
+            row, device = _row_spec(layouts), layouts[0].device
+            return digests, self.tiers.find(fingerprint, digests, lambda: (row, device), state)
+
+        return prepare
+
+    def _split(self, call: Call, fingerprint: bytes, digests: list[bytes], ahead: Found | None) -> Split:
         start = time.perf_counter()
 
         def expected() -> tuple[RowSpec, torch.device]:
             layouts = self._layouts_of(call, fingerprint)
             return _row_spec(layouts), layouts[0].device
 
-        found = self.tiers.find(fingerprint, digests, expected, call.state)
+        found = self.tiers.find(fingerprint, digests, expected, call.state, ahead)
         missing: dict[bytes, int] = {}
         if ABSENT in found.slots:
             for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):

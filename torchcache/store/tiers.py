@@ -23,6 +23,8 @@ class Found:
 
     Parameters
     ----------
+    fingerprint : bytes
+        Of the call.
     slab : Slab or None
         The memory tier's rows.
     slots : list of int
@@ -35,6 +37,7 @@ class Found:
         Digests that the disk tier answered.
     """
 
+    fingerprint: bytes
     slab: Slab | None
     slots: list[int]
     extra: dict[bytes, int] = dataclasses.field(default_factory=dict)
@@ -73,17 +76,30 @@ class Tiers:
         digests: Sequence[bytes],
         expected: Callable[[], tuple[RowSpec, torch.device]],
         state: bytes,
+        ahead: Found | None = None,
     ) -> Found:
         """Look ``digests`` up in memory, then the rest on disk; what disk has is promoted to memory.
 
-        ``expected``, which says what a row holds and on which device its user is, is asked only where disk has rows.
+        Parameters
+        ----------
+        fingerprint, digests
+            The keys.
+        expected : callable
+            What a row holds and on which device its user is; asked only where disk has rows.
+        state : bytes
+            Digest of the weights that compute such rows now.
+        ahead : Found or None
+            What was found for the same keys before: rows that memory had no room for are not read again.
         """
         slab = self.memory.slab(fingerprint)
         slots = slab.find(digests) if slab is not None else [ABSENT] * len(digests)
-        found = Found(slab, slots)
+        found = Found(fingerprint, slab, slots)
         if self.disk is None or ABSENT not in slots:
             return found
         absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
+        if ahead is not None and ahead.fingerprint == fingerprint and ahead.extra.keys() >= set(absent):
+            found.extra, found.extra_rows, found.from_disk = ahead.extra, ahead.extra_rows, frozenset(absent)
+            return found
         self._read(found, fingerprint, absent, expected, state)
         if found.from_disk and found.slab is not None:
             found.slots = found.slab.find(digests)

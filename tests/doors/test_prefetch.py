@@ -1,0 +1,144 @@
+"""Look-ahead: the same batches and the same answers, with the work done before the step asks for it."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchcache
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Model(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = torchcache.mark(Backbone(), freeze=True, **options)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+DATA = torch.randn(64, 8)
+
+
+def batches(form=lambda x, y: (x, y)):
+    return [form(DATA[start : start + 8].clone(), torch.arange(8)) for start in range(0, 64, 8)]
+
+
+@pytest.mark.parametrize("door", ["transform", "eager"])
+def test_a_warm_run_finds_its_rows_in_memory(tmp_path, door, monkeypatch):
+    def model():
+        found = Model(persistent=True, persistent_cache_dir=str(tmp_path))
+        return torchcache.transform(found) if door == "transform" else found
+
+    first = model()
+    expected = [first(x) for x, _ in batches()]
+    torchcache.flush()
+    hashed = []
+    digest_rows = torchcache.lookup.cache_lookup.digest_rows
+    monkeypatch.setattr(
+        torchcache.lookup.cache_lookup,
+        "digest_rows",
+        lambda rows, algorithm: hashed.append(rows[0].shape[0]) or digest_rows(rows, algorithm),
+    )
+    warm = model()
+    loader = torchcache.prefetch(batches())
+    for epoch in range(2):
+        for (x, _), wanted in zip(loader, expected, strict=True):
+            torch.testing.assert_close(warm(x), wanted)
+        stats = torchcache.stats(warm)
+        assert (stats.hits, stats.misses) == (64 * (epoch + 1), 0)
+    assert sum(hashed) == 128  # each batch once an epoch, ahead or in the step
+    (region,) = stats.regions
+    # The first batch teaches where its rows come from, and by then the second was there already.
+    assert region.disk_hits == 16
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x, y: x, lambda x, y: [x, y], lambda x, y: {"y": y, "x": x}, lambda x, y: (y, ({"deep": x},))]
+)
+def test_batches_of_any_form_come_as_they_are(form):
+    given = batches(form)
+    loader = torchcache.prefetch(given)
+    assert len(loader) == 8
+    assert all(one is other for one, other in zip(loader, given, strict=True))
+
+
+def test_rows_that_memory_has_no_room_for_are_read_once(tmp_path, monkeypatch):
+    options = {"persistent": True, "persistent_cache_dir": str(tmp_path), "max_memory_cache_size": 16 * 4 * 4}
+    first = Model(**options)
+    expected = [first(x) for x, _ in batches()]
+    torchcache.flush()
+    warm = Model(**options)
+    reads = []
+    read = torchcache.store.disk.DiskTier.read
+    monkeypatch.setattr(
+        torchcache.store.disk.DiskTier, "read", lambda self, keys: reads.append(len(keys)) or read(self, keys)
+    )
+    for (x, _), wanted in zip(torchcache.prefetch(batches()), expected, strict=True):
+        torch.testing.assert_close(warm(x), wanted)
+    assert torchcache.stats(warm).misses == 0
+    assert sum(reads) == 64
+
+
+def test_a_batch_changed_in_the_loop_is_hashed_again():
+    model = Model()
+    for x, _ in torchcache.prefetch(batches()):
+        model(x)
+        x.mul_(2)
+        torch.testing.assert_close(model(x), model.head(model.backbone.linear(x)))
+
+
+def test_changed_weights_do_not_get_rows_found_ahead(tmp_path):
+    model = Model(persistent=True, persistent_cache_dir=str(tmp_path))
+    for _ in range(2):
+        for x, _ in torchcache.prefetch(batches()):
+            with torch.no_grad():
+                model.backbone.linear.weight.add_(1)
+            torch.testing.assert_close(model(x), model.head(model.backbone.linear(x)))
+
+
+def test_leaving_early_and_errors_of_the_loader_pass():
+    def failing():
+        yield DATA[:8].clone()
+        yield DATA[8:16].clone()
+        raise OSError("no more data")
+
+    model = Model()
+    for x in torchcache.prefetch(batches()):
+        model(x[0])
+        break
+    loader = iter(torchcache.prefetch(failing()))
+    assert torch.equal(next(loader), DATA[:8])
+    assert torch.equal(next(loader), DATA[8:16])
+    with pytest.raises(OSError, match="no more data"):
+        next(loader)
+    assert not torchcache.lookup.ahead._active
+
+
+def test_a_data_loader_keeps_its_attributes_and_workers():
+    dataset = torch.utils.data.TensorDataset(DATA)
+    loader = torchcache.prefetch(torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True, num_workers=1))
+    assert loader.dataset is dataset
+    assert loader.batch_size == 8
+    model = Model()
+    for _ in range(2):
+        for (x,) in loader:
+            torch.testing.assert_close(model(x), model.head(model.backbone.linear(x)))
+    assert (torchcache.stats(model).misses, torchcache.stats(model).hits) == (64, 64)
+
+
+def test_two_loops_at_once_do_not_disturb_each_other():
+    model = Model()
+    for (x, _), (other, _) in zip(torchcache.prefetch(batches()), torchcache.prefetch(batches()[::-1]), strict=True):
+        for rows in (x, other):
+            torch.testing.assert_close(model(rows), model.head(model.backbone.linear(rows)))
