@@ -1,107 +1,99 @@
-"""All-hit epochs beside precomputed features, and where one all-hit call spends its time."""
+"""All-hit epochs beside precomputed features and beside other caches, and where one all-hit call spends its time."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sysconfig
+import tempfile
 import time
-from collections.abc import Callable
+import venv
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
+from peers import PEERS
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from workloads import Model, batches, epoch, workloads
 
 import torchcache
 from torchcache import stats
 
 
-class Pooled(nn.Module):
-    """Stands for an image backbone: reads every pixel, gives 768 features."""
+def timed(action: Callable[[], object]) -> Callable[[], float]:
+    """``action`` as something that returns its seconds."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 768, 32, 32)
+    def run() -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.patch(x).mean((2, 3))
-
-
-class Sentence(nn.Module):
-    """Stands for a sentence encoder: token ids to 384 features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(1000, 384)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding(ids).mean(1)
+    return run
 
 
-class Tokens(nn.Module):
-    """Stands for a vision transformer whose token features are kept: 197 of 768 a row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(1000, 768)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding(ids)
-
-
-class Model(nn.Module):
-    """A head on a backbone."""
-
-    def __init__(self, backbone: nn.Module, features: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(features, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.backbone(x)
-        return self.head(features if features.ndim == 2 else features.mean(1))
-
-
-def workloads(quick: bool) -> dict[str, tuple[nn.Module, int, torch.Tensor]]:
-    """Backbone, features and data of each workload."""
-    images = 256 if quick else 512
-    rows = 1024 if quick else 4096
-    return {
-        "images 3x224x224 to 768": (Pooled(), 768, torch.randn(images, 3, 224, 224)),
-        "64 token ids to 384": (Sentence(), 384, torch.randint(1000, (rows, 64))),
-        "197 token ids to 197x768": (Tokens(), 768, torch.randint(1000, (images, 197))),
-    }
-
-
-def epoch(step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], head: nn.Module, data: torch.Tensor) -> None:
-    """One shuffled epoch of training the head."""
-    labels = torch.zeros(len(data), dtype=torch.int64)
-    optimizer = torch.optim.SGD(head.parameters(), lr=1e-3)
-    for rows in torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).split(64):
-        loss = nn.functional.cross_entropy(step(data[rows], rows), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def measure(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def measure(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
     """Median seconds of each run, interleaved in random order."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name in random.sample(list(runs), len(runs)):
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(runs[name]())
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def epochs(name: str, backbone: nn.Module, features: int, data: torch.Tensor, repeats: int) -> dict[str, float]:
+class Peer:
+    """A process that answers with the seconds of an epoch."""
+
+    def __init__(self, python: Path, name: str, quick: bool) -> None:
+        self.name = name
+        self.wrong = 0
+        script = Path(__file__).with_name("peers.py")
+        self._process = subprocess.Popen(
+            [str(python), str(script), name, *(["--quick"] if quick else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def epoch(self, workload: str) -> float:
+        """Seconds of one epoch of ``workload``, as the peer measures them."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(workload, file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline() or "{}")
+        self.wrong = answer.get("wrong", self.wrong)
+        return float(answer.get("seconds", "nan"))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def environment_of_peers(folder: Path) -> Path:
+    """The Python of an environment with the peers in it, and this one's torch behind them."""
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    wanted = ["torchcache==0.6.0", "torch-module-cache==0.1.4", "joblib", "cloudpickle", "zstd"]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *wanted], check=True)
+    show = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(own) / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def epochs(
+    name: str, backbone: nn.Module, features: int, data: torch.Tensor, repeats: int, peers: Sequence[Peer]
+) -> dict[str, float]:
     """Seconds of an epoch, by contender."""
     plain = Model(backbone.requires_grad_(False).eval(), features)
     with torch.no_grad():
@@ -125,12 +117,15 @@ def epochs(name: str, backbone: nn.Module, features: int, data: torch.Tensor, re
         found = marked(x)
         return cached.head(found if found.ndim == 2 else found.mean(1))
 
+    ahead = torchcache.prefetch(Batches(data))
     runs = {
-        "precomputed": lambda: epoch(from_features, plain.head, data),
-        "no cache": lambda: epoch(lambda x, rows: plain(x), plain.head, data),
-        "transform": lambda: epoch(lambda x, rows: cached(x), cached.head, data),
-        "sample_keys": lambda: epoch(by_id, cached.head, data),
-        "eager": lambda: epoch(eagerly, cached.head, data),
+        "precomputed": timed(lambda: epoch(from_features, plain.head, batches(data))),
+        "no cache": timed(lambda: epoch(lambda x, rows: plain(x), plain.head, batches(data))),
+        "transform": timed(lambda: epoch(lambda x, rows: cached(x), cached.head, batches(data))),
+        "transform, prefetch": timed(lambda: epoch(lambda x, rows: cached(x), cached.head, ahead)),
+        "sample_keys": timed(lambda: epoch(by_id, cached.head, batches(data))),
+        "eager": timed(lambda: epoch(eagerly, cached.head, batches(data))),
+        **{peer.name: lambda peer=peer: peer.epoch(name) for peer in peers},
     }
     for run in runs.values():  # fills the caches
         run()
@@ -138,6 +133,16 @@ def epochs(name: str, backbone: nn.Module, features: int, data: torch.Tensor, re
     found = measure(runs, repeats)
     assert stats(cached).misses == before, "an epoch that should have been all hits computed rows"
     return found
+
+
+class Batches:
+    """The epochs of ``batches``, as a loader that can be iterated again."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return batches(self.data)
 
 
 def call(backbone: nn.Module, data: torch.Tensor, repeats: int) -> dict[str, float]:
@@ -165,9 +170,9 @@ def call(backbone: nn.Module, data: torch.Tensor, repeats: int) -> dict[str, flo
         marked(x)
 
     runs = {
-        "all-hit call": lookup,
-        "bare hash": lambda: list(pool.map(hash_range, range(threads))) and None,
-        "bare index_select": lambda: slab.index_select(0, index) is None,
+        "all-hit call": timed(lookup),
+        "bare hash": timed(lambda: list(pool.map(hash_range, range(threads)))),
+        "bare index_select": timed(lambda: slab.index_select(0, index)),
     }
     found = {name: 1e3 * value for name, value in measure(runs, 5 * repeats).items()}
     end = stats(marked).regions[0]
@@ -177,7 +182,7 @@ def call(backbone: nn.Module, data: torch.Tensor, repeats: int) -> dict[str, flo
     return found
 
 
-def tables(report: dict[str, dict[str, dict[str, float]]]) -> list[Table]:
+def tables(report: dict[str, Any]) -> list[Table]:
     """The report, for a terminal."""
     first = Table(title="one epoch (ms, ratio to precomputed)")
     second = Table(title="one all-hit call of 256 rows (ms; parts are means)")
@@ -193,23 +198,63 @@ def tables(report: dict[str, dict[str, dict[str, float]]]) -> list[Table]:
     return [first, second]
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown tables."""
+    lines = [f"{report['date']}, {report['machine']}", ""]
+    for title, key in (
+        ("One epoch: ms and ratio to precomputed", "epochs"),
+        ("One all-hit call of 256 rows: ms", "calls"),
+    ):
+        columns = list(next(iter(report[key].values())))
+        lines += [f"**{title}**", "", "| workload | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name, found in report[key].items():
+            base = found.get("precomputed")
+            cells = [f"{1e3 * value:.1f} ({value / base:.2f}x)" if base else f"{value:.2f}" for value in found.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if report["wrong"]:
+        lines += ["Rows that a peer got wrong in its second epoch: " + json.dumps(report["wrong"]), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller data, fewer repeats: under 3 minutes")
+    parser.add_argument("--peers", action="store_true", help="measure other caches too, installed in an environment")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="and as Markdown tables there")
     arguments = parser.parse_args()
     repeats = 5 if arguments.quick else 15
-    report: dict[str, dict[str, dict[str, float]]] = {"epochs": {}, "calls": {}}
-    for name, (backbone, features, data) in workloads(arguments.quick).items():
-        report["epochs"][name] = epochs(name, backbone, features, data, repeats)
-        report["calls"][name] = call(backbone, data, repeats)
-    console = Console(width=150)
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+    report: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "epochs": {},
+        "calls": {},
+        "wrong": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        peers = []
+        if arguments.peers:
+            python = environment_of_peers(Path(folder) / "peers")
+            peers = [Peer(python, name, arguments.quick) for name in PEERS]
+        for name, (backbone, features, data) in workloads(arguments.quick).items():
+            report["epochs"][name] = epochs(name, backbone, features, data, repeats, peers)
+            report["calls"][name] = call(backbone, data, repeats)
+            report["wrong"][name] = {peer.name: peer.wrong for peer in peers}
+        for peer in peers:
+            peer.close()
+    console = Console(width=190 if arguments.peers else 150)
+    console.print(machine)
     for table in tables(report):
         console.print(table)
+    if arguments.peers:
+        console.print(f"rows that a peer got wrong in its second epoch: {report['wrong']}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(report))
 
 
 if __name__ == "__main__":
