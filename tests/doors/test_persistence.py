@@ -174,6 +174,60 @@ def test_the_users_own_name_replaces_the_fingerprint(tmp_path):
     torch.testing.assert_close(other(x), nn.functional.linear(x, other.weight, other.bias))
 
 
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.linspace(1, 2, 60_000) if FLAT else torch.randn(60_000))
+
+    def forward(self, x):
+        return x[:, :1] * self.table, x.long()
+
+
+FLAT = False
+
+
+@pytest.mark.parametrize("level", [None, 1])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("harm", ["none", "flipped", "cut", "longer", "empty", "gone", "folder"])
+def test_large_rows_are_files_of_their_own_and_checked(tmp_path, level, flat, harm, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FLAT", flat)
+
+    def module():
+        torch.manual_seed(0)
+        return torchcache.mark(
+            Wide(), freeze=True, persistent=True, persistent_cache_dir=tmp_path, zstd_compression_level=level
+        )
+
+    x = torch.randn(6, 3)
+    expected = module()(x)
+    torchcache.flush()
+    files = sorted(tmp_path.rglob("*.val"))
+    assert len(files) == (0 if flat and level else 6)
+    for path in files[:2]:
+        content = path.read_bytes()
+        if harm == "flipped":
+            path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+        elif harm == "cut":
+            path.write_bytes(content[:-1])
+        elif harm == "longer":
+            path.write_bytes(content + bytes(10_000_000))
+        elif harm == "empty":
+            path.write_bytes(b"")
+        elif harm in ("gone", "folder"):
+            path.unlink()
+            if harm == "folder":
+                path.mkdir()
+    again = module()
+    for found, wanted in zip(again(x[[5, 0, 1, 2, 3, 4]]), expected, strict=True):
+        torch.testing.assert_close(found, wanted[[5, 0, 1, 2, 3, 4]])
+    stats = torchcache.stats(again)
+    assert stats.misses == (0 if harm == "none" or not files else 2)
+    torchcache.flush()
+    repaired = module()
+    torch.testing.assert_close(repaired(x)[0], expected[0])
+    assert torchcache.stats(repaired).misses == 0
+
+
 def test_rows_too_large_for_memory_come_from_disk(tmp_path):
     module = torchcache.mark(
         nn.Linear(4, 4), freeze=True, persistent=True, persistent_cache_dir=tmp_path, max_memory_cache_size=32
