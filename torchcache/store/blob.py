@@ -47,6 +47,8 @@ COMPRESSED, SHUFFLED = 1, 2
 CHECKSUM_SIZE = 8
 # Below this gain a frame costs more to decode than its smaller size saves to read.
 WORTHWHILE = 0.80
+# And shuffled ones take twice as long to decode (tools/bench/compression.py).
+SHUFFLE_GAIN = 0.90
 
 _HEAD = struct.Struct("<4sBBHQ")
 # A dtype's code is its place in this table: append only.
@@ -262,7 +264,8 @@ class Codec:
         compressor = zstandard.ZstdCompressor(level=self._level, write_checksum=False)
         options = (COMPRESSED, COMPRESSED | SHUFFLED)
         sizes = {flags: len(compressor.compress(self._payload(row, flags))) for flags in options}
-        best = min(sizes, key=sizes.__getitem__)
+        shuffled = sizes[COMPRESSED | SHUFFLED] < SHUFFLE_GAIN * sizes[COMPRESSED]
+        best = COMPRESSED | SHUFFLED if shuffled else COMPRESSED
         return best if sizes[best] < WORTHWHILE * self.spec.size else 0
 
     def _payload(self, row: Sequence[npt.NDArray[np.uint8]], flags: int) -> bytes:
