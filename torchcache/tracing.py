@@ -62,10 +62,12 @@ class Traced:
         """What ``function`` returns."""
         if self._broken:
             return self._function(*args, **kwargs)
-        from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
+        from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchRuntimeError
 
         try:
             return self._variant().compiled(*args, **kwargs)
+        except TorchRuntimeError as error:  # it does not run on fake tensors of these shapes, such as an empty batch
+            logger.info("tracing %s failed for one call: %s", self._name, error)
         except BackendCompilerFailed as error:
             cause = error.inner_exception
             if isinstance(cause, TorchcacheError):

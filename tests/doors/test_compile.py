@@ -384,3 +384,14 @@ def test_under_distributed_data_parallel(wrap):
         assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == (4, 7)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_dynamic_shapes_from_the_first_call(inner):
+    net, plain = pair()
+    run = torch.compile(net, backend=torchcache.torchcache_backend, options={"inner": inner}, dynamic=True)
+    x = torch.randn(12, 16)
+    for rows in (slice(0, 4), slice(3, 9), slice(0, 12), slice(5, 6)):
+        torch.testing.assert_close(step(run, x[rows]), step(plain, x[rows]))
+        torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
+    assert torchcache.stats(net).misses == 12

@@ -201,7 +201,8 @@ def test_last_block_trainable(case, door):
     # Sizes, not shapes: what is stored may be a transposed view of what the block is given.
     stored = [leaf.shape[1:].numel() for leaf in region.plan.outputs]
     assert stored == [shape.numel() for shape in read_by(case.blocks(twin.backbone)[-1], twin, given["miss"])]
-    rows = [source for source, role in zip(node.args[0], region.plan.roles, strict=True) if role == "row"]
+    roles = [region.plan.roles[index] for index in region.given]
+    rows = [source for source, role in zip(node.args[0], roles, strict=True) if role == "row"]
     if case.name != "llama":  # its mask is built under vmap, which no region can hold: the region reads it
         assert {source.op for source in rows} == {"placeholder"}
         assert "shared" not in region.plan.roles

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from torchcache.graph.region import GraphRegion
@@ -43,7 +44,8 @@ def feed_state(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Feed:
             continue
         tensors, sizes, name = node.args
         region = named[name]
-        taken = [index for index in region.plan.positions("state") if tensors[index] in position]
+        held = [index for index in region.plan.positions("state") if tensors[index] in position]
+        taken = [index for index in held if _is_static(region.plan.inputs[index])]
         if taken:
             region.take_state(taken, [position[tensors[index]] for index in taken])
             node.args = ([tensor for index, tensor in enumerate(tensors) if index not in set(taken)], sizes, name)
@@ -56,3 +58,7 @@ def feed_state(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Feed:
             region.feed(arguments)
 
     return feed
+
+
+def _is_static(state: torch.Tensor) -> bool:
+    return not any(isinstance(size, torch.SymInt) for size in state.shape)

@@ -23,7 +23,7 @@ from torchcache.lookup.digest import digest_bytes
 from torchcache.lookup.fingerprint import Program, State, program_of
 from torchcache.lookup.key import NumericMode
 from torchcache.lookup.rows import Layout, dense, inverted, memory_order
-from torchcache.store.select import select_rows
+from torchcache.store.select import concatenate, select_rows
 
 __all__ = [
     "GraphRegion",
@@ -95,7 +95,9 @@ class GraphRegion:
         self._pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
         self._arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = tuple
         self._fed = threading.local()
+        self._latest: tuple[torch.Tensor, ...] = ()
         self._missing: list[torch.Tensor] = []
+        self.given = list(range(len(plan.inputs)))
         self._rows = plan.positions("row")
         self._shared = plan.positions("shared")
         self._held = plan.positions("state")
@@ -115,8 +117,8 @@ class GraphRegion:
 
     def take_state(self, taken: Sequence[int], sources: Sequence[int]) -> None:
         """Expect the inputs at ``taken`` from ``feed``, which finds them at ``sources`` of the graph's inputs."""
-        given = [index for index in range(len(self.plan.roles)) if index not in set(taken)]
-        places = {index: place for place, index in enumerate([*given, *taken])}
+        self.given = [index for index in range(len(self.plan.roles)) if index not in set(taken)]
+        places = {index: place for place, index in enumerate([*self.given, *taken])}
         self._pick = operator.itemgetter(*sources, sources[0])
         self._arrange = operator.itemgetter(*(places[index] for index in range(len(places))), 0)
         self._missing = [self.plan.inputs[index] for index in taken]
@@ -124,7 +126,7 @@ class GraphRegion:
     def feed(self, arguments: Sequence[Any]) -> None:
         """Take the state for this thread's next call from the inputs of the graph."""
         if self._pick is not None:
-            self._fed.state = self._pick(arguments)[:-1]
+            self._latest = self._fed.state = self._pick(arguments)[:-1]
 
     def _whole(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All inputs of the region, in its order."""
@@ -132,7 +134,8 @@ class GraphRegion:
 
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""
-        inputs = self._whole(inputs, self._fed.state if self._pick is not None else ())
+        # Backward passes that compute a region again may do so on threads of their own.
+        inputs = self._whole(inputs, getattr(self._fed, "state", self._latest))
         rows = [inputs[position] for position in self._rows]
         call = Call(
             b"",
@@ -155,12 +158,12 @@ class GraphRegion:
 
     def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
         """Outputs without their contents: the traced ones, with this batch's size."""
-        inputs = self._whole(inputs, self._missing)
-        if all(same_shape(given, traced) for given, traced in zip(inputs, self.plan.inputs, strict=True)):
+        expected = [self.plan.inputs[index] for index in self.given]
+        if all(same_shape(given, traced) for given, traced in zip(inputs, expected, strict=True)):
             outputs = list(self.plan.outputs)
         else:
             with torch.no_grad():
-                outputs = self.plan.module(*inputs, *sizes)
+                outputs = self.plan.module(*self._whole(inputs, [*map(_stand_in, self._missing)]), *sizes)
         return [
             torch.empty([leaf.shape[dim] for dim in order], dtype=leaf.dtype, device=leaf.device).permute(
                 inverted(order)
@@ -200,7 +203,7 @@ class GraphRegion:
             parts = [
                 self._compute(inputs, sizes, [leaf[at : at + run] for leaf in rows]) for at in range(0, count, run)
             ]
-            return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+            return [concatenate(pieces) for pieces in zip(*parts, strict=True)]
         if run > count:
             padding = [*range(count), *([count - 1] * (run - count))]
             rows = [select_rows(leaf, padding) for leaf in rows]
@@ -247,6 +250,12 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
         return
     with torch.autocast(device, enabled=dtype is not None, dtype=dtype):
         yield
+
+
+def _stand_in(state: torch.Tensor) -> torch.Tensor:
+    """A tensor like ``state``, made by whichever fake mode asks: modes do not mix."""
+    shape, stride = [*map(hint, state.shape)], [*map(hint, state.stride())]
+    return torch.empty_strided(shape, stride, dtype=state.dtype, device=state.device)
 
 
 def _any_number(rows: torch.Tensor) -> torch.Tensor:

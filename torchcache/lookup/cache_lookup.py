@@ -173,9 +173,9 @@ class CacheLookup:
     def _hash(self, call: Call, count: int) -> tuple[bytes, list[bytes], Found | None]:
         """The call's fingerprint and digests, and what look-ahead found for them."""
         start = time.perf_counter()
-        ids = current_ids(count, self.name)
+        ids, named = current_ids(self, count, self.name)
         shared = [content_digest(tensor) for tensor in call.shared]
-        fingerprint = call_fingerprint(call.region, self.options, call.mode, call.rows, shared, ids is not None)
+        fingerprint = call_fingerprint(call.region, self.options, call.mode, call.rows, shared, named)
         found = None
         if ids is not None:
             digests = ids
@@ -194,7 +194,7 @@ class CacheLookup:
 
         def prepare(rows: Sequence[torch.Tensor]) -> tuple[list[bytes], Found | None]:
             digests = digest_rows(rows, self.options.digest)
-            fingerprint = call_fingerprint(region, self.options, mode, rows, shared, False)
+            fingerprint = call_fingerprint(region, self.options, mode, rows, shared, 0)
             layouts = self._layouts.get(fingerprint)
             if self.tiers.disk is None or layouts is None:
                 return digests, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -16,7 +18,17 @@ __all__ = ["bypass", "bypassed", "computing", "current_ids", "inside_region", "s
 
 _bypass: ContextVar[bool] = ContextVar("torchcache_bypass", default=False)
 _computing: ContextVar[bool] = ContextVar("torchcache_computing", default=False)
-_ids: ContextVar[list[bytes] | None] = ContextVar("torchcache_ids", default=None)
+
+
+@dataclasses.dataclass
+class _Ids:
+    """Ids of a block's rows, and how often each region was called within the block."""
+
+    ids: list[bytes]
+    calls: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+
+
+_ids: ContextVar[_Ids | None] = ContextVar("torchcache_ids", default=None)
 
 
 @contextlib.contextmanager
@@ -33,8 +45,9 @@ def bypass() -> Iterator[None]:
 def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[None]:
     """Use ``ids`` instead of hashes of the inputs inside this block.
 
-    Weights, code, arguments, row shapes and dtypes still count; the inputs' contents do not, so
-    an id must name its sample's content (with augmentation: content and seed).
+    Weights, code, arguments, row shapes and dtypes still count; the inputs' contents do not, so an id must name
+    its sample's content (with augmentation: content and seed). A module called twice in a block, on two views of
+    the sample for instance, keeps rows of the first call and of the second apart: use one block for each step.
 
     Parameters
     ----------
@@ -47,7 +60,7 @@ def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[N
         When an id is neither an integer of up to 127 bits nor a string, or when their number is not that of
         the rows of a marked call inside the block.
     """
-    token = _ids.set(_encode_ids(ids))
+    token = _ids.set(_Ids(_encode_ids(ids)))
     try:
         yield
     finally:
@@ -78,12 +91,25 @@ def bypassed() -> bool:
     return _bypass.get()
 
 
-def current_ids(rows: int, name: str) -> list[bytes] | None:
-    """The ids given for this batch of ``rows`` rows of the region ``name``, if any were."""
-    ids = _ids.get()
-    if ids is not None and len(ids) != rows:
-        raise SampleKeyError(f"sample_keys got {len(ids)} ids, but {name} is called with a batch of {rows} rows")
-    return ids
+def current_ids(owner: object, rows: int, name: str) -> tuple[list[bytes] | None, int]:
+    """The ids given for this batch, if any were, and which call in the block this is, from 1 (0 without ids).
+
+    Parameters
+    ----------
+    owner : object
+        Whose calls are counted.
+    rows : int
+        The batch size.
+    name : str
+        The region, for errors.
+    """
+    given = _ids.get()
+    if given is None:
+        return None, 0
+    if len(given.ids) != rows:
+        raise SampleKeyError(f"sample_keys got {len(given.ids)} ids, but {name} is called with a batch of {rows} rows")
+    given.calls[id(owner)] += 1
+    return given.ids, given.calls[id(owner)]
 
 
 def inside_region() -> bool:

@@ -127,7 +127,7 @@ class State:
                 # While a storage lives nothing else has its address, so that an equal pointer is the same memory.
                 and not any(map(_expired, self._handles))
                 and all(map(operator.is_, [reference() for reference in self._references], tensors))
-                and (self._layouts is None or self._layouts.check(*tensors))
+                and (self._layouts is None or _outside_inference_mode(self._layouts.check, tensors))
             )
         except RuntimeError:  # inference tensors have no version: hash them every time
             return False
@@ -144,7 +144,7 @@ class State:
         self._storages = [_weak_storage(tensor) for tensor in tensors]
         self._handles = [storage.cdata for storage in self._storages]
         self._references = [weakref.ref(tensor) for tensor in tensors]
-        self._layouts = _layouts(tensors) if tensors else None
+        self._layouts = _outside_inference_mode(_layouts, tensors) if tensors else None
         return self.digest
 
 
@@ -156,7 +156,15 @@ def _weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _layouts(tensors: Sequence[torch.Tensor]) -> TensorGuards:
+def _outside_inference_mode(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
+    """Call ``function`` with ``tensors``: guards made in inference mode fail outside of it, and the other way."""
+    if not torch.is_inference_mode_enabled():
+        return function(*tensors)
+    with torch.inference_mode(False):
+        return function(*tensors)
+
+
+def _layouts(*tensors: torch.Tensor) -> TensorGuards:
     """Type, dtype, device, shape and stride of all tensors, compared in one call."""
     return TensorGuards(
         *tensors,

@@ -58,7 +58,7 @@ def call_fingerprint(
     mode: NumericMode,
     rows: Sequence[torch.Tensor],
     shared: Sequence[bytes],
-    named: bool,
+    named: int,
 ) -> bytes:
     """16 bytes over everything but the contents of the rows.
 
@@ -74,8 +74,9 @@ def call_fingerprint(
         The batched inputs, for their dtypes and row shapes.
     shared : sequence of bytes
         Content digests of the inputs that all rows share.
-    named : bool
-        Whether the user's sample ids stand for the contents of the rows.
+    named : int
+        0 where the rows' contents are hashed; n where the user's sample ids stand for them, in the region's n-th call
+        with these ids.
     """
     shapes = tuple((leaf.dtype, leaf.shape[1:]) for leaf in rows)
     return _combine(region, options.cache_dtype, options.digest, mode, shapes, tuple(shared), named)
@@ -89,7 +90,7 @@ def _combine(
     mode: NumericMode,
     shapes: tuple[tuple[torch.dtype, tuple[int, ...]], ...],
     shared: tuple[bytes, ...],
-    named: bool,
+    named: int,
 ) -> bytes:
     rows = [(str(dtype), tuple(int(size) for size in shape)) for dtype, shape in shapes]
     ambient = (str(mode.autocast), mode.matmul, str(mode.default), mode.device, mode.tf32)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.errors import RowwiseError
-from torchcache.store.select import join_rows, select_rows
+from torchcache.store.select import element_bytes, join_rows, select_rows
 
 __all__ = ["probe"]
 
@@ -97,7 +97,7 @@ def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _bytes(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    return element_bytes(leaf.resolve_conj().resolve_neg().contiguous())
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, coarse: bool) -> bool:

@@ -36,7 +36,7 @@ import xxhash
 import zstandard
 
 from torchcache.store.file import SCATTERS, BlobFile, BlobFileError
-from torchcache.store.select import select_rows
+from torchcache.store.select import element_bytes, select_rows
 from torchcache.threads import in_parts
 
 __all__ = ["FORMAT_VERSION", "BlobError", "Codec", "RowSpec", "row_bytes", "storable"]
@@ -103,7 +103,7 @@ def storable(dtype: torch.dtype) -> bool:
 def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
     count = leaf.shape[0]
-    flat = leaf.detach().reshape(-1).view(torch.uint8).numpy()
+    flat = element_bytes(leaf.detach()).numpy()
     return flat.reshape(count, flat.size // count if count else 0)
 
 

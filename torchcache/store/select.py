@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["join_rows", "place_rows", "select_rows"]
+__all__ = ["concatenate", "element_bytes", "join_rows", "place_rows", "select_rows"]
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEXABLE = {
@@ -39,7 +39,19 @@ def place_rows(target: torch.Tensor, rows: Sequence[int], leaf: torch.Tensor) ->
 
 def join_rows(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The rows of both, one after the other."""
-    return torch.cat((_carried(first), _carried(second))).view(first.dtype)
+    return concatenate((first, second))
+
+
+def concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all ``parts``, one after the other."""
+    with torch.autocast(parts[0].device.type, enabled=False):  # it would promote, or refuse, some dtypes
+        return torch.cat([*map(_carried, parts)]).view(parts[0].dtype)
+
+
+def element_bytes(leaf: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, in one dimension, sharing its memory."""
+    # One element is contiguous whatever its stride says, and only a stride of one can be viewed as bytes.
+    return leaf.as_strided((leaf.numel(),), (1,)).view(torch.uint8)
 
 
 def _carried(leaf: torch.Tensor) -> torch.Tensor:
