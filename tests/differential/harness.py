@@ -1,0 +1,315 @@
+"""Runs programs: every operation on a cached model and on its uncached twin, every answer compared."""
+
+import collections
+import contextlib
+import copy
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import nets
+import torch
+import torch._dynamo.exc
+from changes import CHANGES, apply
+from nets import SETTINGS
+from pair import DiffersError, Pair, compare, leaves_of
+
+import torchcache
+
+# Forms of a call: what goes together is drawn together, so that keys that should differ meet.
+FORMS = (
+    ({"scale": 2.0}, {"scale": -1.0}),
+    ({"flip": True},),
+    ({"scale": 2, "flip": True}, {"scale": 2.0}),
+    ({"inputs": "reshaped"},),
+    ({"inputs": "reshaped"},),
+    ({"inputs": "bfloat16"}, {"inputs": "bits"}),
+    ({"inputs": "bfloat16"}, {"inputs": "bits"}),
+    ({"inputs": "strided"}, {"inputs": "permuted"}),
+    ({"gradients": "no"}, {"gradients": "inference"}),
+    ({"named": True},),
+)
+ROUGH = (torch.bfloat16, torch.float16)
+ROUGH_SLACK = 3
+BITS = {torch.bfloat16: torch.float16}
+COPIES = 3
+# These rows are asked for after every change, so that what is stale is asked for.
+SAME = [0, 1, 2]
+AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
+SIZES = (0, *range(1, 10), *range(2, 10))
+
+
+class WrongAnswerError(AssertionError):
+    """The cached model gave another answer than its twin; says which program and step."""
+
+    def __init__(self, program, step, reason):
+        self.program = program
+        super().__init__(f"wrong answer at step {step} of {program!r}: {reason}")
+
+
+class NoAnswerError(WrongAnswerError):
+    """The cached model raised where its twin answered."""
+
+
+class Run:
+    """One program in progress.
+
+    Parameters
+    ----------
+    program : Program
+        What to run.
+    directory : Path
+        Where rows are kept, if they are.
+    counts : collections.Counter
+        What is counted: operations, calls, rows and their hits.
+    """
+
+    def __init__(self, program, directory, counts, pair=None, autocast=None):
+        self.program = program
+        self.directory = directory
+        self.counts = counts
+        self.autocast = autocast
+        self.pair = pair or Pair.build(program, directory)
+        self.pairs = [self.pair]
+        self.pool = nets.KINDS[program.net].pool(torch.Generator().manual_seed(program.seed))
+        draw = random.Random(program.seed)
+        self.forms = [{}, *(form for group in draw.sample(FORMS, 2) for form in group)]
+
+    def step(self, name, number):
+        """Run one operation."""
+        draw = random.Random(number)
+        if name in CHANGES:
+            apply(CHANGES[name], self.pair, number)
+        else:
+            getattr(self, f"_{name}")(draw)
+        if name in CHANGES or name in ("settings", "mode", "autocast"):
+            self.answer({}, SAME, False)
+        self.counts["operations"] += 1
+        self.counts[f"operation {name}"] += 1
+
+    def _call(self, draw, **ways):
+        form = draw.choice([{}, *self.forms])
+        rows = [draw.randrange(nets.POOL) for _ in range(draw.choice(SIZES))]
+        self.answer({**form, **ways}, rows, draw.random() < 0.3)
+
+    def _every_form(self, draw):
+        for form in self.forms:
+            self.answer(form, SAME, False)
+
+    def _bypass(self, draw):
+        self._call(draw, bypass=True)
+
+    def _train_step(self, draw):
+        self._call(draw, gradients="step")
+
+    def _input_gradient(self, draw):
+        self._call(draw, gradients="input")
+
+    def _autocast(self, draw):
+        self.autocast = draw.choice([dtype for dtype in AUTOCAST if dtype is not self.autocast])
+
+    def _copy(self, draw, pickled=False):
+        if draw.random() < 0.5:
+            torchcache.flush()
+        self.pair = self.pair.copied(self.program, pickled)
+        self.pairs.append(self.pair)
+        if len(self.pairs) > COPIES:
+            self._count_rows(self.pairs.pop(0))
+
+    def _pickle(self, draw):
+        self._copy(draw, pickled=True)
+
+    def _switch(self, draw):
+        self.pair = draw.choice(self.pairs)
+
+    def _clear(self, draw):
+        if draw.random() < 0.5:
+            torchcache.flush()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _settings(self, draw):
+        if draw.random() < 0.5:
+            SETTINGS["gain"] = draw.choice((1.0, 2.5, -2.0))
+        else:
+            nets.OFFSET = draw.choice((0.0, 4.0))
+
+    def _mode(self, draw):
+        self.pair.set_mode(draw.random() < 0.5)
+
+    def _mark_again(self, draw):
+        if self.program.mark in ("class", "blocks"):
+            return
+        options = {"max_memory_cache_size": draw.choice((0, 400, 1_000_000)), "persistent": self.program.persistent}
+        options["zstd_compression_level"] = draw.choice((1, None))
+        if self.program.persistent:
+            options["persistent_cache_dir"] = str(self.directory)
+        for part in self.pair.marked():
+            if draw.random() < 0.5:
+                torchcache.unmark(part)
+            torchcache.mark(part, **options)
+
+    def answer(self, form, rows, overwrite):
+        """Call both models on the same rows in one form, and compare outputs and gradients."""
+        pair = self.pair
+        gradients = form.get("gradients", "yes")
+        arguments = {key: form[key] for key in ("scale", "flip") if key in form}
+
+        def run(model, ambient):
+            inputs = self._batch(rows, form.get("inputs"), gradients == "input")
+            with contextlib.ExitStack() as stack:
+                if gradients in ("no", "inference"):
+                    stack.enter_context(torch.no_grad() if gradients == "no" else torch.inference_mode())
+                if self.autocast is not None:
+                    stack.enter_context(torch.autocast("cpu", dtype=self.autocast))
+                for context in ambient:
+                    stack.enter_context(context)
+                outputs = model(*inputs, **arguments)
+            return outputs, self._gradients(pair, model, outputs, inputs, gradients), inputs
+
+        try:
+            expected, expected_gradients, _ = run(pair.twin, [])
+        except (RuntimeError, IndexError, ValueError):
+            self.counts["calls that the model itself refuses"] += 1
+            return
+        ambient = [torchcache.bypass()] if form.get("bypass") else []
+        if form.get("named"):
+            ambient.append(torchcache.sample_keys(rows))
+        try:
+            found, found_gradients, inputs = run(pair.run, ambient)
+        except torch._dynamo.exc.TorchRuntimeError:
+            if rows or self.program.door == "transform":
+                raise
+            # Attention takes no rows in one of torch's ways through it, and refuses them in the one that is compiled.
+            self.counts["empty batches that torch does not trace"] += 1
+            return
+        coarse = torch.bfloat16 if self.autocast is not None else pair.twin.head.weight.dtype
+        try:
+            compare(found, expected, coarse)
+            compare(found_gradients, expected_gradients, coarse, "gradients")
+        except DiffersError:
+            if coarse not in ROUGH:
+                raise
+            # Large inputs amplify rounding: how much, the twin's own error tells.
+            slack = ROUGH_SLACK * self._error(
+                pair.twin, self._batch(rows, form.get("inputs"), False), arguments, expected
+            )
+            compare(found, expected, coarse, slack=slack)
+        self.counts["calls compared"] += 1
+        self.counts["rows compared"] += len(rows)
+        self.counts["gradients compared"] += len(expected_gradients)
+        if gradients == "step":
+            self._train(pair)
+        if overwrite:  # nothing that was given back or passed in may be what is stored
+            with torch.no_grad(), torch.inference_mode(gradients == "inference"):
+                for leaf in [*leaves_of(found), *inputs]:
+                    leaf.detach().fill_(1)
+
+    def _batch(self, rows, how, needs_gradient):
+        shared = [tensor.shape[0] != nets.POOL for tensor in self.pool]
+        batch = [tensor.clone() if alike else tensor[rows] for tensor, alike in zip(self.pool, shared, strict=True)]
+        if how == "reshaped":
+            batch = list(nets.KINDS[self.program.net].reshaped(*batch))
+        elif how in ("bfloat16", "bits"):
+            batch = [x.bfloat16() if x.is_floating_point() else x for x in batch]
+            if how == "bits":
+                batch = [x.view(BITS.get(x.dtype, x.dtype)) for x in batch]
+        elif how == "strided":
+            batch = [torch.stack([x, x], dim=-1)[..., 1] for x in batch]
+        elif how == "permuted":
+            batch = [x.mT.contiguous().mT if x.ndim > 2 else x for x in batch]
+        if needs_gradient:
+            batch = [x.requires_grad_() if x.is_floating_point() else x for x in batch]
+        return batch
+
+    def _error(self, twin, inputs, arguments, found):
+        """The largest rounding error in what the twin answered: its distance from the answer in float64."""
+        exact_twin = copy.deepcopy(twin).double()
+        inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            exact = exact_twin(*inputs, **arguments)
+        pairs = zip(leaves_of(found), leaves_of(exact), strict=True)
+        return max((a.detach().double() - b.double()).abs().nan_to_num(0, 0, 0).max().item() for a, b in pairs)
+
+    def _gradients(self, pair, model, outputs, inputs, gradients):
+        if gradients not in ("step", "input"):
+            return {}
+        owner = pair.twin if model is pair.twin else pair.model
+        owner.zero_grad()
+        outputs[1].float().pow(2).mean().backward()
+        found = {name: p.grad for name, p in owner.named_parameters()}
+        found.update({f"input {index}": x.grad for index, x in enumerate(inputs)})
+        # Compilers give zeros where autograd gives none.
+        return {name: grad.clone() for name, grad in found.items() if grad is not None and grad.any()}
+
+    def _train(self, pair):
+        """One step of the twin's, given to both: rounding in their gradients must not add up."""
+        with torch.no_grad():
+            for p, q in zip(pair.model.parameters(), pair.twin.parameters(), strict=True):
+                if q.requires_grad and q.grad is not None:
+                    q.sub_(q.grad.clamp(-1, 1), alpha=0.1)
+                    p.copy_(q)
+
+    def _count_rows(self, pair):
+        stats = torchcache.stats(pair.model)
+        self.counts["rows hit"] += stats.hits
+        self.counts["rows hit on disk"] += sum(region.disk_hits for region in stats.regions)
+        self.counts["rows missed"] += stats.misses
+        self.counts["rows bypassed"] += stats.bypasses
+
+    def close(self):
+        """Count what the caches did."""
+        for pair in self.pairs:
+            self._count_rows(pair)
+        torchcache.flush()
+
+
+@contextlib.contextmanager
+def clean():
+    """Globals as they were before, no traces left over."""
+    torch._dynamo.reset()
+    settings, offset = dict(SETTINGS), nets.OFFSET
+    try:
+        yield
+    finally:
+        SETTINGS.update(settings)
+        nets.OFFSET = offset
+
+
+def execute(program, counts=None, after=None):
+    """Run a program.
+
+    Parameters
+    ----------
+    program : Program
+        What to run.
+    counts : collections.Counter, optional
+        Where to count.
+    after : callable, optional
+        Called with the ``Run`` at its end, while its directory is there.
+
+    Raises
+    ------
+    WrongAnswerError
+        At the first answer that differs from the twin's, or that was not given.
+    """
+    counts = collections.Counter() if counts is None else counts
+    with clean(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        run = Run(program, Path(temporary) / "cache", counts)
+        follow(run)
+        if after is not None:
+            after(run)
+    return counts
+
+
+def follow(run):
+    """Run the steps of a run's program."""
+    run.counts["programs"] += 1
+    for index, (name, number) in enumerate(run.program.steps):
+        try:
+            run.step(name, number)
+        except DiffersError as error:
+            raise WrongAnswerError(run.program, index, error) from None
+        except Exception as error:
+            raise NoAnswerError(run.program, index, f"{type(error).__name__}: {error}") from error
+    run.close()

@@ -1,0 +1,229 @@
+"""The small models that the harness runs: each has a backbone to mark and a head to train."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+import torchcache
+
+POOL = 8
+WIDTH = 8
+SETTINGS = {"gain": 1.0}
+OFFSET = 0.0
+
+
+@dataclasses.dataclass
+class Config:
+    shift: float = 0.0
+
+
+class Block(nn.Module):
+    """A part that may be marked on its own."""
+
+    def __init__(self, width=WIDTH, dropout=0.1):
+        super().__init__()
+        self.linear = nn.Linear(width, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.slope = 1.0
+
+    def forward(self, x):
+        return self.dropout(nn.functional.gelu(self.norm(self.linear(x)))) * self.slope + x[..., :WIDTH]
+
+
+class Net(nn.Module):
+    """A ``body`` of rows, a ``last`` layer, and numbers from an attribute, a config, globals and the call."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.gain = 1.0
+        self.config = Config()
+
+    def cast(self, x):
+        return x.to(self.last.weight.dtype)
+
+    def finish(self, y, scale, flip):
+        y = self.last(y) * (self.gain * SETTINGS["gain"] * scale) + (self.config.shift + OFFSET)
+        return -y if flip else y
+
+    def forward(self, x, scale=1.0, flip=False):
+        return self.finish(self.body(self.cast(x)), scale, flip)
+
+
+class Mlp(Net):
+    def __init__(self, block, dropout):
+        super().__init__(nn.Sequential(block(12, dropout), nn.Linear(WIDTH, WIDTH)))
+
+    @staticmethod
+    def pool(generator):
+        return (torch.randn(POOL, 1, 12, generator=generator),)
+
+    @staticmethod
+    def reshaped(x):
+        return (x.reshape(len(x), 12),)
+
+
+class Containers(Net):
+    def __init__(self, block, dropout):
+        parts = {"stem": block(12, dropout), "blocks": nn.ModuleList(block(WIDTH, dropout) for _ in range(2))}
+        super().__init__(nn.ModuleDict(parts))
+
+    def forward(self, x, scale=1.0, flip=False):
+        y = self.body["stem"](self.cast(x))
+        for index in (0, 1, 0):
+            y = self.body["blocks"][index](y)
+        return {"features": self.finish(y, scale, flip), "all": [y, {"sum": y.sum(-1)}]}
+
+    pool, reshaped = Mlp.pool, Mlp.reshaped
+
+
+class Cnn(Net):
+    def __init__(self, block, dropout):
+        layers = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, WIDTH, 3, padding=1)]
+        super().__init__(nn.Sequential(*layers, nn.BatchNorm2d(WIDTH), nn.AdaptiveMaxPool2d(1), nn.Flatten()))
+
+    @staticmethod
+    def pool(generator):
+        return (torch.randn(POOL, 2, 4, 6, generator=generator),)
+
+    @staticmethod
+    def reshaped(x):
+        return (x.reshape(len(x), 2, 6, 4),)
+
+
+class Attend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x, hidden):
+        y, _ = self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)
+        return self.layer(x + y)
+
+
+class Attention(Net):
+    def __init__(self, block, dropout):
+        super().__init__(Attend())
+
+    def forward(self, x, hidden, scale=1.0, flip=False):
+        return self.finish(self.body(self.cast(x), hidden), scale, flip)
+
+    @staticmethod
+    def pool(generator):
+        hidden = torch.rand(POOL, 4, generator=generator) < 0.4
+        hidden[:, 0] = False
+        return torch.randn(POOL, 4, WIDTH, generator=generator), hidden
+
+    @staticmethod
+    def reshaped(x, hidden):
+        return x[:, :2].clone(), hidden[:, :2].clone()
+
+
+class Embed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, WIDTH, padding_idx=0)
+        self.kinds = nn.Embedding(3, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, words, kinds):
+        return self.norm(self.words(words) + self.kinds(kinds)).flatten(1).unflatten(1, (-1, WIDTH))
+
+
+class Tokens(Net):
+    def __init__(self, block, dropout):
+        super().__init__(Embed())
+
+    def forward(self, words, kinds, scale=1.0, flip=False):
+        return self.finish(self.body(words, kinds), scale, flip)
+
+    @staticmethod
+    def pool(generator):
+        sizes = (POOL, 6)
+        return torch.randint(1, 11, sizes, generator=generator), torch.randint(0, 3, sizes, generator=generator)
+
+    @staticmethod
+    def reshaped(words, kinds):
+        return words.int(), kinds.int()
+
+
+class Scan(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cells = kind(6, WIDTH, batch_first=True)
+
+    def forward(self, x):
+        y, state = self.cells(x)
+        return y[:, -1] + (state[0] if isinstance(state, tuple) else state)[0]
+
+
+class Recurrent(Net):
+    KIND = nn.GRU
+
+    def __init__(self, block, dropout):
+        super().__init__(Scan(self.KIND))
+
+    @staticmethod
+    def pool(generator):
+        return (torch.randn(POOL, 4, 6, generator=generator),)
+
+    @staticmethod
+    def reshaped(x):
+        return (x[:, :2].clone(),)
+
+
+class Memory(Recurrent):
+    KIND = nn.LSTM
+
+
+class Several(Net):
+    """Several inputs, one of which all rows share, and nested outputs."""
+
+    def __init__(self, block, dropout):
+        super().__init__(block(12, dropout))
+
+    def forward(self, x, ids, table, scale=1.0, flip=False):
+        y = self.finish(self.body(self.cast(x)), scale, flip)
+        picked = table[ids]
+        return {"features": y, "parts": (y[..., 0] * 2 + picked, [ids > 5, None]), "ids": ids, "name": "several"}
+
+    @staticmethod
+    def pool(generator):
+        ids = torch.randint(0, 11, (POOL,), generator=generator)
+        return torch.randn(POOL, 12, generator=generator), ids, torch.randn(11, generator=generator)
+
+    @staticmethod
+    def reshaped(x, ids, table):
+        return x, ids, table * 3 + 1
+
+
+KINDS = {kind.__name__: kind for kind in (Mlp, Containers, Cnn, Attention, Tokens, Recurrent, Memory, Several)}
+
+
+def _marked(kind):
+    """A marked subclass, under a name by which pickles find it."""
+    found = type(f"Marked{kind.__name__}", (kind,), {"__module__": __name__})
+    globals()[found.__name__] = torchcache.torchcache(found)
+    return found
+
+
+MARKED = {name: _marked(kind) for name, kind in KINDS.items()}
+MarkedBlock = _marked(Block)
+
+
+class Model(nn.Module):
+    """A backbone and a head."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, *inputs, **arguments):
+        found = self.backbone(*inputs, **arguments)
+        features = found["features"] if isinstance(found, dict) else found
+        return found, self.head(features.to(self.head.weight.dtype))

@@ -1,0 +1,177 @@
+"""A model with marks and its twin without: built alike, changed alike, compared call by call."""
+
+import copy
+import dataclasses
+import pickle
+import random
+
+import nets
+import torch
+from torch import nn
+
+import torchcache
+
+# Of the largest magnitude. Rounding stays far below, a stale or foreign row lies far above.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.12}
+
+
+@dataclasses.dataclass
+class Pair:
+    """A model, its twin, and how the model is called."""
+
+    model: nn.Module
+    twin: nn.Module
+    run: object
+    parts: tuple[str, ...]
+
+    @classmethod
+    def build(cls, program, directory):
+        twin, parts = _build(program, nets.KINDS, nets.Block)
+        by_class = program.mark == "class" or (program.mark == "blocks" and parts == ("",))
+        block = nets.MarkedBlock if program.mark in ("blocks", "nested") else nets.Block
+        model, _ = _build(program, nets.MARKED if by_class else nets.KINDS, block)
+        options = {"max_memory_cache_size": program.memory, "persistent": program.persistent}
+        if program.persistent:
+            options["persistent_cache_dir"] = str(directory)
+        for path in parts:
+            part = model.backbone.get_submodule(path)
+            if program.mark in ("class", "blocks"):
+                vars(part).update({f"torchcache_{name}": value for name, value in options.items()})
+            else:
+                torchcache.mark(part, **options)
+        model.train()
+        return cls.of(model, twin, parts, program)
+
+    @classmethod
+    def of(cls, model, twin, parts, program):
+        pair = cls(model, twin, model, parts)
+        pair.set_mode(twin.training)
+        if program.door == "transform" and not hasattr(vars(model).get("forward"), "traced"):
+            torchcache.transform(model)
+        elif program.door == "compile":
+            inner = "aot_eager" if program.seed % 5 == 0 else "eager"
+            pair.run = torch.compile(
+                model,
+                backend=torchcache.torchcache_backend,
+                options={"inner": inner},
+                dynamic=True if program.seed % 3 == 0 else None,
+            )
+        return pair
+
+    @property
+    def both(self):
+        return self.model, self.twin
+
+    def marked(self):
+        """The marked modules."""
+        return [self.model.backbone.get_submodule(path) for path in self.parts]
+
+    def set_mode(self, training):
+        """Call ``train``; what is marked stays in eval mode."""
+        self.model.train(training)
+        self.twin.train(training)
+        for path in self.parts:
+            self.twin.backbone.get_submodule(path).eval()
+
+    def copied(self, program, pickled):
+        """A pair of copies."""
+        if pickled:
+            model, twin = pickle.loads(pickle.dumps((self.model, self.twin)))
+        else:
+            model, twin = copy.deepcopy(self.model), copy.deepcopy(self.twin)
+        return type(self).of(model, twin, self.parts, program)
+
+
+def _build(program, kinds, block):
+    torch.manual_seed(program.seed)
+    # A part that is not marked drops out in train mode, where no two runs agree.
+    model = nets.Model(kinds[program.net](block, 0.0 if program.mark == "body" else 0.1))
+    shake(model.backbone, random.Random(program.seed))
+    backbone = model.backbone
+    parts = ("",)
+    if program.mark == "body":
+        parts = ("body.stem", "body.blocks.1") if program.net == "Containers" else ("body",)
+    elif program.mark == "blocks":
+        parts = tuple(name for name, part in backbone.named_modules() if isinstance(part, nets.Block)) or parts
+    for path in parts:
+        backbone.get_submodule(path).requires_grad_(False).eval()
+    if program.mark == "partial":
+        backbone.last.requires_grad_(True)
+    return model, parts
+
+
+def fresh(name, tensor, draw):
+    """Other values for a parameter or buffer."""
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    values = torch.randn(tensor.shape, generator=generator) * 0.6
+    if "var" in name:
+        values = values.abs() + 0.3
+    return values.to(tensor.dtype)
+
+
+def floating(module):
+    """Names of the parameters and buffers that ``fresh`` can fill."""
+    return [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_floating_point()]
+
+
+def shake(module, draw, names=None):
+    """Fill parameters and buffers with other values, in place."""
+    state = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in floating(module) if names is None else names:
+            state[name].copy_(fresh(name, state[name], draw))
+
+
+class DiffersError(Exception):
+    """The cached model's answer is not the twin's."""
+
+
+def compare(found, expected, coarse, where="output", slack=0.0):
+    """Raise unless ``found`` is ``expected`` within rounding and ``slack``, with its structure and dtypes."""
+    if type(found) is not type(expected):
+        raise DiffersError(f"{where} is a {type(found).__name__}, not a {type(expected).__name__}")
+    if isinstance(expected, torch.Tensor):
+        _compare_tensors(found, expected, coarse, where, slack)
+    elif isinstance(expected, dict):
+        compare(list(found), list(expected), coarse, f"{where}, keys")
+        for key in expected:
+            compare(found[key], expected[key], coarse, f"{where}[{key!r}]", slack)
+    elif isinstance(expected, (list, tuple)):
+        if len(found) != len(expected):
+            raise DiffersError(f"{where} has {len(found)} items, not {len(expected)}")
+        for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+            compare(a, b, coarse, f"{where}[{index}]", slack)
+    elif found != expected:
+        raise DiffersError(f"{where} is {found!r}, not {expected!r}")
+
+
+def _compare_tensors(found, expected, coarse, where, slack):
+    for name in ("dtype", "shape", "requires_grad"):
+        if getattr(found, name) != getattr(expected, name):
+            raise DiffersError(f"{where}.{name} is {getattr(found, name)}, not {getattr(expected, name)}")
+    a, b = found.detach().double(), expected.detach().double()
+    if steps(expected) is not None and steps(found) != steps(expected):
+        raise DiffersError(f"{where}.stride() is {found.stride()}, not {expected.stride()}")
+    if not b.numel() or torch.equal(a, b):
+        return
+    rounding = TOLERANCE[coarse] if expected.is_floating_point() else 0
+    allowed = rounding * b.nan_to_num(0, 0, 0).abs().max().item() + slack
+    try:
+        torch.testing.assert_close(a, b, rtol=0, atol=allowed, equal_nan=True)
+    except AssertionError as error:
+        raise DiffersError(f"{where} is wrong: {error}") from None
+
+
+def steps(tensor):
+    """The strides of the dimensions that have any, where the elements lie without gaps; others come back without."""
+    held = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return [step for _, step in held] if sum((size - 1) * step for size, step in held) == tensor.numel() - 1 else None
+
+
+def leaves_of(value):
+    """Every tensor in nested outputs."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves_of(item)

@@ -1,0 +1,85 @@
+"""A program: one model, one way to mark and call it, and the operations to run, as plain data."""
+
+import dataclasses
+
+from nets import KINDS
+
+DOORS = ("eager", "transform", "compile")
+# "class" and "blocks" mark classes, "nested" both, the others instances; in "partial" the last layer is trainable.
+MARKS = ("instance", "class", "body", "blocks", "nested", "partial")
+MEMORY = (1_000_000, 1_000_000, 400, 0)
+
+# How often each operation is drawn.
+OPERATIONS = {
+    "call": 16,
+    "every_form": 2,
+    "train_step": 4,
+    "bypass": 1,
+    "input_gradient": 1,
+    "weights": 3,
+    "load": 2,
+    "replace": 2,
+    "dtype": 2,
+    "attribute": 3,
+    "settings": 2,
+    "mode": 2,
+    "autocast": 2,
+    "copy": 2,
+    "pickle": 1,
+    "switch": 2,
+    "clear": 1,
+    "mark_again": 1,
+}
+NUMBERS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What to run.
+
+    Parameters
+    ----------
+    net, door, mark : str
+        Which backbone, how it is called, how it is marked.
+    persistent : bool
+        Whether rows are kept on disk.
+    memory : int
+        Bytes that one region may hold in memory.
+    seed : int
+        Of the weights, the pool of rows, the forms that calls take, and how ``torch.compile`` is asked.
+    steps : tuple of (str, int)
+        Operations, each with the number that decides its details.
+    """
+
+    net: str
+    door: str
+    mark: str
+    persistent: bool
+    memory: int
+    seed: int
+    steps: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def random(cls, draw, doors=DOORS, steps=(8, 24)):
+        """A program drawn from a ``random.Random``."""
+        names = draw.choices(list(OPERATIONS), list(OPERATIONS.values()), k=draw.randint(*steps))
+        return cls(
+            net=draw.choice(list(KINDS)),
+            door=draw.choice(doors),
+            mark=draw.choice(MARKS),
+            persistent=draw.random() < 0.5,
+            memory=draw.choice(MEMORY),
+            seed=draw.randrange(NUMBERS),
+            steps=tuple((name, draw.randrange(NUMBERS)) for name in names),
+        )
+
+
+def shorten(program, fails):
+    """The program without the steps that it fails without, as long as ``fails`` says so."""
+    at = len(program.steps) - 1
+    while at >= 0:
+        shorter = dataclasses.replace(program, steps=program.steps[:at] + program.steps[at + 1 :])
+        if fails(shorter):
+            program = shorter
+        at = min(at, len(program.steps)) - 1
+    return program
