@@ -113,10 +113,11 @@ class Shares(nn.Module):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_rows_that_depend_on_the_size_of_the_batch_are_refused(door):
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_that_depend_on_the_size_of_the_batch_are_refused(door, rows):
     model, _ = cached(nn.Sequential(Shares()), door)
     with pytest.raises(torchcache.RowwiseError):
-        model(torch.randn(6, 4))
+        model(torch.randn(rows, 4))
 
 
 @pytest.mark.parametrize("door", DOORS)

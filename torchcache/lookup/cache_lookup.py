@@ -19,7 +19,7 @@ from torchcache.lookup.probe import probe
 from torchcache.lookup.rows import Layout
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
-from torchcache.store.select import join_rows, place_rows, select_rows
+from torchcache.store.select import concatenate, place_rows, select_rows
 from torchcache.store.slab import ABSENT, Slab
 from torchcache.store.tiers import Found, Tiers
 
@@ -291,7 +291,7 @@ class CacheLookup:
 
 def learn_layouts(call: Call) -> tuple[Layout, ...]:
     """What the outputs look like, from computing two rows."""
-    rows = [join_rows(leaf[:1], leaf[-1:]) for leaf in call.rows]
+    rows = [concatenate((leaf[:1], leaf[-1:])) for leaf in call.rows]
     with computing():
         return tuple(map(Layout.of, call.compute(rows)))
 
