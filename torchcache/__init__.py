@@ -18,7 +18,9 @@ from torchcache.options import CacheOptions
 from torchcache.prefetch import prefetch
 from torchcache.stats import stats
 from torchcache.store.writer import flush
+from torchcache.summary import summary
 from torchcache.transform import graphs, transform
+from torchcache.warm import warm
 
 __version__ = "0.1.0"
 
@@ -40,8 +42,10 @@ __all__ = [
     "prefetch",
     "sample_keys",
     "stats",
+    "summary",
     "torchcache",
     "torchcache_backend",
     "transform",
     "unmark",
+    "warm",
 ]
