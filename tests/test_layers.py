@@ -36,9 +36,11 @@ LAYERS = [
     {"graph.partition", "graph.cut", "graph.feed"},
     {"graph.rewrite"},
     {"tracing", "backend", "stats", "prefetch"},
-    {"eager", "warm", "summary"},
+    {"eager", "warm", "summary", "plot"},
+    {"integrations.progress"},
     {"marks"},
     {"transform", "explain"},
+    {"integrations.lightning", "integrations.transformers"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = {

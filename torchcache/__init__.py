@@ -15,6 +15,7 @@ from torchcache.explain import explain
 from torchcache.lookup.context import bypass, sample_keys
 from torchcache.marks import mark, torchcache, unmark
 from torchcache.options import CacheOptions
+from torchcache.plot import plot
 from torchcache.prefetch import prefetch
 from torchcache.stats import stats
 from torchcache.store.writer import flush
@@ -39,6 +40,7 @@ __all__ = [
     "flush",
     "graphs",
     "mark",
+    "plot",
     "prefetch",
     "sample_keys",
     "stats",

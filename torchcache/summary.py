@@ -61,7 +61,7 @@ class Summary(Tabular):
             return f"{cost} spent on the cache; what it saves is known once a row was computed in this process"
         if saved < 0:
             return f"{cost} spent on the cache, {seconds_text(-saved)} more than its hits saved so far"
-        return f"{seconds_text(saved)} saved so far, after {cost} spent on the cache"
+        return f"{seconds_text(saved)} saved so far; the {cost} spent on the cache are deducted"
 
 
 def summary(target: Any) -> Summary:
