@@ -51,3 +51,7 @@ __all__ = [
     "unmark",
     "warm",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "__all__", "__doc__"]
