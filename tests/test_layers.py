@@ -11,13 +11,21 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest; modules on one line may not import each other.
 LAYERS = [
-    {"errors", "logging", "options", "modes", "threads"},
-    {"store.select", "store.file"},
+    {"errors", "logging", "options", "modes", "threads", "table", "sharing"},
+    {"store.select", "store.file", "feeding"},
     {"store.blob"},
     {"store.slab", "store.disk", "store.writer"},
     {"store.tiers"},
-    {"lookup.context", "lookup.digest", "lookup.constants", "lookup.code", "lookup.op", "lookup.watch"},
-    {"lookup.parts", "lookup.key", "lookup.probe", "lookup.rows"},
+    {
+        "lookup.context",
+        "lookup.digest",
+        "lookup.constants",
+        "lookup.code",
+        "lookup.op",
+        "lookup.watch",
+        "lookup.history",
+    },
+    {"lookup.parts", "lookup.key", "lookup.probe", "lookup.rows", "lookup.history"},
     {"lookup.code_parts", "lookup.module_parts"},
     {"lookup.encode"},
     {"lookup.fingerprint"},
@@ -29,9 +37,11 @@ LAYERS = [
     {"graph.partition", "graph.cut", "graph.feed"},
     {"graph.rewrite"},
     {"tracing", "backend", "stats", "prefetch"},
-    {"eager"},
+    {"eager", "warm", "summary", "plot"},
+    {"integrations.progress"},
     {"marks"},
     {"transform", "explain"},
+    {"integrations.lightning", "integrations.transformers"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = {
