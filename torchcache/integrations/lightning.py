@@ -47,7 +47,7 @@ class TorchCacheCallback(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch."""
         if self._epochs is not None:
-            self.log_dict(self._epochs.finish(), rank_zero_only=True)
+            pl_module.log_dict(self._epochs.finish(), rank_zero_only=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""
