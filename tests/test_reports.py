@@ -1,11 +1,13 @@
 """What users read about their cache: counters, summaries, pictures, in terminals and in notebooks."""
 
 import html.parser
+import io
 import itertools
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import torchcache
@@ -50,12 +52,14 @@ def test_passes_that_cannot_be_told_apart_are_not_made_up():
 
 def test_history_stays_bounded_and_keeps_its_totals(monkeypatch):
     monkeypatch.setattr(History, "LIMIT", 16)
-    (region,) = torchcache.stats(train(model(), 20)).regions
+    trained = train(model(), 20)
+    trained(DATA[:10])
+    (region,) = torchcache.stats(trained).regions
     assert len(region.history) <= 17
     calls = [point.calls for point in region.history]
     assert {after - before for before, after in itertools.pairwise(calls[:-1])} == {8}
-    assert region.history[-1].rows == region.rows == 1200
-    assert sum(region.hit_rates) / 20 == pytest.approx(19 / 20)
+    assert region.history[-1].rows == region.rows == 1210
+    assert sum(region.hit_rates[:20]) / 20 == pytest.approx(19 / 20)
 
 
 def test_the_summary_says_what_is_saved_and_what_it_costs():
@@ -105,6 +109,21 @@ def test_notebooks_and_terminals_show_names_as_they_are(report):
     assert any("<b>[red]" in text for text in page.texts)
     assert {"table", "th", "td"} <= set(page.tags)
     assert "b" not in page.tags
+
+
+@pytest.mark.parametrize("report", [torchcache.stats, torchcache.summary])
+def test_a_narrow_terminal_shows_every_figure(report):
+    trained = train(model(), 3)
+    shown = {}
+    for width in (40, 200):
+        console = Console(width=width, file=io.StringIO())
+        console.print(report(trained))
+        shown[width] = console.file.getvalue()
+    table = report(trained).table()
+    for text in (*table.columns, *table.rows[0][1:]):
+        assert text in shown[40]
+        assert text in shown[200]
+    assert "…" not in shown[40]
 
 
 def test_a_picture_has_a_column_a_region_and_is_saved(tmp_path):

@@ -6,9 +6,10 @@ import abc
 import dataclasses
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -39,14 +40,20 @@ class Table:
     def rich(self) -> RichTable:
         """For terminals."""
         # Names may hold brackets, which are markup to rich unless they come as Text.
-        table = RichTable(
-            title=Text(self.title), caption=Text(self.note) if self.note else None, caption_justify="left"
-        )
+        note = Text(self.note) if self.note else None
+        table = RichTable(title=Text(self.title), caption=note, caption_justify="left", box=SIMPLE_HEAD)
         for position, name in enumerate(self.columns):
             table.add_column(Text(name), justify="right" if position else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
+
+    def turned(self) -> Table:
+        """The same with rows as columns."""
+        first, *names = self.columns
+        cells = zip(*(row[1:] for row in self.rows), strict=True)
+        rows = [(name, *values) for name, values in zip(names, cells, strict=True)]
+        return Table(self.title, (first, *(row[0] for row in self.rows)), rows, self.note)
 
     def html(self) -> str:
         """For notebooks: in the colours of the page, light or dark."""
@@ -77,12 +84,15 @@ class Tabular(abc.ABC):
     def table(self) -> Table:
         """The table."""
 
-    def __rich__(self) -> RichTable:
-        return self.table().rich()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        table = self.table()
+        wide = table.rich()
+        needed = console.measure(wide, options=options.update(max_width=1000)).maximum
+        yield wide if needed <= options.max_width or not table.rows else table.turned().rich()
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=160).print(self.__rich__())
+        Console(file=text, width=160).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:

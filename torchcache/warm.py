@@ -239,20 +239,15 @@ def _left_as_found(model: Any, generators: list[torch.Generator]) -> Iterator[No
 
 @contextlib.contextmanager
 def _modes_restored() -> Iterator[None]:
-    """Gradient and autocast modes as they were: a traced graph that is left halfway does not restore them itself."""
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    """Gradient mode and autocast's depth as they were: a traced graph that is left halfway does not see to them."""
     enabled = torch.is_grad_enabled()
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-    nesting = torch.autocast_increment_nesting()
+    depth = torch.autocast_increment_nesting()
     try:
         yield
     finally:
-        while torch.autocast_decrement_nesting() >= nesting:
+        while torch.autocast_decrement_nesting() >= depth:
             pass
-        for kind, was_enabled, dtype in autocast:
-            torch.set_autocast_enabled(kind, was_enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        if nesting == 1:
+        if depth == 1:
             torch.clear_autocast_cache()
         torch.set_grad_enabled(enabled)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchcache
+from torchcache.store.disk import DiskTier
+from torchcache.store.writer import Writer
 
 CASE = {case.name: case for case in CASES}
 
@@ -185,19 +188,33 @@ def test_a_model_and_its_surroundings_are_left_as_they_were(door):
     assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
 
 
-def test_ctrl_c_keeps_what_is_done_and_a_second_run_goes_on(tmp_path, capsys):
+def test_ctrl_c_keeps_what_is_done_and_a_second_run_goes_on(tmp_path, capsys, monkeypatch):
     options = {"persistent": True, "persistent_cache_dir": str(tmp_path)}
     batches = list(loader("vit"))
+    flushing, written = threading.Event(), []
 
     def interrupted():
         yield from batches[:2]
         os.kill(os.getpid(), signal.SIGINT)
         yield batches[2]
 
+    def write(tier, entries, *given):
+        flushing.wait(10)  # a disk that is slower than the warm-up
+        written.extend(entries)
+        return write_rows(tier, entries, *given)
+
+    def flush(writer):
+        flushing.set()
+        return flush_rows(writer)
+
+    write_rows, flush_rows = DiskTier.write, Writer.flush
+    monkeypatch.setattr(DiskTier, "write", write)
+    monkeypatch.setattr(Writer, "flush", flush)
     model = prepared("vit", "transform", **options)
     with pytest.raises(KeyboardInterrupt):
         torchcache.warm(model, interrupted(), batch_to_inputs=without_labels)
     # The batch that was ahead of the signal is lost with it, those before are on disk.
+    assert len(written) == 8
     fresh = prepared("vit", "transform", **options)
     done = torchcache.warm(fresh, batches, batch_to_inputs=without_labels)
     assert (done.hits, done.misses) == (8, 16)
@@ -233,7 +250,7 @@ def test_a_warm_up_fills_the_disk_for_another_process(tmp_path):
 
 
 RANKS = """
-    import json, os, sys, torch, torchcache
+    import json, os, sys, time, torch, torchcache
     import torch.distributed as dist
     from torch import nn
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -257,8 +274,13 @@ RANKS = """
     kind = sys.argv[1]
     if kind == "sampler":
         loader = DataLoader(data, batch_size=8, sampler=DistributedSampler(data))
-    elif kind == "list":
-        loader = [(torch.stack(list(data.tensors[0][at : at + 8])), None) for at in range(0, 40, 8)]
+    elif kind == "generator":
+        def generated():
+            for at in range(0, 40, 8):
+                time.sleep(dist.get_rank())  # the one rank is done long before the other
+                yield data.tensors[0][at : at + 8], None
+
+        loader = generated()
     else:
         loader = DataLoader(data, batch_size=8, shuffle=True)
     done = torchcache.warm(model, loader, progress=False)
@@ -272,7 +294,7 @@ RANKS = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["shuffled", "sampler", "list"])
+@pytest.mark.parametrize("kind", ["shuffled", "sampler", "generator"])
 def test_each_rank_takes_its_share_and_finds_those_of_the_others(tmp_path, kind):
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(RANKS))
@@ -283,6 +305,6 @@ def test_each_rank_takes_its_share_and_finds_those_of_the_others(tmp_path, kind)
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     shares = [20, 20] if kind == "sampler" else [24, 16]
     assert [misses for _, misses, *_ in told] == shares
-    assert [loaded for loaded, *_ in told] == ([0, 0] if kind == "list" else shares)
+    assert [loaded for loaded, *_ in told] == ([0, 0] if kind == "generator" else shares)
     # Together they have seen all rows: what the one did not compute, it finds on disk.
     assert [found for *_, rows, hits in told for found in (rows, hits)] == [40] * 4

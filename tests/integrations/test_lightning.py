@@ -18,7 +18,7 @@ class Probe(pl.LightningModule):
         torch.manual_seed(0)
         self.backbone = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16)).requires_grad_(False)
         if marked:
-            torchcache.mark(self.backbone)
+            torchcache.mark(self.backbone, freeze=True)
         self.head = nn.Linear(16, 3)
 
     def forward(self, x):
@@ -98,6 +98,7 @@ def callback():
 
 def test_training_is_the_same_and_each_epoch_is_logged(tmp_path, callback, capsys):
     plain = Probe(marked=False)
+    plain.backbone.eval()
     fit(plain, tmp_path, [])
     cached = Probe()
     trainer, epochs = fit(cached, tmp_path, [callback()])
@@ -122,6 +123,17 @@ def test_a_module_without_a_forward_has_its_children_transformed(tmp_path, callb
 def test_without_transform_marked_modules_are_cached_when_called(tmp_path, callback):
     module = Probe()
     _, epochs = fit(module, tmp_path, [callback(transform=False)])
+    assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0.5, 1, 1])
+    assert torchcache.graphs(module) == []
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_module_is_left_to_its_backend(tmp_path, callback, in_place):
+    module = Probe()
+    options = {"backend": "torchcache", "options": {"inner": "eager"}}
+    if in_place:
+        module.compile(**options)
+    _, epochs = fit(module if in_place else torch.compile(module, **options), tmp_path, [callback()])
     assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0.5, 1, 1])
     assert torchcache.graphs(module) == []
 

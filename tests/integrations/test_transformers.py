@@ -78,14 +78,31 @@ def test_training_is_the_same_and_each_epoch_is_logged(tmp_path, capsys):
     assert "spent on the cache" in capsys.readouterr().err
 
 
-def test_without_transform_marked_modules_are_cached_when_called(tmp_path):
+@pytest.mark.parametrize("door", ["eager", "compile"])
+def test_without_transform_the_other_doors_are_open(tmp_path, door):
     from torchcache.integrations.transformers import TorchCacheCallback
 
     model = classifier()
     torchcache.mark(model.vit)
+    if door == "compile":
+        model.compile(backend="torchcache", options={"inner": "eager"})
     trainer = trainer_for(model, tmp_path)
-    trainer.add_callback(TorchCacheCallback(trainer, transform=False, summary=False))
+    trainer.add_callback(TorchCacheCallback(trainer, transform=door == "compile", summary=False))
     trainer.train()
     epochs = [entry for entry in trainer.state.log_history if "torchcache/hit_rate" in entry]
     assert [entry["torchcache/hit_rate"] for entry in epochs] == pytest.approx([0, 1, 1])
     assert torchcache.graphs(model) == []
+
+
+def test_what_cannot_work_is_told_before_training(tmp_path):
+    from torchcache.integrations.transformers import TorchCacheCallback
+
+    trainer = trainer_for(classifier(), tmp_path)
+    trainer.add_callback(TorchCacheCallback(trainer))
+    with pytest.raises(torchcache.MarkError, match="nothing in ViTForImageClassification is marked"):
+        trainer.train()
+    trainer = trainer_for(classifier(), tmp_path)
+    trainer.add_callback(TorchCacheCallback(trainer))
+    trainer.args.torch_compile = True
+    with pytest.raises(torchcache.TorchcacheError, match=r'call model.compile\(backend="torchcache"\)'):
+        trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,9 @@ from torchcache.store.writer import flush
 from torchcache.summary import summary
 
 __all__ = ["Epochs", "show_summary"]
+
+# Characters of a line where standard error is a file.
+LOG_WIDTH = 140
 
 
 class Epochs:
@@ -51,4 +55,4 @@ class Epochs:
 
 def show_summary(model: Any) -> None:
     """Print what the cache saved, on standard error, where progress bars are."""
-    Console(stderr=True).print(summary(model))
+    Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH).print(summary(model))

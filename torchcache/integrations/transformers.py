@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from torchcache.errors import TorchcacheError
 from torchcache.integrations.progress import Epochs, show_summary
 from torchcache.transform import transform
 
@@ -16,8 +17,8 @@ class TorchCacheCallback(TrainerCallback):
     """Caches the marked modules of a model while a ``Trainer`` trains it.
 
     When training begins the model is transformed in place: the optimizer, the trainer and the checkpoints keep what
-    they hold. With ``TrainingArguments(torch_compile_backend="torchcache")`` it is left to that backend. At the end of
-    each epoch all rows are on disk, and ``trainer.log`` gets ``torchcache/hit_rate``, ``torchcache/rows``,
+    they hold. A model compiled in place, ``model.compile(backend="torchcache")``, is left to that backend. At the end
+    of each epoch all rows are on disk, and ``trainer.log`` gets ``torchcache/hit_rate``, ``torchcache/rows``,
     ``torchcache/memory_bytes``, ``torchcache/disk_bytes`` and ``torchcache/saved_seconds``, evaluation included.
 
     Parameters
@@ -28,6 +29,11 @@ class TorchCacheCallback(TrainerCallback):
         Transform the model; without, marked modules are cached when they are called.
     summary : bool
         Print a summary at the end.
+
+    Raises
+    ------
+    TorchcacheError
+        When training begins, for what ``transform`` refuses, and for ``TrainingArguments(torch_compile=True)``.
 
     Examples
     --------
@@ -44,7 +50,12 @@ class TorchCacheCallback(TrainerCallback):
     ) -> None:
         """Transform the model."""
         model: Any = self._trainer.model
-        if self._transforms and not args.torch_compile:
+        if args.torch_compile:
+            raise TorchcacheError(
+                "TrainingArguments(torch_compile=True) knows other backends only, and they do not cache: leave it out, "
+                'and call model.compile(backend="torchcache") before training instead'
+            )
+        if self._transforms and model._compiled_call_impl is None:
             transform(model)
         self._epochs = Epochs(model)
 
