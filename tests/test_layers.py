@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "logging", "options", "modes", "threads", "table", "sharing"},
     {"store.select", "store.file", "feeding"},
     {"store.blob"},
-    {"store.slab", "store.disk", "store.writer"},
+    {"store.slab", "store.disk", "store.writer", "store.scan"},
     {"store.tiers"},
     {
         "lookup.context",

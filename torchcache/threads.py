@@ -1,15 +1,17 @@
-"""Threads for work that lets go of the interpreter: hashing, decompressing and copying of large rows."""
+"""Threads beside the one that trains: for work that lets go of the interpreter, and for work that can wait."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-__all__ = ["in_parts"]
+__all__ = ["in_parts", "yield_to_training"]
 
 # Rows shorter than this are done faster by one thread than handed to several.
 THREADED_ROW = 16 * 1024
@@ -46,3 +48,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     if pool is None:
         pool = _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="torchcache")
     return pool
+
+
+def yield_to_training() -> None:
+    """Let this thread run when training does not need the core, where the system can say so."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # a thread's own priority, on Linux

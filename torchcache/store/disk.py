@@ -169,13 +169,24 @@ class DiskTier:
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            held = f"CASE WHEN length(value) <= {MIN_FILE_SIZE} THEN value END"
-            query = f"SELECT key, mode, filename, {held} FROM Cache WHERE raw = 1 AND key IN ({marks})"
-            for key, mode, filename, value in self._rows(query, part):
-                try:
-                    found[key] = self._cache.disk.find(mode, filename, value)
-                except (OSError, ValueError) as error:
-                    self._complain("read", error)
+            found.update(self._found(f"key IN ({marks})", part))
+        return found
+
+    def read_after(self, after: bytes, last: bytes, count: int) -> dict[bytes, bytes | BlobFile]:
+        """The next ``count`` blobs in the order of their keys, after the key ``after`` and up to ``last``."""
+        if not self.open():
+            return {}
+        return self._found("key > ? AND key <= ? ORDER BY key LIMIT ?", (after, last, count))
+
+    def _found(self, condition: str, parameters: Sequence[bytes | int]) -> dict[bytes, bytes | BlobFile]:
+        found: dict[bytes, bytes | BlobFile] = {}
+        held = f"CASE WHEN length(value) <= {MIN_FILE_SIZE} THEN value END"
+        query = f"SELECT key, mode, filename, {held} FROM Cache WHERE raw = 1 AND {condition}"
+        for key, mode, filename, value in self._rows(query, parameters):
+            try:
+                found[key] = self._cache.disk.find(mode, filename, value)
+            except (OSError, ValueError) as error:
+                self._complain("read", error)
         return found
 
     def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
@@ -220,7 +231,7 @@ class DiskTier:
         if self._cache is not None:
             self._guard("closed", lambda: self._cache.close(), None)
 
-    def _rows(self, query: str, parameters: Sequence[bytes]) -> list[tuple[bytes, int, str | None, Any]]:
+    def _rows(self, query: str, parameters: Sequence[bytes | int]) -> list[tuple[bytes, int, str | None, Any]]:
         # diskcache has no public batch read; its own connection is per thread and survives a fork.
         return self._guard("read", lambda: list(self._cache._sql(query, parameters)), [])
 

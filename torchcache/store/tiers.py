@@ -11,10 +11,14 @@ from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.disk import DiskTier, disk_tier
+from torchcache.store.file import BlobFile
+from torchcache.store.scan import Scan
 from torchcache.store.slab import ABSENT, MemoryTier, Slab
 from torchcache.store.writer import writer
 
 __all__ = ["Found", "Tiers"]
+
+DIGEST_SIZE = 16
 
 
 @dataclasses.dataclass
@@ -62,6 +66,7 @@ class Tiers:
         self.disk_rows = 0
         self.disk_bytes = 0
         self._codecs: dict[RowSpec, Codec] = {}
+        self._scans: dict[bytes, Scan] = {}
 
     def stored(self, spec: RowSpec) -> RowSpec:
         """``spec`` as the tiers keep it: floating leaves in ``cache_dtype``."""
@@ -91,14 +96,19 @@ class Tiers:
         ahead : Found or None
             What was found for the same keys before: rows that memory had no room for are not read again.
         """
+        scan = self._scans.get(fingerprint)
+        early = scan.ask(digests) if scan is not None else frozenset()
         slab = self.memory.slab(fingerprint)
         slots = slab.find(digests) if slab is not None else [ABSENT] * len(digests)
         found = Found(fingerprint, slab, slots)
+        if early and slab is not None:
+            found.from_disk = early.intersection(slab.slots)
         if self.disk is None or ABSENT not in slots:
             return found
         absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
         if ahead is not None and ahead.fingerprint == fingerprint and ahead.extra.keys() >= set(absent):
-            found.extra, found.extra_rows, found.from_disk = ahead.extra, ahead.extra_rows, frozenset(absent)
+            found.extra, found.extra_rows = ahead.extra, ahead.extra_rows
+            found.from_disk |= frozenset(absent)
             return found
         self._read(found, fingerprint, absent, expected, state)
         if found.from_disk and found.slab is not None:
@@ -149,34 +159,76 @@ class Tiers:
         state: bytes,
     ) -> None:
         assert self.disk is not None
-        blobs = self.disk.read([fingerprint + digest for digest in digests])
+        keys = [fingerprint + digest for digest in digests]
+        there = self.disk.read(keys)
+        blobs = {key: there[key] for key in keys if key in there}
         if not blobs:
             return
         spec, device = expected()
-        stored = self.stored(spec)
-        digests = [digest for digest in digests if fingerprint + digest in blobs]
-        keys = [fingerprint + digest for digest in digests]
-        read = [blobs.pop(key) for key in keys]
+        stored, target = self.stored(spec), self._device(device)
+        tried = self._promote(found, blobs, stored, target, state)
+        if found.from_disk and tried == len(blobs) and fingerprint not in self._scans:
+            self._scans[fingerprint] = self._scan(fingerprint, stored, target, state)
+
+    def _promote(
+        self,
+        found: Found,
+        blobs: dict[bytes, bytes | BlobFile],
+        stored: RowSpec,
+        device: torch.device,
+        state: bytes,
+        extra: bool = True,
+    ) -> int:
+        """Put rows from disk into memory, and what it has no room for into ``found``; how many it had room for."""
+        keys, read = list(blobs), list(blobs.values())
+        digests = [key[len(found.fingerprint) :] for key in keys]
         codec = self._codec(stored)
         found.slab, sound, tried = self.memory.admit_by(
-            fingerprint,
+            found.fingerprint,
             digests,
             lambda count, rows: codec.decode_into(keys[:count], read[:count], rows),
             stored,
-            self._device(device),
+            device,
             state,
         )
-        if tried < len(keys):
+        attempted = len(keys) if extra else tried
+        if tried < attempted:
             more, found.extra_rows = codec.decode(keys[tried:], read[tried:])
             found.extra = {digests[tried + index]: row for row, index in enumerate(more)}
             sound += [tried + index for index in more]
-        found.from_disk = frozenset(digests[index] for index in sound)
-        if len(sound) < len(keys):
+        found.from_disk |= frozenset(digests[index] for index in sound)
+        if len(sound) < attempted:
             whole = set(sound)
-            damaged = [key for index, key in enumerate(keys) if index not in whole]
-            self.disk.errors += len(damaged)
-            warn_once(f"damaged rows in {self.disk.directory} were dropped and are computed anew")
-            self.disk.drop(damaged)
+            self._drop([key for index, key in enumerate(keys[:attempted]) if index not in whole])
+        return tried
+
+    def _drop(self, damaged: list[bytes]) -> None:
+        assert self.disk is not None
+        self.disk.errors += len(damaged)
+        warn_once(f"damaged rows in {self.disk.directory} were dropped and are computed anew")
+        self.disk.drop(damaged)
+
+    def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes) -> Scan:
+        """What reads the other rows of a call ahead, until half of the memory is full."""
+        disk, last = self.disk, fingerprint + b"\xff" * DIGEST_SIZE
+        assert disk is not None
+
+        def read(after: bytes | None, count: int) -> bytes | None:
+            blobs = disk.read_after(after or fingerprint, last, count)
+            if not blobs or self.memory.used + count * stored.size > self.memory.budget // 2:
+                return None
+            end = next(reversed(blobs))
+            slab = self.memory.slab(fingerprint)
+            new = {
+                key: blob for key, blob in blobs.items() if slab is None or key[len(fingerprint) :] not in slab.slots
+            }
+            if new:
+                scan.expect([key[len(fingerprint) :] for key in new])
+                self._promote(Found(fingerprint, slab, []), new, stored, device, state, extra=False)
+            return end
+
+        scan = Scan(stored.size, read)
+        return scan
 
     def _submit(
         self, fingerprint: bytes, tag: str, digests: Sequence[bytes], rows: list[torch.Tensor], spec: RowSpec

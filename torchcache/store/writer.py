@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from torchcache.logging import logger, warn_once
+from torchcache.threads import yield_to_training
 
 __all__ = ["Writer", "flush", "writer"]
 
@@ -51,7 +51,7 @@ class Writer:
             self._changed.wait_for(lambda: not self._jobs)
 
     def _run(self) -> None:
-        _yield_to_training()
+        yield_to_training()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._jobs))
@@ -66,12 +66,6 @@ class Writer:
                 self._jobs.popleft()
                 self._waiting -= size
                 self._changed.notify_all()
-
-
-def _yield_to_training() -> None:
-    """Let this thread run when training does not need the core, where the system can say so."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # a thread's own priority, on Linux
 
 
 _writer = Writer()

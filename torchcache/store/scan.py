@@ -1,0 +1,68 @@
+"""Read-ahead: where a run finds rows of a call on disk, the other rows of that call follow while its steps run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from torchcache.logging import logger
+from torchcache.threads import yield_to_training
+
+__all__ = ["Scan"]
+
+# Rows read ahead for each row that is asked for: a run on a small part of a large cache reads little for nothing.
+AHEAD = 4
+CHUNK_ROWS = 256
+CHUNK_BYTES = 8 * 1024 * 1024
+
+
+class Scan:
+    """Reads the rows of one call into memory, some at a time, in the order of their keys.
+
+    Parameters
+    ----------
+    row_bytes : int
+        Bytes of a row.
+    read : callable
+        Given the key to go on after (``None`` at first) and a number of rows, puts as many into memory and returns
+        the last key; ``None`` where nothing more is to be read.
+    """
+
+    def __init__(self, row_bytes: int, read: Callable[[bytes | None, int], bytes | None]) -> None:
+        self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)))
+        self._read = read
+        self._after: bytes | None = None
+        self._allowed = 0
+        self._running = False
+        self._finished = False
+        self._unseen: set[bytes] = set()
+
+    def expect(self, digests: Sequence[bytes]) -> None:
+        """Note rows that come into memory before anyone asked for them."""
+        self._unseen.update(digests)
+
+    def ask(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        """Allow more to be read, since these rows are asked for; those of them that were read ahead, the first time."""
+        if not self._finished:
+            self._allowed = min(self._allowed, AHEAD * len(digests)) + AHEAD * len(digests)
+            if self._allowed >= self._chunk and not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="torchcache-scan", daemon=True).start()
+        if not self._unseen:
+            return frozenset()
+        seen = self._unseen.intersection(digests)
+        self._unseen.difference_update(seen)
+        return frozenset(seen)
+
+    def _run(self) -> None:
+        yield_to_training()
+        try:
+            while self._allowed >= self._chunk and not self._finished:
+                self._allowed -= self._chunk
+                self._after = self._read(self._after, self._chunk)
+                self._finished = self._after is None
+        except Exception:  # the rows are read when they are asked for, which says what is wrong
+            logger.debug("read-ahead failed", exc_info=True)
+            self._finished = True
+        finally:
+            self._running = False
