@@ -8,6 +8,7 @@ from torchcache.errors import (
     OutputError,
     RowwiseError,
     SampleKeyError,
+    StoreError,
     StoreVersionError,
     TorchcacheError,
 )
@@ -19,8 +20,7 @@ from torchcache.prefetch import prefetch
 from torchcache.stats import stats
 from torchcache.store.writer import flush
 from torchcache.transform import graphs, transform
-
-__version__ = "0.1.0"
+from torchcache.version import __version__ as __version__
 
 __all__ = [
     "ArgumentError",
@@ -30,6 +30,7 @@ __all__ = [
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
+    "StoreError",
     "StoreVersionError",
     "TorchcacheError",
     "bypass",

@@ -9,6 +9,7 @@ __all__ = [
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
+    "StoreError",
     "StoreVersionError",
     "TorchcacheError",
 ]
@@ -40,6 +41,10 @@ class FingerprintError(TorchcacheError):
 
 class SampleKeyError(TorchcacheError, ValueError):
     """The ids given to ``sample_keys`` do not fit the batch."""
+
+
+class StoreError(TorchcacheError):
+    """A command cannot do to a cache directory what it was asked to."""
 
 
 class StoreVersionError(TorchcacheError):
