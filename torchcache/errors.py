@@ -9,6 +9,7 @@ __all__ = [
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
+    "StoreDamagedError",
     "StoreError",
     "StoreVersionError",
     "TorchcacheError",
@@ -45,6 +46,10 @@ class SampleKeyError(TorchcacheError, ValueError):
 
 class StoreError(TorchcacheError):
     """A command cannot do to a cache directory what it was asked to."""
+
+
+class StoreDamagedError(StoreError):
+    """The database of a cache directory is damaged as a whole."""
 
 
 class StoreVersionError(TorchcacheError):

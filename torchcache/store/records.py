@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchcache.errors import StoreError
+from torchcache.errors import StoreDamagedError, StoreError
 from torchcache.store.blob import FORMAT_VERSION, BlobError
 from torchcache.store.catalogue import Catalogue, is_tag
 from torchcache.store.disk import LOCK_SECONDS, MARKER, MIN_FILE_SIZE, BlobDisk, check_version
@@ -153,7 +153,7 @@ class Records:
         try:
             return self._connection.execute(statement, parameters).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"the database {self.database} cannot be used: {error}") from None
+            raise _failure(f"the database {self.database} cannot be used", error) from None
 
     def entries(self, where: str = "1", parameters: Sequence[Any] = (), whole: bool = True) -> Iterator[Entry]:
         """The entries in the order they were stored, a few hundred a query, so that writers get in between.
@@ -246,7 +246,7 @@ class Records:
         if not self.database.is_file():
             raise StoreError(f"{self.database} is no file")
         writable = os.access(self.database, os.W_OK) and os.access(self.rows, os.W_OK)
-        errors = []
+        errors: list[sqlite3.Error] = []
         # A database in a directory that may not be written to has no place for its shared memory.
         for mode in ("mode=rw",) if writable else ("mode=ro", "mode=ro&immutable=1"):
             uri = f"file:{urllib.parse.quote(str(self.database))}?{mode}"
@@ -259,7 +259,7 @@ class Records:
                 return connection
             except sqlite3.Error as error:
                 errors.append(error)
-        raise StoreError(f"the database {self.database} cannot be opened: {errors[-1]}")
+        raise _failure(f"the database {self.database} cannot be opened", errors[-1])
 
     def _entry(
         self,
@@ -297,6 +297,12 @@ class Records:
             path,
             max(0, _number(length)),
         )
+
+
+def _failure(what: str, error: sqlite3.Error) -> StoreError:
+    # SQLite tells damage apart from a lock, a full disk and a missing table by the class alone.
+    damaged = type(error) is sqlite3.DatabaseError
+    return (StoreDamagedError if damaged else StoreError)(f"{what}: {error}")
 
 
 def _columns(whole: bool) -> str:

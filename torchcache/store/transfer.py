@@ -110,7 +110,7 @@ def export_region(
     return Exported(str(path), region.tag, sum(map(len, groups.values())), damaged, calls)
 
 
-def import_region(path: Path, deposit: Deposit, *, progress: Progress = lambda done: None) -> Region:
+def import_region(path: Path, deposit: Deposit) -> Region:
     """Store the rows of an exported file; ``deposit`` counts them.
 
     Raises
@@ -129,13 +129,11 @@ def import_region(path: Path, deposit: Deposit, *, progress: Progress = lambda d
             raise StoreError(f"{path} was not written by torchcache export ({error})") from None
         deposit.note(region)
         for call, prefix, leaves in calls:
-            _import_call(file, deposit, region, call, prefix, leaves, progress)
+            _import_call(file, deposit, region, call, prefix, leaves)
         return region
 
 
-def _import_call(
-    file: Reader, deposit: Deposit, region: Region, call: bytes, prefix: str, leaves: list[str], progress: Progress
-) -> None:
+def _import_call(file: Reader, deposit: Deposit, region: Region, call: bytes, prefix: str, leaves: list[str]) -> None:
     names = [f"{prefix}leaf{index}" for index in range(len(leaves))]
     tensors = [file.tensors.get(name) for name in [*names, prefix + DIGESTS]]
     digests = tensors[-1]
@@ -159,7 +157,6 @@ def _import_call(
         level = region.options.get("zstd_compression_level")
         codec = Codec(RowSpec.of(rows), level if isinstance(level, int) and -7 <= level <= 22 else None)
         deposit.add(region.tag, list(zip(keys, codec.encode(keys, rows), strict=True)))
-        progress(len(keys))
 
 
 def _groups(
