@@ -8,6 +8,7 @@ import dataclasses
 from torchcache.cli.command import Command, add_directory, directory_of
 from torchcache.cli.quantity import ago, size_text
 from torchcache.cli.screen import Screen
+from torchcache.store.catalogue import Region
 from torchcache.store.records import Records
 from torchcache.store.survey import Holding, survey, survey_calls
 from torchcache.store.verify import verify
@@ -27,11 +28,8 @@ def _info(arguments: argparse.Namespace, screen: Screen) -> int:
     screen.facts([*facts, ("regions", str(len(info.regions))), ("rows", f"{rows:,}")])
     columns = ("region", "fingerprint", ">rows", ">size", ">ratio", "created", "last used")
     screen.table(columns, [_line(held) for held in info.regions])
-    for held in info.regions:
-        if held.region is not None:
-            options = ", ".join(f"{key}={value}" for key, value in sorted(held.region.options.items()) if value)
-            versions = f"torchcache {held.region.torchcache}, torch {held.region.torch}"
-            screen.say(f"\n{held.tag}  {versions}\n  {options}", "dim")
+    about = ("fingerprint", "torchcache", "torch", "options")
+    screen.table(about, [_about(held.region) for held in info.regions if held.region])
     return 0
 
 
@@ -40,6 +38,12 @@ def _line(held: Holding) -> tuple[str, ...]:
     created = held.region.created if held.region else held.oldest
     ratio = f"{held.ratio:.2f}x" if held.ratio else "-"
     return name, held.tag[:12], f"{held.rows:,}", size_text(held.bytes), ratio, ago(created), ago(held.last_used)
+
+
+def _about(region: Region) -> tuple[str, ...]:
+    shown = {key: value for key, value in region.options.items() if key != "max_persistent_cache_size"}
+    options = ", ".join(f"{key}={value}" for key, value in shown.items() if value is not None)
+    return region.tag, region.torchcache, region.torch, options
 
 
 def _stats(arguments: argparse.Namespace, screen: Screen) -> int:

@@ -55,10 +55,8 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
     screen.say("")
     for row in speed.rows:
         cost = speed.image_seconds + 1 / row.served
-        screen.say(
-            f"{row.name}: a hit from disk costs about {span_text(cost)} an image with its hash. "
-            f"Caching pays where the backbone needs longer than that."
-        )
+        screen.say(f"{row.name}: a hit from disk costs about {span_text(cost)} an image, hash included")
+    screen.say("Caching pays where the backbone takes longer than that for an image.")
     screen.say(
         "Reads came from the system's page cache; the first epoch after a restart also waits for the disk.", "dim"
     )

@@ -35,8 +35,9 @@ def _clear(arguments: argparse.Namespace, screen: Screen) -> int:
         rows, taken = sum(one.rows for one in held), sum(one.bytes for one in held)
         what = "regions" if len(held) != 1 else "region"
         _confirm(arguments, f"Remove {rows:,} rows ({size_text(taken)}) of {len(held)} {what} from {directory}?")
+        names = _names(records)
         removal = clear(records, regions)
-    _report(removal, "removed", screen)
+    _report(removal, names, "removed", screen)
     return 0
 
 
@@ -64,6 +65,7 @@ def _prune(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.max_size is None and arguments.older_than is None and arguments.unused_since is None:
         raise StoreError("say what may go: --max-size, --older-than or --unused-since")
     with Records(directory_of(arguments)) as records:
+        names = _names(records)
         removal = prune(
             records,
             max_size=arguments.max_size,
@@ -71,7 +73,7 @@ def _prune(arguments: argparse.Namespace, screen: Screen) -> int:
             unused_since=arguments.unused_since,
             dry_run=arguments.dry_run,
         )
-    _report(removal, "would be removed" if arguments.dry_run else "removed", screen)
+    _report(removal, names, "would be removed" if arguments.dry_run else "removed", screen)
     return 0
 
 
@@ -83,11 +85,16 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", "-n", action="store_true", help="remove nothing, tell what would go")
 
 
-def _report(removal: Removal, done: str, screen: Screen) -> None:
+def _names(records: Records) -> dict[str, str]:
+    return {tag: region.name for tag, region in records.catalogue.read().items()}
+
+
+def _report(removal: Removal, names: dict[str, str], done: str, screen: Screen) -> None:
     screen.result(removal)
     screen.say(f"{removal.rows:,} rows ({size_text(removal.bytes)}) {done} from {removal.directory}")
-    screen.table(("region", ">rows"), [(tag, f"{rows:,}") for tag, rows in removal.regions.items()])
-    screen.say(f"size: {size_text(removal.before)} -> {size_text(removal.after)}")
+    lines = [(names.get(tag, "(not in the catalogue)"), tag, f"{rows:,}") for tag, rows in removal.regions.items()]
+    screen.table(("region", "fingerprint", ">rows"), lines)
+    screen.say(f"\nsize: {size_text(removal.before)} -> {size_text(removal.after)}")
     if not removal.compacted:
         screen.say("other processes are at work: the freed space stays in the database, where new rows fill it")
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 __all__ = ["Screen", "clean"]
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 class Screen:
@@ -58,9 +58,9 @@ class Screen:
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for name in columns:
             right = name.startswith(">")
-            first = name == columns[0]
+            # Figures stay whole; what is left of the line is for names.
             table.add_column(
-                name.removeprefix(">"), justify="right" if right else "left", no_wrap=not first, overflow="fold"
+                name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
             )
         for row in rows:
             table.add_row(*(escape(clean(cell)) for cell in row))

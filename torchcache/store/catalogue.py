@@ -72,7 +72,8 @@ class Region:
         """The record of a region that is used now."""
         chosen = {key: _plain(getattr(options, key)) for key in _OPTIONS}
         now = time.time()
-        return cls(tag, name[:LONGEST_NAME], __version__, str(torch.__version__), chosen, now, now)
+        name = "".join(sign if sign.isprintable() else "?" for sign in name[:LONGEST_NAME])
+        return cls(tag, name, __version__, str(torch.__version__), chosen, now, now)
 
     @classmethod
     def parse(cls, tag: str, data: bytes) -> Region:
@@ -88,6 +89,8 @@ class Region:
         options = fields["options"]
         if not all(key in _OPTIONS and isinstance(value, Scalar) for key, value in options.items()):
             raise ValueError("an unknown option")
+        for value in options.values():
+            _text(str(value))
         return cls(tag, name, ours, theirs, options, created, last_used)
 
 
@@ -174,8 +177,8 @@ class Catalogue:
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str) or len(value) > LONGEST_NAME:
-        raise ValueError("a text is missing or too long")
+    if not isinstance(value, str) or len(value) > LONGEST_NAME or not value.isprintable():
+        raise ValueError("a text is missing, too long or not printable")
     return value
 
 

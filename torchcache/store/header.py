@@ -106,7 +106,7 @@ def _check_frame(file: BinaryIO, size: int) -> None:
         file.seek(-_FRAME_HEAD, os.SEEK_CUR)
         # Read, not fed: a reader gives out what it is asked for, however much a few bytes of input expand to.
         reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(file, closefd=False)
-        while decoded <= size and (chunk := reader.read(_CHUNK)):
+        while decoded < size and (chunk := reader.read(min(_CHUNK, size - decoded))):
             decoded += len(chunk)
     except zstandard.ZstdError as error:
         raise BlobError(str(error)) from None

@@ -129,7 +129,7 @@ class Records:
 
     def __init__(self, directory: Path) -> None:
         if not is_cache(directory):
-            raise StoreError(f"{directory} holds no torchcache cache")
+            raise StoreError(f"{directory} holds no cache: give the directory, or set TORCHCACHE_DIR")
         check_version(directory)
         self.directory = directory
         self.rows = directory / f"rows-{FORMAT_VERSION}"

@@ -16,7 +16,7 @@ __all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey
 
 SAMPLE = 200
 HOUR, DAY = 3600, 86400
-AGES = (("1 hour", HOUR), ("1 day", DAY), ("7 days", 7 * DAY), ("30 days", 30 * DAY), ("older", None))
+AGES = (("hour", HOUR), ("day", DAY), ("7 days", 7 * DAY), ("30 days", 30 * DAY), ("older", None))
 _BYTES = "sum(CASE WHEN filename IS NULL THEN length(value) ELSE size END)"
 
 
