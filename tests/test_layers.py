@@ -11,11 +11,13 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest; modules on one line may not import each other.
 LAYERS = [
-    {"errors", "logging", "options", "modes", "threads"},
-    {"store.select", "store.file"},
+    {"errors", "logging", "options", "modes", "threads", "version"},
+    {"store.select", "store.file", "store.catalogue", "store.place"},
     {"store.blob"},
-    {"store.slab", "store.disk", "store.writer"},
-    {"store.tiers"},
+    {"store.slab", "store.disk", "store.writer", "store.header", "store.safetensors"},
+    {"store.tiers", "store.records"},
+    {"store.survey", "store.verify", "store.deposit"},
+    {"store.prune", "store.transfer"},
     {"lookup.context", "lookup.digest", "lookup.constants", "lookup.code", "lookup.op", "lookup.watch"},
     {"lookup.parts", "lookup.key", "lookup.probe", "lookup.rows"},
     {"lookup.code_parts", "lookup.module_parts"},
@@ -32,6 +34,11 @@ LAYERS = [
     {"eager"},
     {"marks"},
     {"transform", "explain"},
+    {"speed", "cli.quantity", "cli.screen"},
+    {"cli.command"},
+    {"cli.look", "cli.remove", "cli.move", "cli.machine"},
+    {"cli.main"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = {

@@ -8,6 +8,8 @@ from torchcache.errors import (
     OutputError,
     RowwiseError,
     SampleKeyError,
+    StoreDamagedError,
+    StoreError,
     StoreVersionError,
     TorchcacheError,
 )
@@ -19,8 +21,7 @@ from torchcache.prefetch import prefetch
 from torchcache.stats import stats
 from torchcache.store.writer import flush
 from torchcache.transform import graphs, transform
-
-__version__ = "0.1.0"
+from torchcache.version import __version__ as __version__
 
 __all__ = [
     "ArgumentError",
@@ -30,6 +31,8 @@ __all__ = [
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
+    "StoreDamagedError",
+    "StoreError",
     "StoreVersionError",
     "TorchcacheError",
     "bypass",
