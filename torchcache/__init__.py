@@ -17,11 +17,14 @@ from torchcache.explain import explain
 from torchcache.lookup.context import bypass, sample_keys
 from torchcache.marks import mark, torchcache, unmark
 from torchcache.options import CacheOptions
+from torchcache.plot import plot
 from torchcache.prefetch import prefetch
 from torchcache.stats import stats
 from torchcache.store.writer import flush
+from torchcache.summary import summary
 from torchcache.transform import graphs, transform
 from torchcache.version import __version__ as __version__
+from torchcache.warm import warm
 
 __all__ = [
     "ArgumentError",
@@ -40,11 +43,18 @@ __all__ = [
     "flush",
     "graphs",
     "mark",
+    "plot",
     "prefetch",
     "sample_keys",
     "stats",
+    "summary",
     "torchcache",
     "torchcache_backend",
     "transform",
     "unmark",
+    "warm",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "__all__", "__doc__"]

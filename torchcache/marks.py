@@ -18,7 +18,7 @@ from torchcache.graph.marked import Mark, enter, leave, register_door
 from torchcache.modes import settle
 from torchcache.options import CacheOptions
 
-__all__ = ["mark", "mark_of", "marked_modules", "torchcache", "unmark"]
+__all__ = ["mark", "mark_of", "marked_modules", "resemble", "torchcache", "unmark"]
 
 _numbers = itertools.count()
 
@@ -208,6 +208,16 @@ class MarkedForward:
     def _bind(self) -> None:
         original = _class_forward(type(self.module)) if self.inner is None else _instance_forward(self.inner)
         self.door: Any = make_door(Mark(original, self.options, of_module=True))
+        resemble(self, original)
+
+
+def resemble(holder: Any, function: Callable[..., Any]) -> None:
+    """Show ``function``'s name, docstring and annotations on ``holder``.
+
+    There is no ``__wrapped__``: libraries that patch a forward follow it to take their patch off, and go too far.
+    """
+    for name in ("__name__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(holder, name, getattr(function, name, None))
 
 
 def _class_forward(cls: type[nn.Module]) -> Callable[..., Any]:

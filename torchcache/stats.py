@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 from torch import nn
 
 from torchcache.graph.marked import Mark
 from torchcache.graph.region import lookups_of
 from torchcache.lookup.cache_lookup import CacheLookup
+from torchcache.lookup.history import Point
+from torchcache.table import Table, Tabular, size_text
 
-__all__ = ["RegionStats", "Stats", "stats"]
+__all__ = ["RegionStats", "Stats", "lookups_in", "stats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class RegionStats:
         Where the time went.
     saved_seconds : float or None
         Time the hits would have taken, less what the cache took; ``None`` while no miss told how long a row takes.
+    history : tuple of Point
+        The counters at up to 1,024 earlier calls, evenly spaced, and now.
     """
 
     name: str
@@ -54,6 +56,32 @@ class RegionStats:
     compute_seconds: float
     merge_seconds: float
     saved_seconds: float | None
+    history: tuple[Point, ...] = dataclasses.field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows looked up."""
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rows looked up that were hits; 0 without any."""
+        return self.hits / self.rows if self.rows else 0.0
+
+    @property
+    def hit_rates(self) -> tuple[float, ...]:
+        """The hit rate in each pass over the data, the last one as far as it got.
+
+        A pass is as many rows as the region met different ones, which is what it has in memory: with one data set,
+        an epoch. Empty where memory does not hold all of them, since then a row's return cannot be told.
+        """
+        different = self.misses + self.disk_hits
+        if not different or self.rows_stored < different:
+            return ()
+        rows = [0, *(point.rows for point in self.history)]
+        hits = [0, *(point.memory_hits + point.disk_hits for point in self.history)]
+        ends = [*range(0, self.rows, different), self.rows]
+        return tuple((np.diff(np.interp(ends, rows, hits)) / np.diff(ends)).tolist())
 
     @property
     def hits(self) -> int:
@@ -64,6 +92,7 @@ class RegionStats:
     def of(cls, lookup: CacheLookup) -> RegionStats:
         """The counters of ``lookup`` as they are now."""
         counters, tiers = lookup.counters, lookup.tiers
+        now = Point.of(counters, tiers.memory.used, tiers.disk_bytes)
         return cls(
             name=lookup.name,
             memory_hits=counters.memory_hits,
@@ -73,18 +102,19 @@ class RegionStats:
             rows_stored=len(tiers.memory),
             rows_written=tiers.disk_rows,
             disk_errors=tiers.disk.errors if tiers.disk is not None else 0,
-            memory_bytes=tiers.memory.used,
-            disk_bytes=tiers.disk_bytes,
+            memory_bytes=now.memory_bytes,
+            disk_bytes=now.disk_bytes,
             hash_seconds=counters.hash_seconds,
             lookup_seconds=counters.lookup_seconds,
             compute_seconds=counters.compute_seconds,
             merge_seconds=counters.merge_seconds,
             saved_seconds=counters.saved_seconds,
+            history=(*lookup.history.points, now),
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Stats:
+class Stats(Tabular):
     """The counters of a model: totals, and one record a region.
 
     Parameters
@@ -110,31 +140,23 @@ class Stats:
         """Rows computed and not stored, over all regions."""
         return sum(region.bypasses for region in self.regions)
 
-    def __rich__(self) -> Table:
-        table = Table(title="torchcache")
-        table.add_column("region")
-        for name in ("memory hits", "disk hits", "misses", "bypasses", "rows", "memory", "disk"):
-            table.add_column(name, justify="right")
-        for name in ("hash", "lookup", "compute", "merge", "saved"):
-            table.add_column(f"{name} s", justify="right")
-        for region in self.regions:
-            counts = (region.memory_hits, region.disk_hits, region.misses, region.bypasses, region.rows_stored)
-            seconds = (region.hash_seconds, region.lookup_seconds, region.compute_seconds, region.merge_seconds)
-            saved = "-" if region.saved_seconds is None else f"{region.saved_seconds:.2f}"
-            table.add_row(
+    def table(self) -> Table:
+        """One row a region."""
+        counts = ("memory hits", "disk hits", "misses", "bypasses", "rows")
+        times = ("hash s", "lookup s", "compute s", "merge s", "saved s")
+        rows = [
+            (
                 region.name,
-                *(f"{count:,}" for count in counts),
-                _size(region.memory_bytes),
-                _size(region.disk_bytes),
-                *(f"{value:.2f}" for value in seconds),
-                saved,
+                *(f"{getattr(region, name.replace(' ', '_')):,}" for name in counts[:-1]),
+                f"{region.rows_stored:,}",
+                size_text(region.memory_bytes),
+                size_text(region.disk_bytes),
+                *(f"{getattr(region, name.split()[0] + '_seconds'):.2f}" for name in times[:-1]),
+                "-" if region.saved_seconds is None else f"{region.saved_seconds:.2f}",
             )
-        return table
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=160).print(self.__rich__())
-        return text.getvalue().rstrip()
+            for region in self.regions
+        ]
+        return Table("torchcache", ("region", *counts, "memory", "disk", *times), rows)
 
 
 def stats(target: Any) -> Stats:
@@ -148,13 +170,18 @@ def stats(target: Any) -> Stats:
     Returns
     -------
     Stats
-        With ``regions``, ``hits``, ``misses`` and ``bypasses``; prints as a table.
+        With ``regions``, ``hits``, ``misses`` and ``bypasses``; shows itself as a table.
 
     Raises
     ------
     TypeError
         For anything else.
     """
+    return Stats([RegionStats.of(lookup) for lookup in lookups_in(target)])
+
+
+def lookups_in(target: Any) -> list[CacheLookup]:
+    """The lookups of a model, a marked module or a decorated function, in the model's order."""
     target = getattr(target, "_orig_mod", target)
     target = getattr(target, "_torchdynamo_orig_callable", target)
     found: dict[int, CacheLookup] = {}
@@ -164,13 +191,5 @@ def stats(target: Any) -> Stats:
     elif isinstance(getattr(target, "torchcache_mark", None), Mark):
         found.update((id(lookup), lookup) for lookup in lookups_of(target.torchcache_mark))
     else:
-        raise TypeError(f"torchcache.stats takes a model, a marked module or a decorated function, not {target!r}")
-    return Stats([RegionStats.of(lookup) for lookup in found.values()])
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+        raise TypeError(f"torchcache takes a model, a marked module or a decorated function here, not {target!r}")
+    return list(found.values())

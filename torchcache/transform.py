@@ -13,7 +13,7 @@ from torchcache.eager import traced_parts
 from torchcache.errors import FingerprintError, MarkError
 from torchcache.graph.marked import Mark
 from torchcache.lookup.fingerprint import program_of
-from torchcache.marks import marked_modules
+from torchcache.marks import marked_modules, resemble
 from torchcache.modes import settle
 from torchcache.store.disk import check_version
 from torchcache.tracing import Traced, start_tracer
@@ -102,7 +102,7 @@ class TransformedForward:
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None) -> None:
         self.module = module
         self.previous = previous
-        self.traced = self._new_trace()
+        self._prepare()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -126,10 +126,11 @@ class TransformedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.traced = self._new_trace()
+        self._prepare()
 
-    def _new_trace(self) -> Traced:
-        return Traced(self._plain, type(self.module).__name__, self.module)
+    def _prepare(self) -> None:
+        self.traced = Traced(self._plain, type(self.module).__name__, self.module)
+        resemble(self, self.torchcache_function)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous is not None:

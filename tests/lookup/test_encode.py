@@ -166,3 +166,27 @@ def test_constants_differ_by_type_and_value():
     assert constant_bytes({"a": 1, "b": 2}) == constant_bytes({"b": 2, "a": 1})
     with pytest.raises(TypeError, match="object"):
         constant_bytes(object())
+
+
+def test_packages_of_an_environment_beneath_count_as_installed(tmp_path):
+    """As in a virtual environment that sees the packages of its system, torch often among them."""
+    package = tmp_path / "site-packages" / "farpackage"
+    package.mkdir(parents=True)
+    held = 'import re\n__version__ = "1"\nPATTERN = re.compile("a")\ndef scale(x):\n    return PATTERN and 2 * x\n'
+    (package / "__init__.py").write_text(held)
+    script = (
+        "import farpackage, torch, torchcache\n"
+        "f = torchcache.torchcache(lambda x: farpackage.scale(x))\n"
+        "f(torch.ones(2, 2)), f(torch.ones(2, 2))\n"
+        "print(torchcache.stats(f).hits)"
+    )
+    paths = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"

@@ -11,9 +11,10 @@ import torch
 
 from torchcache.errors import OutputError
 from torchcache.lookup.ahead import learn, prepared
-from torchcache.lookup.context import computing, current_ids
+from torchcache.lookup.context import computing, current_ids, tell_watcher
 from torchcache.lookup.digest import digest_bytes, digest_rows
 from torchcache.lookup.fingerprint import content_digest
+from torchcache.lookup.history import History
 from torchcache.lookup.key import NumericMode, call_fingerprint
 from torchcache.lookup.probe import probe
 from torchcache.lookup.rows import Layout
@@ -137,6 +138,7 @@ class CacheLookup:
         self.options = options
         self.tiers = Tiers(options)
         self.counters = Counters()
+        self.history = History()
         self.tag = ""
         self.output_paths: list[str] = []
         self.output_rows: set[int] = set()
@@ -163,7 +165,10 @@ class CacheLookup:
         fingerprint, digests, ahead = self._hash(call, count)
         split = self._split(call, fingerprint, digests, ahead)
         computed = self._compute(call, split)
-        return self._merge(call, split, computed)
+        merged = self._merge(call, split, computed)
+        self.history.note(self.counters, self.tiers.memory.used, self.tiers.disk_bytes)
+        tell_watcher(self, count, len(split.missing))
+        return merged
 
     def bypass(self, call: Call) -> Tensors:
         """The outputs of ``call``, computed and not stored."""

@@ -15,9 +15,15 @@ __all__ = ["Name", "installed", "is_installed_class", "is_machinery", "names_rea
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not in C
 
-_INSTALLED = tuple(
-    os.path.realpath(path) + os.sep for path in {sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib")}
-)
+
+def _installation_folders() -> tuple[str, ...]:
+    """Those of Python's own environment, and of others it reaches: a base environment's, the user's, a system's."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib")}
+    folders.update(path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages"))
+    return tuple(sorted(os.path.realpath(path) + os.sep for path in folders))
+
+
+_INSTALLED = _installation_folders()
 
 
 @functools.lru_cache(maxsize=4096)

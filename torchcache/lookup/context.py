@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,16 @@ import xxhash
 
 from torchcache.errors import SampleKeyError
 
-__all__ = ["bypass", "bypassed", "computing", "current_ids", "inside_region", "sample_keys"]
+__all__ = [
+    "bypass",
+    "bypassed",
+    "computing",
+    "current_ids",
+    "inside_region",
+    "sample_keys",
+    "tell_watcher",
+    "watching_lookups",
+]
 
 _bypass: ContextVar[bool] = ContextVar("torchcache_bypass", default=False)
 _computing: ContextVar[bool] = ContextVar("torchcache_computing", default=False)
@@ -126,3 +136,24 @@ def computing() -> Iterator[None]:
             yield
     finally:
         _computing.reset(token)
+
+
+Watcher = Callable[[Any, int, int], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("torchcache_watcher", default=None)
+
+
+@contextlib.contextmanager
+def watching_lookups(watcher: Watcher) -> Iterator[None]:
+    """Call ``watcher`` with the lookup, its rows and its misses after every lookup inside this block."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def tell_watcher(lookup: Any, rows: int, misses: int) -> None:
+    """Say that a lookup has done its work."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(lookup, rows, misses)

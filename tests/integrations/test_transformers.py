@@ -1,0 +1,108 @@
+"""transformers' own trainer with the callback: same weights as without the cache, epochs logged, references kept."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import torchcache
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+class Images(Dataset):
+    def __init__(self):
+        generator = torch.Generator().manual_seed(2)
+        self.pixels = torch.randn(24, 3, 16, 16, generator=generator)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixels[index], "labels": index % 3}
+
+
+def classifier():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    config.num_labels = 3
+    # Else the first call with labels sets it, and with it another configuration of the backbone.
+    config.problem_type = "single_label_classification"
+    model = transformers.ViTForImageClassification(config)
+    model.vit.requires_grad_(False)
+    return model
+
+
+def trainer_for(model, tmp_path, **options):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        seed=5,
+        **options,
+    )
+    return transformers.Trainer(model=model, args=arguments, train_dataset=Images(), eval_dataset=Images())
+
+
+def test_training_is_the_same_and_each_epoch_is_logged(tmp_path, capsys):
+    from torchcache.integrations.transformers import TorchCacheCallback
+
+    plain = classifier()
+    cached = copy.deepcopy(plain)
+    torchcache.mark(cached.vit, persistent=True, persistent_cache_dir=str(tmp_path / "cache"))
+    plain.vit.eval()  # as a mark keeps it
+    plain.vit.train = lambda mode=True: plain.vit
+    trainer_for(plain, tmp_path).train()
+    trainer = trainer_for(cached, tmp_path, eval_strategy="epoch")
+    trainer.add_callback(TorchCacheCallback(trainer))
+    trainer.train()
+    torch.testing.assert_close(cached.state_dict(), plain.state_dict())
+    assert trainer.model is cached
+    assert len(torchcache.graphs(cached)) > 0
+    epochs = [entry for entry in trainer.state.log_history if "torchcache/hit_rate" in entry]
+    assert [entry["epoch"] for entry in epochs] == [1, 2, 3]
+    # The first evaluation belongs to the second epoch: it comes after the first one's end.
+    assert [entry["torchcache/hit_rate"] for entry in epochs] == pytest.approx([0, 1, 1])
+    assert [entry["torchcache/rows"] for entry in epochs] == [24, 48, 48]
+    assert epochs[-1]["torchcache/disk_bytes"] > 0
+    assert "eval_loss" in trainer.evaluate()
+    assert "spent on the cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("door", ["eager", "compile"])
+def test_without_transform_the_other_doors_are_open(tmp_path, door):
+    from torchcache.integrations.transformers import TorchCacheCallback
+
+    model = classifier()
+    torchcache.mark(model.vit)
+    if door == "compile":
+        model.compile(backend="torchcache", options={"inner": "eager"})
+    trainer = trainer_for(model, tmp_path)
+    trainer.add_callback(TorchCacheCallback(trainer, transform=door == "compile", summary=False))
+    trainer.train()
+    epochs = [entry for entry in trainer.state.log_history if "torchcache/hit_rate" in entry]
+    assert [entry["torchcache/hit_rate"] for entry in epochs] == pytest.approx([0, 1, 1])
+    assert torchcache.graphs(model) == []
+
+
+def test_what_cannot_work_is_told_before_training(tmp_path):
+    from torchcache.integrations.transformers import TorchCacheCallback
+
+    trainer = trainer_for(classifier(), tmp_path)
+    trainer.add_callback(TorchCacheCallback(trainer))
+    with pytest.raises(torchcache.MarkError, match="nothing in ViTForImageClassification is marked"):
+        trainer.train()
+    trainer = trainer_for(classifier(), tmp_path)
+    trainer.add_callback(TorchCacheCallback(trainer))
+    trainer.args.torch_compile = True
+    with pytest.raises(torchcache.TorchcacheError, match=r'call model.compile\(backend="torchcache"\)'):
+        trainer.train()

@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks; each is imported by itself, and needs its framework."""

@@ -1,0 +1,65 @@
+"""Lightning: a callback that transforms the model, logs what the cache does and sums it up."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from torch import nn
+
+from torchcache.integrations.progress import Epochs, show_summary
+from torchcache.marks import marked_modules
+from torchcache.transform import transform
+
+__all__ = ["TorchCacheCallback"]
+
+
+class TorchCacheCallback(pl.Callback):
+    """Caches the marked modules of a ``LightningModule`` while it is fitted.
+
+    At the start of ``fit`` the module is transformed in place: the optimizer, the strategy and the checkpoints keep
+    what they hold. Where the module has no ``forward`` of its own, its children with marks are transformed instead,
+    since they are what ``training_step`` calls. A module that is compiled is left to its backend, which has to be
+    "torchcache". At the end
+    of each epoch all rows are on disk, and the trainer's logger gets ``torchcache/hit_rate``, ``torchcache/rows``,
+    ``torchcache/memory_bytes``, ``torchcache/disk_bytes`` and ``torchcache/saved_seconds``, validation included.
+
+    Parameters
+    ----------
+    transform : bool
+        Transform the module; without, marked modules are cached when they are called.
+    summary : bool
+        Print a summary at the end.
+
+    Examples
+    --------
+    >>> trainer = lightning.Trainer(callbacks=[TorchCacheCallback()])
+    """
+
+    def __init__(self, *, transform: bool = True, summary: bool = True) -> None:
+        self._transforms, self._summarizes = transform, summary
+        self._epochs: Epochs | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Transform the module."""
+        compiled = pl_module._compiler_ctx is not None or pl_module._compiled_call_impl is not None
+        if self._transforms and not compiled:
+            for part in _called(pl_module):
+                transform(part)
+        self._epochs = Epochs(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch."""
+        if self._epochs is not None:
+            pl_module.log_dict(self._epochs.finish(), rank_zero_only=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the summary."""
+        if self._summarizes and trainer.is_global_zero:
+            show_summary(pl_module)
+
+
+def _called(module: pl.LightningModule) -> list[nn.Module]:
+    """What ``training_step`` calls, by the conventions of the framework."""
+    if type(module).forward is not pl.LightningModule.forward:
+        return [module]
+    children = [child for child in module.children() if next(marked_modules(child), None) is not None]
+    return children or [module]  # without any mark, transform says what is missing
