@@ -28,9 +28,9 @@ def data(count=ROWS, seed=1):
     return torch.randn(count, 10, generator=torch.Generator().manual_seed(seed))
 
 
-def run(directory, x=None, model=None):
+def run(directory, x=None, model=None, door=torchcache.transform):
     """Outputs of a model that caches in ``directory``, its misses and its disk hits."""
-    model = torchcache.transform(model or Model(directory))
+    model = door(model or Model(directory))
     with torch.no_grad():
         outputs = model(data() if x is None else x)
     torchcache.flush()

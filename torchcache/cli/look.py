@@ -8,6 +8,7 @@ import dataclasses
 from torchcache.cli.command import Command, add_directory, directory_of
 from torchcache.cli.quantity import ago, size_text
 from torchcache.cli.screen import Screen
+from torchcache.errors import StoreDamagedError
 from torchcache.store.catalogue import Region
 from torchcache.store.records import Records
 from torchcache.store.survey import Holding, survey, survey_calls
@@ -81,10 +82,15 @@ def _ages(ages: dict[str, int]) -> str:
 
 
 def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
-    with Records(directory_of(arguments)) as records:
-        found = records.sql("SELECT count(*) FROM Cache")
-        with screen.progress("checking", found[0][0] if found else 0) as progress:
-            verdict = verify(records, repair=arguments.repair, progress=progress)
+    try:
+        with Records(directory_of(arguments)) as records:
+            found = records.sql("SELECT count(*) FROM Cache")
+            with screen.progress("checking", found[0][0] if found else 0) as progress:
+                verdict = verify(records, repair=arguments.repair, progress=progress)
+    except StoreDamagedError as error:
+        screen.result({"directory": str(directory_of(arguments)), "database": [str(error)], "sound": False})
+        screen.say(str(error), "red")
+        return 1
     screen.result({**dataclasses.asdict(verdict), "sound": verdict.sound})
     screen.say(f"{verdict.checked:,} rows checked, {size_text(verdict.bytes)}")
     for problem, count in sorted(verdict.damaged.items()):

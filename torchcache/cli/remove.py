@@ -21,20 +21,23 @@ __all__ = ["COMMANDS"]
 def _clear(arguments: argparse.Namespace, screen: Screen) -> int:
     directory = directory_of(arguments)
     try:
-        opened = Records(directory)
-    except StoreDamagedError as error:
+        return _clear_rows(arguments, screen)
+    except StoreDamagedError:
         if arguments.region:
             raise
-        _confirm(arguments, f"{error}.\nRemove it with all its rows?")
+        _confirm(arguments, f"The database in {directory} is damaged. Remove it with all its rows?")
         discard_database(directory)
-        opened = Records(directory)
-    with opened as records:
+        return _clear_rows(arguments, screen)
+
+
+def _clear_rows(arguments: argparse.Namespace, screen: Screen) -> int:
+    with Records(directory_of(arguments)) as records:
         info = survey(records)
         regions = find_region(info, arguments.region) if arguments.region else None
         held = info.regions if regions is None else regions
         rows, taken = sum(one.rows for one in held), sum(one.bytes for one in held)
         what = "regions" if len(held) != 1 else "region"
-        _confirm(arguments, f"Remove {rows:,} rows ({size_text(taken)}) of {len(held)} {what} from {directory}?")
+        _confirm(arguments, f"Remove {rows:,} rows ({size_text(taken)}) of {len(held)} {what} from {info.directory}?")
         names = _names(records)
         removal = clear(records, regions)
     _report(removal, names, "removed", screen)

@@ -6,7 +6,6 @@ Training never needs this, since it knows the row it asks for; tools that walk a
 from __future__ import annotations
 
 import dataclasses
-import os
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -23,8 +22,8 @@ __all__ = ["HEAD_BYTES", "LARGEST_ROW", "Header", "check_blob", "read_header"]
 LARGEST_ROW = 2**31
 HEAD_BYTES = 16
 _CHUNK = 1024 * 1024
-# What a zstd frame needs at the least to say how much it holds.
-_FRAME_HEAD = 9
+# The shortest zstd frame, and the longest header of one.
+_FRAME, _FRAME_HEAD = 9, 18
 _WINDOW = 128 * 1024 * 1024
 
 
@@ -101,9 +100,10 @@ def check_blob(key: bytes, file: BinaryIO, length: int) -> Header:
 def _check_frame(file: BinaryIO, size: int) -> None:
     decoded = 0
     try:
+        start = file.tell()
         if zstandard.frame_content_size(file.read(_FRAME_HEAD)) != size:
             raise BlobError("wrong length")
-        file.seek(-_FRAME_HEAD, os.SEEK_CUR)
+        file.seek(start)
         # Read, not fed: a reader gives out what it is asked for, however much a few bytes of input expand to.
         reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(file, closefd=False)
         while decoded < size and (chunk := reader.read(min(_CHUNK, size - decoded))):

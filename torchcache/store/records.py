@@ -301,8 +301,9 @@ class Records:
 
 def _failure(what: str, error: sqlite3.Error) -> StoreError:
     # SQLite tells damage apart from a lock, a full disk and a missing table by the class alone.
-    damaged = type(error) is sqlite3.DatabaseError
-    return (StoreDamagedError if damaged else StoreError)(f"{what}: {error}")
+    if type(error) is sqlite3.DatabaseError:
+        return StoreDamagedError(f"{what}: {error}; torchcache clear starts the directory anew")
+    return StoreError(f"{what}: {error}")
 
 
 def _columns(whole: bool) -> str:

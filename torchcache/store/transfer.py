@@ -124,12 +124,15 @@ def import_region(path: Path, deposit: Deposit) -> Region:
             if about["format"] != FORMAT_VERSION or not is_tag(about["tag"]):
                 raise ValueError("another format")
             region = Region.parse(about["tag"], file.metadata["torchcache"].encode())
-            calls = [(bytes.fromhex(call["call"]), call["prefix"], call["leaves"]) for call in about["calls"]]
+            calls = [
+                (bytes.fromhex(call["call"]), str(call["prefix"]), list(map(str, call["leaves"])))
+                for call in about["calls"]
+            ]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise StoreError(f"{path} was not written by torchcache export ({error})") from None
-        deposit.note(region)
         for call, prefix, leaves in calls:
             _import_call(file, deposit, region, call, prefix, leaves)
+        deposit.note(region)
         return region
 
 
@@ -142,7 +145,7 @@ def _import_call(file: Reader, deposit: Deposit, region: Region, call: bytes, pr
     count = digests.shape[0]
     dtypes = []
     for tensor, text in zip(tensors[:-1], leaves, strict=True):
-        dtype = getattr(torch, text.partition(" ")[0], None) if isinstance(text, str) else None
+        dtype = getattr(torch, text.partition(" ")[0], None)
         if tensor is None or not isinstance(dtype, torch.dtype) or not tensor.shape or tensor.shape[0] != count:
             raise StoreError(f"a tensor of {prefix or 'the rows'} is missing or has another number of rows")
         if tensor.dtype not in (dtype, torch.uint8):
