@@ -11,11 +11,20 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest; modules on one line may not import each other.
 LAYERS = [
-    {"errors", "logging", "options", "modes", "threads", "table", "sharing"},
-    {"store.select", "store.file", "feeding"},
+    {"errors", "logging", "options", "modes", "threads", "table", "sharing", "version"},
+    {"store.select", "store.file", "store.catalogue", "store.place", "feeding"},
     {"store.blob"},
-    {"store.slab", "store.disk", "store.writer", "store.scan"},
-    {"store.tiers"},
+    {
+        "store.slab",
+        "store.disk",
+        "store.writer",
+        "store.scan",
+        "store.header",
+        "store.safetensors",
+    },
+    {"store.tiers", "store.records"},
+    {"store.survey", "store.verify", "store.deposit"},
+    {"store.prune", "store.transfer"},
     {
         "lookup.context",
         "lookup.digest",
@@ -42,6 +51,11 @@ LAYERS = [
     {"marks"},
     {"transform", "explain"},
     {"integrations.lightning", "integrations.transformers"},
+    {"speed", "cli.quantity", "cli.screen"},
+    {"cli.command"},
+    {"cli.look", "cli.remove", "cli.move", "cli.machine"},
+    {"cli.main"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = {

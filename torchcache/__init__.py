@@ -8,6 +8,8 @@ from torchcache.errors import (
     OutputError,
     RowwiseError,
     SampleKeyError,
+    StoreDamagedError,
+    StoreError,
     StoreVersionError,
     TorchcacheError,
 )
@@ -21,9 +23,8 @@ from torchcache.stats import stats
 from torchcache.store.writer import flush
 from torchcache.summary import summary
 from torchcache.transform import graphs, transform
+from torchcache.version import __version__ as __version__
 from torchcache.warm import warm
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
@@ -33,6 +34,8 @@ __all__ = [
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
+    "StoreDamagedError",
+    "StoreError",
     "StoreVersionError",
     "TorchcacheError",
     "bypass",

@@ -9,6 +9,8 @@ __all__ = [
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
+    "StoreDamagedError",
+    "StoreError",
     "StoreVersionError",
     "TorchcacheError",
 ]
@@ -40,6 +42,14 @@ class FingerprintError(TorchcacheError):
 
 class SampleKeyError(TorchcacheError, ValueError):
     """The ids given to ``sample_keys`` do not fit the batch."""
+
+
+class StoreError(TorchcacheError):
+    """A command cannot do to a cache directory what it was asked to."""
+
+
+class StoreDamagedError(StoreError):
+    """The database of a cache directory is damaged as a whole."""
 
 
 class StoreVersionError(TorchcacheError):

@@ -229,6 +229,8 @@ class CacheLookup:
                 if slot == ABSENT and digest not in found.extra:
                     missing.setdefault(digest, row)
         disk = len(found.from_disk)
+        if disk:
+            self.tiers.tell(self.tag, self.name)
         self.counters.calls += 1
         self.counters.misses += len(missing)
         self.counters.disk_hits += disk
@@ -253,7 +255,9 @@ class CacheLookup:
             self._layouts.setdefault(split.fingerprint, tuple(map(Layout.of, outputs)))
         start = time.perf_counter()
         digests = list(split.missing)
-        slab, slots = self.tiers.keep(split.fingerprint, self.tag, digests, outputs, RowSpec.of(outputs), call.state)
+        slab, slots = self.tiers.keep(
+            split.fingerprint, self.tag, self.name, digests, outputs, RowSpec.of(outputs), call.state
+        )
         if slab is not None:
             split.found.slab = slab
         if len(slots) == len(digests) < len(split.digests) and self.options.cache_dtype is None and slab is not None:

@@ -100,6 +100,20 @@ def storable(dtype: torch.dtype) -> bool:
     return dtype in _CODES
 
 
+def dtype_of_code(code: int) -> torch.dtype | None:
+    """The dtype that the format means by ``code``; ``None`` where this torch has none such."""
+    dtype = getattr(torch, _DTYPES[code], None) if code < len(_DTYPES) else None
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def unpack_head(head: bytes) -> tuple[bool, bool, int, int]:
+    """The first 16 bytes of a blob: compressed, shuffled, number of leaves, bytes of the decoded payload."""
+    magic, flags, count, reserved, size = _HEAD.unpack(head)
+    if magic != MAGIC or flags not in (0, COMPRESSED, COMPRESSED | SHUFFLED) or not count or reserved:
+        raise BlobError("foreign header")
+    return bool(flags & COMPRESSED), bool(flags & SHUFFLED), count, size
+
+
 def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
     count = leaf.shape[0]

@@ -1,7 +1,8 @@
 """The disk tier: the one place that knows diskcache's rows and files.
 
-A cache directory holds ``torchcache.json`` (the format version) and ``rows-<version>/``, a ``diskcache.Cache``
-whose keys are 32 bytes (fingerprint and digest), whose values are blobs and whose tag is the region's fingerprint.
+A cache directory holds ``torchcache.json`` (the format version), ``regions/`` (the catalogue) and
+``rows-<version>/``, a ``diskcache.Cache`` whose keys are 32 bytes (fingerprint and digest), whose values are blobs
+and whose tag is the region's fingerprint.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import diskcache
 from torchcache.errors import StoreVersionError
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.catalogue import Catalogue
 from torchcache.store.file import BlobFile
 
 __all__ = ["DiskTier", "check_version", "disk_tier"]
@@ -139,6 +141,7 @@ class DiskTier:
         self.directory = directory
         self.errors = 0
         self.full = False
+        self.catalogue = Catalogue(directory)
         self._cache: Any = None
         self._failed = False
         self._lock = threading.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from typing import BinaryIO
 
 __all__ = ["BlobFile", "BlobFileError"]
 
@@ -35,9 +36,13 @@ class BlobFile:
         """Bytes of the file; raises ``OSError`` where there is none."""
         return os.lstat(self.path).st_size
 
+    def open(self) -> BinaryIO:
+        """The file, open for reading."""
+        return open(self._descriptor(), "rb")
+
     def read(self, limit: int) -> bytes:
         """The whole file, if it is no longer than ``limit`` bytes."""
-        with open(self._open(), "rb") as file:
+        with self.open() as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise BlobFileError("longer than any blob of this row")
@@ -48,13 +53,13 @@ class BlobFile:
 
         Only where ``SCATTERS``.
         """
-        descriptor = self._open()
+        descriptor = self._descriptor()
         try:
             return os.preadv(descriptor, buffers, 0)
         finally:
             os.close(descriptor)
 
-    def _open(self) -> int:
+    def _descriptor(self) -> int:
         descriptor = os.open(self.path, _READ_FLAGS)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)

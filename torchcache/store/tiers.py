@@ -10,6 +10,7 @@ import torch
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
+from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier, disk_tier
 from torchcache.store.file import BlobFile
 from torchcache.store.scan import Scan
@@ -119,6 +120,7 @@ class Tiers:
         self,
         fingerprint: bytes,
         tag: str,
+        name: str,
         digests: Sequence[bytes],
         rows: Sequence[torch.Tensor],
         spec: RowSpec,
@@ -137,14 +139,21 @@ class Tiers:
         slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
         if self.disk is not None and not self.disk.full and all(storable(dtype) for dtype, _ in stored.leaves):
             admitted = len(slots)
+            region = (tag, name)
             if slab is not None and admitted:
-                self._submit(fingerprint, tag, digests[:admitted], slab.view(slots.start, slots.stop), stored)
+                self._submit(fingerprint, region, digests[:admitted], slab.view(slots.start, slots.stop), stored)
             if admitted < len(digests):
                 copies = [
                     _detached(leaf[admitted:], dtype) for leaf, (dtype, _) in zip(rows, stored.leaves, strict=True)
                 ]
-                self._submit(fingerprint, tag, digests[admitted:], copies, stored)
+                self._submit(fingerprint, region, digests[admitted:], copies, stored)
         return slab, slots
+
+    def tell(self, tag: str, name: str) -> None:
+        """Have the catalogue know that region ``tag`` is used; done once a process, behind the step."""
+        disk = self.disk
+        if disk is not None and not disk.catalogue.noted(tag):
+            writer().submit(0, lambda: disk.catalogue.note(Region.of(tag, name, self.options)))
 
     def _device(self, output: torch.device) -> torch.device:
         chosen = self.options.memory_cache_device
@@ -231,10 +240,16 @@ class Tiers:
         return scan
 
     def _submit(
-        self, fingerprint: bytes, tag: str, digests: Sequence[bytes], rows: list[torch.Tensor], spec: RowSpec
+        self,
+        fingerprint: bytes,
+        region: tuple[str, str],
+        digests: Sequence[bytes],
+        rows: list[torch.Tensor],
+        spec: RowSpec,
     ) -> None:
         disk = self.disk
         assert disk is not None
+        tag, name = region
         keys = [fingerprint + digest for digest in digests]
 
         def job() -> None:
@@ -244,6 +259,8 @@ class Tiers:
             stored, size = disk.write(list(zip(keys, blobs, strict=True)), tag, self.options.max_persistent_cache_size)
             self.disk_rows += stored
             self.disk_bytes += size
+            if stored:
+                disk.catalogue.note(Region.of(tag, name, self.options))
 
         writer().submit(spec.size * len(keys), job)
 

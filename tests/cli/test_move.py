@@ -1,0 +1,169 @@
+"""export, import and merge, on caches that a real model filled."""
+
+import json
+import shutil
+import sqlite3
+import struct
+
+import pytest
+import torch
+from filled import ROWS, Model, data, run
+from torch import nn
+
+import torchcache
+
+load_file = pytest.importorskip("safetensors.torch").load_file
+
+
+def blobs(directory):
+    with sqlite3.connect(directory / "rows-1" / "cache.db") as connection:
+        found = connection.execute("SELECT key, tag, value, filename FROM Cache").fetchall()
+    return {
+        key: (tag, value if filename is None else (directory / "rows-1" / filename).read_bytes())
+        for key, tag, value, filename in found
+    }
+
+
+def test_what_is_exported_are_the_features_and_the_digests_of_their_inputs(cache, tmp_path, torchcache_json):
+    out = tmp_path / "text.safetensors"
+    done = torchcache_json("export", cache, out, "--region", "text")
+    assert done["rows"] == ROWS
+    tensors = load_file(out)
+    assert set(tensors) == {"leaf0", "digests"}
+    expected = dict(
+        zip(torchcache.lookup.digest.digest_rows([data()], "xxh3_128"), Model(cache).text(data()), strict=True)
+    )
+    digests = [row.numpy().tobytes() for row in tensors["digests"]]
+    assert digests == sorted(expected)
+    torch.testing.assert_close(tensors["leaf0"], torch.stack([expected[digest] for digest in digests]))
+
+
+class Odd(nn.Module):
+    """Leaves of many kinds: dtypes that the format does not name, scalars, empty rows."""
+
+    def forward(self, x):
+        return {
+            "double": x.double() * torch.pi,
+            "complex": torch.complex(x.double(), -x.double()),
+            "half": x.half(),
+            "brain": x.bfloat16(),
+            "sign": x > 0,
+            "count": (x * 100).to(torch.int16).sum(1),
+            "nothing": x[:, :0],
+        }
+
+
+def odd(directory):
+    return torchcache.mark(Odd(), freeze=True, persistent=True, persistent_cache_dir=directory)
+
+
+def as_it_is(model):
+    return model
+
+
+@pytest.mark.parametrize("call", ["one", "several"])
+def test_an_import_gives_every_bit_back_and_the_model_hits(tmp_path, torchcache_json, call):
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "odd.safetensors"
+    inputs = [data()] if call == "one" else [data(), data().half(), data()[:, :7]]
+    expected = [run(first, x, odd(first), as_it_is)[0] for x in inputs]
+    done = torchcache_json("export", first, out)
+    assert done["rows"] == ROWS * len(inputs)
+    assert len(done["calls"]) == len(inputs)
+    assert len(load_file(out)) == 8 * len(inputs)
+    stored = torchcache_json("import", out, second)
+    assert (stored["stored"], stored["present"]) == (ROWS * len(inputs), 0)
+    assert blobs(first) == blobs(second)
+    for x, wanted in zip(inputs, expected, strict=True):
+        outputs, misses, hits = run(second, x, odd(second), as_it_is)
+        assert (misses, hits) == (0, ROWS)
+        assert all(torch.equal(outputs[name], leaf) for name, leaf in wanted.items())
+    assert torchcache_json("import", out, second)["present"] == ROWS * len(inputs)
+    assert torchcache_json("info", second)["regions"][0]["region"]["name"] == "Odd"
+
+
+def test_one_kind_of_call_can_be_exported_alone(cache, tmp_path, torchcache_json):
+    with torch.autocast("cpu", torch.bfloat16):
+        run(cache)
+    both = torchcache_json("export", cache, tmp_path / "both", "--region", "text")["calls"]
+    assert sorted(load_file(tmp_path / "both")) == ["call0.digests", "call0.leaf0", "call1.digests", "call1.leaf0"]
+    wanted = next(call for call in both if call["leaves"] == ["bfloat16 (800,)"])
+    done = torchcache_json("export", cache, tmp_path / "one", "--region", "text", "--call", wanted["call"][:8])
+    assert done["calls"] == [wanted | {"prefix": ""}]
+    assert load_file(tmp_path / "one")["leaf0"].dtype == torch.bfloat16
+
+
+def test_damaged_rows_are_not_exported(cache, tmp_path, torchcache_json):
+    with sqlite3.connect(cache / "rows-1" / "cache.db") as connection:
+        connection.execute(
+            "UPDATE Cache SET value = zeroblob(100) WHERE rowid = (SELECT min(rowid) FROM Cache WHERE filename IS NULL)"
+        )
+    done = torchcache_json("export", cache, tmp_path / "out", "--region", "text", code=1)
+    assert (done["rows"], done["damaged"]) == (ROWS - 1, 1)
+    assert load_file(tmp_path / "out")["leaf0"].shape == (ROWS - 1, 800)
+
+
+@pytest.mark.parametrize("harm", ["cut", "length", "offsets", "dtype", "prefix", "call", "tag", "digests", "text"])
+def test_a_file_that_export_did_not_write_is_refused(cache, tmp_path, torchcache_command, harm):
+    path = tmp_path / "file"
+    torchcache_command("export", cache, path, "--region", "text")
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["torchcache"])
+    if harm == "offsets":
+        header["leaf0"]["data_offsets"] = [0, 2**62]
+    if harm == "dtype":
+        header["leaf0"]["dtype"] = "I32"
+    if harm == "digests":
+        del header["digests"]
+    if harm == "prefix":
+        about["calls"][0]["prefix"] = 7
+    if harm == "call":
+        about["calls"][0]["call"] = "12"
+    if harm == "tag":
+        about["tag"] = "../../../../tmp/escaped"
+    header["__metadata__"]["torchcache"] = json.dumps(about)
+    text = json.dumps(header).encode() if harm != "text" else b"[" * 100_000
+    start = struct.pack("<Q", 2**63 if harm == "length" else len(text))
+    path.write_bytes((start + text + content[8 + length :])[: -1000 if harm == "cut" else None])
+    code, out, err = torchcache_command("import", path, tmp_path / "new")
+    assert code == 2, out
+    assert "Traceback" not in err
+    assert not list((tmp_path / "new").rglob("escaped*"))
+
+
+def test_merging_joins_what_two_machines_filled(tmp_path, torchcache_json):
+    first, second, both = (tmp_path / name for name in ("first", "second", "both"))
+    x = data(60)
+    run(first, x[:40])
+    run(second, x[20:])
+    merged = torchcache_json("merge", first, second, both)
+    assert (merged["stored"], merged["present"], merged["damaged"]) == (2 * 60, 2 * 20, 0)
+    assert blobs(both) == blobs(first) | blobs(second)
+    assert run(both, x)[1:] == (0, 2 * 60)
+    assert torchcache_json("verify", both)["sound"]
+
+
+def test_merging_takes_no_damaged_row_and_mends_those_of_the_target(tmp_path, torchcache_json):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(first)
+    shutil.copytree(first, second)
+    for directory, chosen in ((first, "min"), (second, "max")):
+        with sqlite3.connect(directory / "rows-1" / "cache.db") as connection:
+            where = f"rowid = (SELECT {chosen}(rowid) FROM Cache WHERE filename IS NULL)"
+            connection.execute(f"UPDATE Cache SET value = zeroblob(50) WHERE {where}")
+    merged = torchcache_json("merge", first, second, code=1)
+    assert (merged["stored"], merged["present"], merged["damaged"]) == (1, 2 * ROWS - 2, 1)
+    assert torchcache_json("verify", second)["sound"]
+
+
+def test_a_merge_stops_at_the_size_it_was_given(cache, tmp_path, torchcache_json):
+    merged = torchcache_json("merge", cache, tmp_path / "small", "--max-size", "2MB", code=1)
+    assert merged["left_out"] > 0
+    assert merged["stored"] + merged["left_out"] == 2 * ROWS
+    assert torchcache_json("info", tmp_path / "small")["volume"] <= 2_100_000
+
+
+def test_a_directory_is_not_merged_into_itself(cache, torchcache_command):
+    code, _, err = torchcache_command("merge", cache, cache / ".." / "cache")
+    assert (code, "at once" in err) == (2, True)

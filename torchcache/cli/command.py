@@ -1,0 +1,65 @@
+"""How a command is put together: its arguments, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torchcache.cli.screen import Screen
+from torchcache.options import default_cache_dir
+
+__all__ = ["Command", "Run", "add_directory", "directory_of", "why_directory"]
+
+Run = Callable[[argparse.Namespace, Screen], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Parameters
+    ----------
+    name, help : str
+        As ``torchcache --help`` lists it.
+    arguments : callable
+        Adds its arguments to its parser.
+    run : callable
+        Does it; returns the exit code.
+    description : str
+        More for ``torchcache name --help``.
+    examples : sequence of str
+        Commands to show at its end.
+    """
+
+    name: str
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], object]
+    run: Run
+    description: str = ""
+    examples: Sequence[str] = ()
+
+
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """Add the optional ``DIR``."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        help="the cache directory (default: $TORCHCACHE_DIR, else the user's cache directory)",
+    )
+
+
+def directory_of(arguments: argparse.Namespace) -> Path:
+    """The directory that is meant, absolute."""
+    return Path(arguments.directory or default_cache_dir()).expanduser().absolute()
+
+
+def why_directory(arguments: argparse.Namespace) -> str:
+    """Why it is that one."""
+    if arguments.directory:
+        return "argument"
+    return "$TORCHCACHE_DIR" if os.environ.get("TORCHCACHE_DIR") else "default: the user's cache directory"

@@ -1,0 +1,154 @@
+"""Commands that look: info, stats, verify."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from torchcache.cli.command import Command, add_directory, directory_of
+from torchcache.cli.quantity import ago, size_text
+from torchcache.cli.screen import Screen
+from torchcache.errors import StoreDamagedError
+from torchcache.store.catalogue import Region
+from torchcache.store.records import Records
+from torchcache.store.survey import Holding, survey, survey_calls
+from torchcache.store.verify import verify
+
+__all__ = ["COMMANDS"]
+
+
+def _info(arguments: argparse.Namespace, screen: Screen) -> int:
+    with Records(directory_of(arguments)) as records:
+        info = survey(records)
+    screen.result(info)
+    used = size_text(info.volume)
+    if info.limit is not None:
+        used += f" of {size_text(info.limit)} ({info.volume / max(1, info.limit):.0%})"
+    rows = sum(held.rows for held in info.regions)
+    facts = [("directory", info.directory), ("format", str(info.format)), ("size", used)]
+    screen.facts([*facts, ("regions", str(len(info.regions))), ("rows", f"{rows:,}")])
+    columns = ("region", "fingerprint", ">rows", ">size", ">ratio", "created", "last used")
+    screen.table(columns, [_line(held) for held in info.regions])
+    about = ("fingerprint", "torchcache", "torch", "options")
+    screen.table(about, [_about(held.region) for held in info.regions if held.region])
+    return 0
+
+
+def _line(held: Holding) -> tuple[str, ...]:
+    name = held.region.name if held.region else "(not in the catalogue)"
+    created = held.region.created if held.region else held.oldest
+    ratio = f"{held.ratio:.2f}x" if held.ratio else "-"
+    return name, held.tag[:12], f"{held.rows:,}", size_text(held.bytes), ratio, ago(created), ago(held.last_used)
+
+
+def _about(region: Region) -> tuple[str, ...]:
+    shown = {key: value for key, value in region.options.items() if key != "max_persistent_cache_size"}
+    options = ", ".join(f"{key}={value}" for key, value in shown.items() if value is not None)
+    return region.tag, region.torchcache, region.torch, options
+
+
+def _stats(arguments: argparse.Namespace, screen: Screen) -> int:
+    with Records(directory_of(arguments)) as records:
+        stats = survey_calls(records)
+        names = {tag: region.name for tag, region in records.catalogue.read().items()}
+    screen.result(stats)
+    in_database = stats.rows - stats.in_files
+    screen.facts(
+        [
+            ("directory", stats.directory),
+            ("rows", f"{in_database:,} in the database, {stats.in_files:,} in files of their own"),
+            (
+                "database",
+                f"{size_text(stats.database)}, {size_text(stats.free)} of it free; log {size_text(stats.log)}",
+            ),
+            ("files", size_text(stats.files)),
+            ("stored", _ages(stats.ages)),
+        ]
+    )
+    columns = ("outputs of a row", "region", "call", ">rows", ">in files", ">size", ">smallest", ">largest")
+    lines = []
+    for group in stats.groups:
+        sizes = (size_text(group.bytes), size_text(group.smallest), size_text(group.largest))
+        name = names.get(group.tag, group.tag[:12])
+        leaves = "\n".join(group.leaves)
+        lines.append((leaves, name, group.call[:12], f"{group.rows:,}", f"{group.in_files:,}", *sizes))
+    screen.table(columns, lines)
+    return 0
+
+
+def _ages(ages: dict[str, int]) -> str:
+    said = [f"{rows:,} {'over 30 days ago' if age == 'older' else f'in the last {age}'}" for age, rows in ages.items()]
+    return "; ".join(text for text, rows in zip(said, ages.values(), strict=True) if rows) or "nothing"
+
+
+def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
+    try:
+        with Records(directory_of(arguments)) as records:
+            found = records.sql("SELECT count(*) FROM Cache")
+            with screen.progress("checking", found[0][0] if found else 0) as progress:
+                verdict = verify(records, repair=arguments.repair, progress=progress)
+    except StoreDamagedError as error:
+        screen.result({"directory": str(directory_of(arguments)), "database": [str(error)], "sound": False})
+        screen.say(str(error), "red")
+        return 1
+    screen.result({**dataclasses.asdict(verdict), "sound": verdict.sound})
+    screen.say(f"{verdict.checked:,} rows checked, {size_text(verdict.bytes)}")
+    for problem, count in sorted(verdict.damaged.items()):
+        screen.say(f"{count:,} damaged: {problem}", "red")
+    if verdict.orphans:
+        screen.say(f"{verdict.orphans:,} files that no row names", "red")
+    for line in verdict.database:
+        screen.say(f"database: {line}", "red")
+    if verdict.sound:
+        screen.say("all sound", "green")
+        return 0
+    if arguments.repair:
+        screen.say(f"{verdict.repaired:,} dropped; dropped rows are computed anew when next asked for")
+    else:
+        screen.say("nothing was changed; --repair drops what is damaged")
+    if verdict.database:
+        again = "its indices were built anew, which repaired it" if verdict.reindexed else "not repaired"
+        screen.say(f"the database was damaged: {again if arguments.repair else 'see above'}")
+        if not verdict.reindexed:
+            screen.say("torchcache clear empties the directory, so that it can be filled anew")
+    return 1
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    add_directory(parser)
+    parser.add_argument(
+        "--repair",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="drop damaged rows and files that no row names (default: --repair)",
+    )
+
+
+COMMANDS = (
+    Command(
+        "info",
+        "what is cached: regions, rows, sizes, last use",
+        add_directory,
+        _info,
+        "Lists the regions of a cache directory, the most recently used first. The ratio is bytes of tensors by bytes "
+        "stored, from up to 200 rows. Your code is not imported.",
+    ),
+    Command(
+        "stats",
+        "how the rows are made up: shapes, files, database, ages",
+        add_directory,
+        _stats,
+        "Breaks a cache directory down by kind of call (input shapes, arguments, numeric mode), with the dtypes and "
+        "shapes of a row's outputs, and tells where the bytes are.",
+    ),
+    Command(
+        "verify",
+        "check every row, drop what is damaged; exit code 1 if anything was",
+        _verify_arguments,
+        _verify,
+        "Checks keys, file names, headers, lengths, checksums and compressed frames of all rows, files that no row "
+        "names, and the database itself. Training may go on meanwhile. Dropped rows are computed anew when next asked "
+        "for.",
+        ("torchcache verify ~/cache --no-repair --json",),
+    ),
+)

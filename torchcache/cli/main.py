@@ -1,0 +1,72 @@
+"""The parser, and the way from a command line to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from torchcache.cli import look, machine, move, remove
+from torchcache.cli.command import Command
+from torchcache.cli.screen import Screen, clean
+from torchcache.errors import TorchcacheError
+from torchcache.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: tuple[Command, ...] = (*look.COMMANDS, *remove.COMMANDS, *move.COMMANDS, *machine.COMMANDS)
+
+_EXIT_CODES = """exit codes:
+  0  done
+  1  done, and something was wrong: damaged rows, rows that did not fit, a place where no cache works
+  2  not done: a wrong argument, no cache there, an answer other than yes
+  130  interrupted; what was done stays done"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, without the program's name; the exit code."""
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        return command.run(parsed, Screen(parsed.json))
+    except (TorchcacheError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader left; what is still buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"torchcache {command.name}: {clean(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="torchcache",
+        description="Look at, check and tend the directories in which torchcache keeps rows.",
+        epilog=_EXIT_CODES,
+        formatter_class=form,
+    )
+    parser.add_argument("--version", action="version", version=f"torchcache {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        examples = "".join(f"\n  {example}" for example in command.examples)
+        one = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=_wrapped(command.description or command.help),
+            epilog=f"examples:{examples}" if examples else None,
+            formatter_class=form,
+        )
+        command.arguments(one)
+        one.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+        one.set_defaults(command=command)
+    return parser
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=90)

@@ -1,0 +1,67 @@
+"""Sizes, ages and dates: from what people type, and to what they read."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import time
+
+__all__ = ["age", "ago", "date", "size", "size_text", "span_text"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_NAMES = {"s": "second", "m": "minute", "h": "hour", "d": "day"}
+
+
+def size(text: str) -> int:
+    """Bytes from ``20GB``, ``1.5 GiB``, ``300M`` or ``4096``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 20GB, 1.5GiB, 300M or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def age(text: str) -> float:
+    """Seconds from ``30d``, ``12h``, ``90m``, ``2w``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age: write 30d, 12h, 90m or 2w")
+    return float(match[1]) * _SPANS[match[2]]
+
+
+def date(text: str) -> float:
+    """Seconds since the epoch from ``2026-11-01``, ``2026-11-01T08:00``, local time where no zone is given."""
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no date: write 2026-11-01 or 2026-11-01T08:00") from None
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def span_text(seconds: float) -> str:
+    """A short time for people."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def ago(moment: float) -> str:
+    """How long ago something was."""
+    if not moment:
+        return "unknown"
+    passed = time.time() - moment
+    for unit in ("d", "h", "m"):
+        count = int(passed // _SPANS[unit])
+        if count >= 1:
+            return f"{count} {_NAMES[unit]}{'s' if count > 1 else ''} ago"
+    return "just now" if passed > -60 else "in the future"

@@ -1,0 +1,200 @@
+"""What the regions of a cache directory are: ``regions/<tag>.json``, one small file a region, for people and tools.
+
+Rows are found without it; a missing or damaged file costs a name in a table and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchcache.logging import logger
+from torchcache.options import CacheOptions
+from torchcache.version import __version__
+
+__all__ = ["Catalogue", "Region", "is_tag"]
+
+FOLDER = "regions"
+LARGEST = 64 * 1024
+MOST = 100_000
+LATEST = 1e11
+LONGEST_NAME = 1000
+_TAG = re.compile(r"[0-9a-f]{32}")
+_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# What a region's rows, or the room for them, depend on.
+_OPTIONS = ("persistent_module_hash", "max_persistent_cache_size", "cache_dtype", "zstd_compression_level", "digest")
+
+Scalar = str | int | float | bool | None
+
+
+def is_tag(text: object) -> bool:
+    """Whether ``text`` is the fingerprint of a region in hexadecimal."""
+    return isinstance(text, str) and _TAG.fullmatch(text) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """What is known of one region.
+
+    Parameters
+    ----------
+    tag : str
+        Its fingerprint in hexadecimal, 32 digits.
+    name : str
+        Module path and class.
+    torchcache, torch : str
+        The versions that first stored its rows.
+    options : dict
+        The options of its mark that concern the directory.
+    created, last_used : float
+        Seconds since the epoch; a process tells of its use once.
+    """
+
+    tag: str
+    name: str
+    torchcache: str = ""
+    torch: str = ""
+    options: dict[str, Scalar] = dataclasses.field(default_factory=dict)
+    created: float = 0.0
+    last_used: float = 0.0
+
+    @classmethod
+    def of(cls, tag: str, name: str, options: CacheOptions) -> Region:
+        """The record of a region that is used now."""
+        chosen = {key: _plain(getattr(options, key)) for key in _OPTIONS}
+        now = time.time()
+        name = "".join(sign if sign.isprintable() else "?" for sign in name[:LONGEST_NAME])
+        return cls(tag, name, __version__, str(torch.__version__), chosen, now, now)
+
+    @classmethod
+    def parse(cls, tag: str, data: bytes) -> Region:
+        """The record in the bytes of a file, every field checked; ``ValueError`` where one is wrong."""
+        try:
+            fields = json.loads(data)
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        if not isinstance(fields, dict) or not isinstance(fields.get("options"), dict):
+            raise ValueError("not a record")
+        name, ours, theirs = (_text(fields.get(key)) for key in ("name", "torchcache", "torch"))
+        created, last_used = (_time(fields.get(key)) for key in ("created", "last_used"))
+        options = fields["options"]
+        if not all(key in _OPTIONS and isinstance(value, Scalar) for key, value in options.items()):
+            raise ValueError("an unknown option")
+        for value in options.values():
+            _text(str(value))
+        return cls(tag, name, ours, theirs, options, created, last_used)
+
+
+class Catalogue:
+    """The records of a cache directory.
+
+    Writing never raises; the reader is told nothing of files that are no records.
+
+    Parameters
+    ----------
+    directory : Path
+        The cache directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.folder = directory / FOLDER
+        self._noted: set[str] = set()
+
+    def noted(self, tag: str) -> bool:
+        """Whether this process told of the region's use."""
+        return tag in self._noted
+
+    def note(self, region: Region) -> None:
+        """Record that ``region`` is used: once a process, and again if its file was removed meanwhile."""
+        path = self.folder / f"{region.tag}.json"
+        if not is_tag(region.tag) or (region.tag in self._noted and path.exists()):
+            return
+        self._noted.add(region.tag)
+        try:
+            known = self._read(path)
+            if known is not None:
+                region = dataclasses.replace(region, created=min(known.created, region.created))
+            self.write(region)
+        except OSError as error:
+            logger.info("%s could not be written: %s", path, error)
+
+    def write(self, region: Region) -> None:
+        """Put the file of ``region`` in place at once, whole; raises ``OSError``."""
+        fields = dataclasses.asdict(region)
+        tag = fields.pop("tag")
+        self._check()
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        temporary = self.folder / f".{tag}.{os.getpid()}.{threading.get_ident()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        try:
+            with open(temporary, "xb", opener=_private) as file:
+                file.write(json.dumps(fields, indent=1).encode())
+            os.replace(temporary, self.folder / f"{tag}.json")
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+
+    def read(self) -> dict[str, Region]:
+        """The records by tag; what is not one of ours, or damaged, is left out."""
+        found = {}
+        with contextlib.suppress(OSError):
+            self._check()
+            files = sorted(os.scandir(self.folder), key=lambda file: file.name)[:MOST]
+            for file in files:
+                tag, suffix = os.path.splitext(file.name)
+                if suffix == ".json" and is_tag(tag) and (region := self._read(Path(file.path))) is not None:
+                    found[tag] = region
+        return found
+
+    def remove(self, tag: str) -> None:
+        """Delete the record of a region."""
+        with contextlib.suppress(OSError):
+            self._check()
+            if is_tag(tag):
+                os.remove(self.folder / f"{tag}.json")
+
+    def _check(self) -> None:
+        if self.folder.is_symlink():
+            raise OSError(f"{self.folder} is a link, which is not followed")
+
+    def _read(self, path: Path) -> Region | None:
+        try:
+            with open(path, "rb", opener=_no_link) as file:
+                data = file.read(LARGEST + 1)
+            return Region.parse(path.stem, data) if len(data) <= LARGEST else None
+        except (OSError, ValueError):
+            return None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST_NAME or not value.isprintable():
+        raise ValueError("a text is missing, too long or not printable")
+    return value
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < LATEST:
+        raise ValueError("a time is missing or out of range")
+    return float(value)
+
+
+def _plain(value: Any) -> Scalar:
+    return value if isinstance(value, Scalar) else str(value)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, _FLAGS)
