@@ -51,6 +51,8 @@ def prepared(name, door, **options):
         return torchcache.transform(model)
     if door == "compile":
         return torch.compile(model, backend="torchcache", options={"inner": "eager"})
+    if door == "inductor":
+        return torch.compile(model, backend="torchcache")
     return model
 
 
@@ -69,7 +71,7 @@ def without_labels(batch):
     return batch[:-1]
 
 
-@pytest.mark.parametrize("door", ["transform", "compile", "eager"])
+@pytest.mark.parametrize("door", ["transform", "compile", "eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "persistent"), [("vit", False), ("bert", True), ("clip", True)])
 def test_training_after_a_warm_up_computes_nothing_and_agrees(name, door, persistent):
     model = prepared(name, door, persistent=persistent)

@@ -109,6 +109,7 @@ def test_training_is_the_same_and_each_epoch_is_logged(tmp_path, callback, capsy
     # Trained on and validated on the same rows: half of the first epoch's are there already.
     assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0.5, 1, 1])
     assert [epoch["torchcache/rows"] for epoch in epochs] == [80] * 3
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
     assert epochs[-1]["torchcache/memory_bytes"] == 40 * 16 * 4
     assert "spent on the cache" in capsys.readouterr().err
 

@@ -48,8 +48,11 @@ class TorchCacheCallback(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch."""
-        if self._epochs is not None:
-            pl_module.log_dict(self._epochs.finish(), rank_zero_only=True)
+        found = self._epochs.finish() if self._epochs is not None else {}
+        if found:
+            # Not by way of ``log_dict``, which would have ranks wait for each other to average their counters.
+            for logger in trainer.loggers:
+                logger.log_metrics({**found, "epoch": trainer.current_epoch}, step=trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""
