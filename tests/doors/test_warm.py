@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchcache
+from torchcache.logging import logger
 from torchcache.store.disk import DiskTier
 from torchcache.store.writer import Writer
 
@@ -32,6 +33,7 @@ def seen(x: torch.Tensor) -> torch.Tensor:
 
 
 seen.register_fake(torch.empty_like)
+seen.register_autograd(lambda _, gradient: gradient)
 
 
 class SeenHead(nn.Linear):
@@ -146,6 +148,14 @@ def test_a_model_that_caches_nothing_is_an_error_and_an_empty_batch_is_not():
     with pytest.raises(torchcache.MarkError, match="nothing up"):
         torchcache.warm(model, [X], progress=False)
     assert torchcache.warm(TakesOne(), [X[:0], X, X[:3]], progress=False).rows == 9
+
+
+def test_rows_that_memory_has_no_room_for_are_told(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    for size, full in ((100_000, False), (8 * 8 * 4, True)):
+        model = nn.Sequential(torchcache.mark(nn.Linear(4, 8), freeze=True, max_memory_cache_size=size))
+        torchcache.warm(model, [torch.randn(6, 4) for _ in range(3)], progress=False)
+        assert ("memory of Linear is full at 256 B" in caplog.text) == full
 
 
 class Uneven(nn.Module):
