@@ -294,7 +294,8 @@ RANKS = """
 
         loader = generated()
     else:
-        loader = DataLoader(data, batch_size=8, shuffle=True)
+        own = torch.Generator().manual_seed(dist.get_rank()) if kind == "own generator" else None
+        loader = DataLoader(data, batch_size=8, shuffle=True, generator=own)
     done = torchcache.warm(model, loader, progress=False)
     loaded = len(data.read)
     everything = DataLoader(data, batch_size=8)
@@ -306,7 +307,7 @@ RANKS = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["shuffled", "sampler", "generator"])
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "sampler", "generator"])
 def test_each_rank_takes_its_share_and_finds_those_of_the_others(tmp_path, kind):
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(RANKS))
