@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import fx, nn
 
+from torchcache.graph.batches import unmark_batches
 from torchcache.graph.cut import calls_of, cut_region
 from torchcache.graph.frozen import Analysis, analyse, is_context_node, is_number, tensor_of
 from torchcache.graph.marked import MarkedCall, outermost
@@ -152,6 +153,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     model = getattr(model, "_orig_mod", model)
 
     def look(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        unmark_batches()
         _explain_graph(module, found, seen)
         return module.forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import html
 import io
@@ -76,12 +77,12 @@ class Table:
         )
 
 
-class Tabular:
+class Tabular(abc.ABC):
     """What shows itself as a table."""
 
+    @abc.abstractmethod
     def table(self) -> Table:
         """The table."""
-        raise NotImplementedError
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
         table = self.table()

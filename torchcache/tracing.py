@@ -6,7 +6,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,10 @@ VARIANTS = 16
 class Traced:
     """``function`` with its marked regions cached.
 
-    Traced at its first call, with the first dimension of every tensor argument symbolic, and again when
-    Dynamo's guards say so. What Dynamo does not guard is watched here: the programs of the marked calls (classes and
-    functions patched, values equal but of another type) and the hooks of all modules. Where Dynamo fails,
-    ``function`` runs as it is, and marked modules are cached eagerly.
+    Traced at its first call, for any number of rows, and again when Dynamo's guards say so. What Dynamo does not guard
+    is watched here: the programs of the marked calls (classes and functions patched, values equal but of another
+    type) and the hooks of all modules. Where Dynamo fails, ``function`` runs as it is, and marked modules are cached
+    eagerly.
 
     Parameters
     ----------
@@ -155,14 +155,8 @@ def start_tracer() -> None:
 
 
 def trace_with(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, its graphs handed to ``backend``, with the first dimension of every tensor argument symbolic."""
-    compiled = torch.compile(_own_frame(function), backend=backend)
-
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        _mark_batches((args, kwargs))
-        return compiled(*args, **kwargs)
-
-    return traced
+    """``function``, its graphs handed to ``backend``."""
+    return torch.compile(_own_frame(function), backend=backend)
 
 
 def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,20 +167,3 @@ def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
 
     code = traced.__code__.replace(co_name=f"traced_{next(_numbers)}")
     return types.FunctionType(code, globals(), code.co_name, None, traced.__closure__)
-
-
-def _mark_batches(value: Any) -> None:
-    for tensor in _tensors(value):
-        if tensor.ndim and tensor.shape[0] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

@@ -19,8 +19,8 @@ SEEDS = range(15, 45)
 def row_shapes_left_out(patch):
     combine = key._combine
 
-    def forgetful(region, cache_dtype, digest, mode, shapes, shared, named):
-        return combine(region, cache_dtype, digest, mode, tuple((dtype, ()) for dtype, _ in shapes), shared, named)
+    def forgetful(region, cache_dtype, digest, mode, shapes, *others):
+        return combine(region, cache_dtype, digest, mode, tuple((dtype, ()) for dtype, _ in shapes), *others)
 
     patch.setattr(key, "_combine", forgetful)
 
@@ -28,9 +28,9 @@ def row_shapes_left_out(patch):
 def row_dtypes_left_out(patch):
     combine = key._combine
 
-    def forgetful(region, cache_dtype, digest, mode, shapes, shared, named):
+    def forgetful(region, cache_dtype, digest, mode, shapes, *others):
         shapes = tuple((torch.uint8, shape) for _, shape in shapes)
-        return combine(region, cache_dtype, digest, mode, shapes, shared, named)
+        return combine(region, cache_dtype, digest, mode, shapes, *others)
 
     patch.setattr(key, "_combine", forgetful)
 

@@ -105,3 +105,50 @@ def test_an_empty_batch_that_does_not_trace(door):
     for _ in range(2):
         torch.testing.assert_close(model(x, padding), twin(x, padding))
     assert torchcache.stats(model).hits == 4
+
+
+class Shares(nn.Module):
+    def forward(self, x):
+        return x.tanh() / x.shape[0]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_that_depend_on_the_size_of_the_batch_are_refused(door, rows):
+    model, _ = cached(nn.Sequential(Shares()), door)
+    with pytest.raises(torchcache.RowwiseError):
+        model(torch.randn(rows, 4))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_rows_of_a_batch_of_one_are_not_trusted_before_more_are_seen(door):
+    model, twin = cached(nn.Sequential(Shares()), door)
+    x = torch.randn(6, 4)
+    refused = []
+    for rows in (*(x[row : row + 1] for row in range(6)), x):
+        try:
+            assert torch.equal(model(rows), twin(rows))
+        except torchcache.RowwiseError:
+            refused.append(len(rows))
+    assert refused in ([6], [1] * 6 + [6])  # a graph of one row cannot tell
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_batches_of_one_are_cached_and_share_rows_once_more_were_seen(door):
+    model, _ = cached(nn.Sequential(nn.Linear(4, 4)), door)
+    x = torch.randn(6, 4)
+    for _ in range(2):
+        model(x[:1])
+    assert torchcache.stats(model).hits == 1
+    model(x)
+    misses = torchcache.stats(model).misses
+    for row in range(6):
+        model(x[row : row + 1])
+    assert torchcache.stats(model).misses == misses
+
+
+def test_a_traced_batch_is_given_back_as_it_was():
+    model, _ = cached(nn.Sequential(nn.Linear(4, 4)), "compile")
+    x = torch.randn(6, 4)
+    model(x)
+    assert not getattr(x, "_dynamo_weak_dynamic_indices", None)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from torchcache.errors import ArgumentError
+from torchcache.graph.batches import make_symbolic
 from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
@@ -142,6 +143,7 @@ def enter(context: Any) -> None:
         if mark is not None:
             _breaks[mark] = _why(failed)
         raise SkipFrame("torchcache: a marked module that does not trace as one graph is cached as a whole")
+    make_symbolic(frame)
     graph = frame.output.current_tracer.graph
     call = _describe(mark, frame) if mark is not None else None
     opened = graph.__dict__.setdefault(OPEN, [])

@@ -102,7 +102,7 @@ class GraphRegion:
         self._shared = plan.positions("shared")
         self._held = plan.positions("state")
         self._scalars = plan.positions("scalar")
-        self._state = State()
+        self._state = State(guarded=True)
         self._numbers: list[float] = []
         self._programs: dict[int, bytes] = {}
         self._fingerprint = b""

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from torchcache.errors import ArgumentError
+from torchcache.graph.batches import unmark_batches
 from torchcache.graph.cut import Cut, batch_of, calls_of, cut_region, has_rows
 from torchcache.graph.frozen import (
     ENTER_AUTOCAST,
@@ -46,6 +47,7 @@ def cache_regions(
     list of GraphRegion
         The regions, which the caller keeps as long as the graph.
     """
+    unmark_batches()
     graph = module.graph
     regions = [region for body in _checkpoint_bodies(module) for region in cache_regions(body, compile_original)]
     calls = calls_of(graph.nodes)

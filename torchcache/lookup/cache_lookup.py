@@ -12,7 +12,7 @@ import torch
 from torchcache.errors import OutputError
 from torchcache.lookup.ahead import learn, prepared
 from torchcache.lookup.context import computing, current_ids, tell_watcher
-from torchcache.lookup.digest import digest_rows
+from torchcache.lookup.digest import digest_bytes, digest_rows
 from torchcache.lookup.fingerprint import content_digest
 from torchcache.lookup.history import History
 from torchcache.lookup.key import NumericMode, call_fingerprint
@@ -20,7 +20,7 @@ from torchcache.lookup.probe import probe
 from torchcache.lookup.rows import Layout
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
-from torchcache.store.select import join_rows, place_rows, select_rows
+from torchcache.store.select import concatenate, place_rows, select_rows
 from torchcache.store.slab import ABSENT, Slab
 from torchcache.store.tiers import Found, Tiers
 
@@ -84,7 +84,8 @@ class Call:
     layouts : callable
         What the outputs look like, asked when that is not known from an earlier call.
     probeable : bool
-        Whether the original computes several rows together, so that the probe can tell whether they mix.
+        Whether the original computes several rows together, so that the probe can tell whether they mix. Rows of
+        others have keys of their own, until the region is known to be row-wise.
     state : bytes
         Digest of the weights: rows of others make room in memory when it is full.
     """
@@ -142,7 +143,7 @@ class CacheLookup:
         self.output_paths: list[str] = []
         self.output_rows: set[int] = set()
         self._layouts: dict[bytes, tuple[Layout, ...]] = {}
-        self._probed = not options.verify
+        self._probed = self._proved = not options.verify
 
     def __call__(self, call: Call) -> Tensors:
         """The outputs of ``call``: fresh tensors of shape ``(B, *)``, in the caller's order.
@@ -216,6 +217,12 @@ class CacheLookup:
             return _row_spec(layouts), layouts[0].device
 
         found = self.tiers.find(fingerprint, digests, expected, call.state, ahead)
+        if not self._proved:
+            if any(slot != ABSENT for slot in found.slots) or found.extra:
+                self._proved = True  # rows are stored after a probe only, by whichever process
+            elif not call.probeable:
+                fingerprint = digest_bytes(b"alone" + fingerprint)
+                found = self.tiers.find(fingerprint, digests, expected, call.state)
         missing: dict[bytes, int] = {}
         if ABSENT in found.slots:
             for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
@@ -241,7 +248,7 @@ class CacheLookup:
         if not self._probed and call.probeable:
             with computing():
                 probe(self.name, rows, outputs, call.compute, call.mode.autocast is not None)
-            self._probed = True
+            self._probed = self._proved = True
         if len(split.missing) > 1:  # one row alone does not tell where the batch lies in memory
             self._layouts.setdefault(split.fingerprint, tuple(map(Layout.of, outputs)))
         start = time.perf_counter()
@@ -289,7 +296,7 @@ class CacheLookup:
 
 def learn_layouts(call: Call) -> tuple[Layout, ...]:
     """What the outputs look like, from computing two rows."""
-    rows = [join_rows(leaf[:1], leaf[-1:]) for leaf in call.rows]
+    rows = [concatenate((leaf[:1], leaf[-1:])) for leaf in call.rows]
     with computing():
         return tuple(map(Layout.of, call.compute(rows)))
 

@@ -107,10 +107,18 @@ class State:
 
     A change is seen by the tensors' identities, storages, pointers, shapes, strides, dtypes and version counters.
     Writes that bypass the version counter (into ``.data`` in place, or through a numpy view) are not.
+
+    Parameters
+    ----------
+    guarded : bool
+        Whether the caller knows that types, shapes and strides are those of the last time, as Dynamo's guards say.
     """
 
-    def __init__(self) -> None:
-        self._references: list[Callable[[], torch.Tensor | None]] = []
+    def __init__(self, guarded: bool = False) -> None:
+        self._guarded = guarded
+        self._identities: list[int] = []
+        self._references: list[Any] = []
+        self._gone: list[Any] = []
         self._storages: list[StorageWeakRef] = []
         self._handles: list[int] = []
         self._pointers: list[int] = []
@@ -126,7 +134,8 @@ class State:
                 and list(map(torch.Tensor.data_ptr, tensors)) == self._pointers
                 # While a storage lives nothing else has its address, so that an equal pointer is the same memory.
                 and not any(map(_expired, self._handles))
-                and all(map(operator.is_, [reference() for reference in self._references], tensors))
+                and not self._gone
+                and list(map(id, tensors)) == self._identities
                 and (self._layouts is None or _outside_inference_mode(self._layouts.check, tensors))
             )
         except RuntimeError:  # inference tensors have no version: hash them every time
@@ -143,8 +152,11 @@ class State:
         self._pointers = list(map(torch.Tensor.data_ptr, tensors))
         self._storages = [_weak_storage(tensor) for tensor in tensors]
         self._handles = [storage.cdata for storage in self._storages]
-        self._references = [weakref.ref(tensor) for tensor in tensors]
-        self._layouts = _outside_inference_mode(_layouts, tensors) if tensors else None
+        self._identities = list(map(id, tensors))
+        gone: list[Any] = []
+        self._gone = gone  # an identity means something as long as the tensor lives
+        self._references = [weakref.ref(tensor, gone.append) for tensor in tensors]
+        self._layouts = _outside_inference_mode(_layouts, tensors) if tensors and not self._guarded else None
         return self.digest
 
 

@@ -1,7 +1,8 @@
 """The row-wise check: row i of the output must be a function of row i of the input alone.
 
 Tried on real rows, in batches of two, where the same kernels run: the same row beside two different neighbours
-must come out the same bit for bit, and in the other place and in the whole batch the same within rounding.
+must come out the same bit for bit, and in another place of a batch of three and in the whole batch the same within
+rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.errors import RowwiseError
-from torchcache.store.select import element_bytes, join_rows, select_rows
+from torchcache.store.select import concatenate, element_bytes, select_rows
 
 __all__ = ["probe"]
 
@@ -51,13 +52,13 @@ def probe(
     one = [leaf[last:] for leaf in rows]
     other = [leaf[:1] for leaf in rows] if last else list(map(_altered, one))
     third = [leaf[1:2] for leaf in rows] if last > 1 else list(map(_altered, other))
-    first = compute(_pair(one, other))
-    second = compute(_pair(one, third))
-    swapped = compute(_pair(other, one))
+    first = compute(_batch(one, other))
+    second = compute(_batch(one, third))
+    elsewhere = compute(_batch(other, one, third))
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         if _identical(a[:1], b[:1]):
             continue
-        again = compute(_pair(one, other))[index]
+        again = compute(_batch(one, other))[index]
         if not _close(a[:1], again[:1], coarse):
             raise RowwiseError(
                 f"{where} cannot be cached: the same rows give different outputs when computed again. It is random or "
@@ -66,7 +67,7 @@ def probe(
         if _identical(a[:1], again[:1]) or not _close(a[:1], b[:1], coarse):
             raise _mixing(where)
     for index, whole in enumerate(outputs):
-        pairs = [(first[index][:1], swapped[index][1:]), (first[index][1:], swapped[index][:1])]
+        pairs = [(first[index][:1], elsewhere[index][1:2]), (first[index][1:], elsewhere[index][:1])]
         pairs.append((first[index][:1], whole[last : last + 1]))
         if last:
             pairs.append((first[index][1:], whole[:1]))
@@ -82,8 +83,8 @@ def _mixing(where: str) -> RowwiseError:
     )
 
 
-def _pair(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [join_rows(a, b) for a, b in zip(first, second, strict=True)]
+def _batch(*rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [concatenate(leaves) for leaves in zip(*rows, strict=True)]
 
 
 def _altered(leaf: torch.Tensor) -> torch.Tensor:

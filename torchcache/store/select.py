@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["concatenate", "element_bytes", "join_rows", "place_rows", "select_rows"]
+__all__ = ["concatenate", "element_bytes", "place_rows", "select_rows"]
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEXABLE = {
@@ -35,11 +35,6 @@ def place_rows(target: torch.Tensor, rows: Sequence[int], leaf: torch.Tensor) ->
     """Write ``leaf``, cast to the target's device and dtype, to ``rows`` of ``target``."""
     index = torch.tensor(rows, dtype=torch.int64, device=target.device)
     _carried(target).index_copy_(0, index, _carried(leaf.to(target.device, target.dtype)))
-
-
-def join_rows(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The rows of both, one after the other."""
-    return concatenate((first, second))
 
 
 def concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
