@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchcache.errors import ArgumentError, MarkError
 from torchcache.feeding import Feeder, as_given, moved
+from torchcache.logging import warn_once
 from torchcache.lookup.cache_lookup import CacheLookup
 from torchcache.lookup.context import watching_lookups
 from torchcache.prefetch import prefetch
@@ -69,11 +70,12 @@ def warm(
     inputs), which tells how many lookups a forward makes, and from then on no further than the last of them. It runs
     in the mode it is in (``train`` or ``eval``, autocast, gradients enabled or not), so that what is traced and stored
     is what training asks for; its buffers and the random numbers are given back as they were. Rows that are present
-    cost their hash: a second call goes on where the first one was stopped, and with ``persistent=True`` so does
-    another process. Ctrl-C keeps what was done.
+    are read and not computed: a second call goes on where the first one was stopped, and with ``persistent=True`` so
+    does another process. Ctrl-C keeps what was done.
 
     Under ``torch.distributed`` each process takes every n-th batch, unless the loader has a ``DistributedSampler``
-    or is accelerate's, and waits for the others at the end. ``DistributedDataParallel`` is looked through.
+    or is accelerate's, and waits for the others at the end; without ``persistent=True`` the rows stay in the process
+    that computed them. ``DistributedDataParallel`` is looked through.
 
     Parameters
     ----------
@@ -151,6 +153,7 @@ class _Watch:
         self.rows = 0
         self.misses = 0
         self._stored = {lookup: _stored(lookup) for lookup in lookups}
+        self._held: dict[CacheLookup, int] = {}
         self._lookups_by_form: dict[Any, int] = {}
         self._last = 0
         self._count = 0
@@ -185,6 +188,14 @@ class _Watch:
         self.rows += rows
         self.misses += misses
         self._count += 1
+        if misses and lookup.tiers.disk is None:
+            held = lookup.tiers.memory.used
+            if held == self._held.get(lookup):
+                warn_once(
+                    f"warm: the memory of {lookup.name} is full at {size_text(held)}, so further rows are computed in "
+                    "vain: set persistent=True, or a larger max_memory_cache_size"
+                )
+            self._held[lookup] = held
         if self._count == self._last:
             raise _Reached
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchcache
+from torchcache.logging import logger
 from torchcache.store.disk import DiskTier
 from torchcache.store.writer import Writer
 
@@ -32,6 +33,7 @@ def seen(x: torch.Tensor) -> torch.Tensor:
 
 
 seen.register_fake(torch.empty_like)
+seen.register_autograd(lambda _, gradient: gradient)
 
 
 class SeenHead(nn.Linear):
@@ -51,6 +53,8 @@ def prepared(name, door, **options):
         return torchcache.transform(model)
     if door == "compile":
         return torch.compile(model, backend="torchcache", options={"inner": "eager"})
+    if door == "inductor":
+        return torch.compile(model, backend="torchcache")
     return model
 
 
@@ -69,7 +73,7 @@ def without_labels(batch):
     return batch[:-1]
 
 
-@pytest.mark.parametrize("door", ["transform", "compile", "eager"])
+@pytest.mark.parametrize("door", ["transform", "compile", "eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "persistent"), [("vit", False), ("bert", True), ("clip", True)])
 def test_training_after_a_warm_up_computes_nothing_and_agrees(name, door, persistent):
     model = prepared(name, door, persistent=persistent)
@@ -144,6 +148,14 @@ def test_a_model_that_caches_nothing_is_an_error_and_an_empty_batch_is_not():
     with pytest.raises(torchcache.MarkError, match="nothing up"):
         torchcache.warm(model, [X], progress=False)
     assert torchcache.warm(TakesOne(), [X[:0], X, X[:3]], progress=False).rows == 9
+
+
+def test_rows_that_memory_has_no_room_for_are_told(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    for size, full in ((100_000, False), (8 * 8 * 4, True)):
+        model = nn.Sequential(torchcache.mark(nn.Linear(4, 8), freeze=True, max_memory_cache_size=size))
+        torchcache.warm(model, [torch.randn(6, 4) for _ in range(3)], progress=False)
+        assert ("memory of Linear is full at 256 B" in caplog.text) == full
 
 
 class Uneven(nn.Module):
@@ -282,7 +294,8 @@ RANKS = """
 
         loader = generated()
     else:
-        loader = DataLoader(data, batch_size=8, shuffle=True)
+        own = torch.Generator().manual_seed(dist.get_rank()) if kind == "own generator" else None
+        loader = DataLoader(data, batch_size=8, shuffle=True, generator=own)
     done = torchcache.warm(model, loader, progress=False)
     loaded = len(data.read)
     everything = DataLoader(data, batch_size=8)
@@ -294,7 +307,7 @@ RANKS = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["shuffled", "sampler", "generator"])
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "sampler", "generator"])
 def test_each_rank_takes_its_share_and_finds_those_of_the_others(tmp_path, kind):
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(RANKS))

@@ -18,7 +18,7 @@ class Probe(pl.LightningModule):
         torch.manual_seed(0)
         self.backbone = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16)).requires_grad_(False)
         if marked:
-            torchcache.mark(self.backbone, freeze=True)
+            torchcache.mark(self.backbone)
         self.head = nn.Linear(16, 3)
 
     def forward(self, x):
@@ -109,6 +109,7 @@ def test_training_is_the_same_and_each_epoch_is_logged(tmp_path, callback, capsy
     # Trained on and validated on the same rows: half of the first epoch's are there already.
     assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0.5, 1, 1])
     assert [epoch["torchcache/rows"] for epoch in epochs] == [80] * 3
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
     assert epochs[-1]["torchcache/memory_bytes"] == 40 * 16 * 4
     assert "spent on the cache" in capsys.readouterr().err
 
@@ -128,7 +129,7 @@ def test_without_transform_marked_modules_are_cached_when_called(tmp_path, callb
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_compiled_module_is_left_to_its_backend(tmp_path, callback, in_place):
+def test_a_compiled_module_is_cached_by_its_backend(tmp_path, callback, in_place):
     module = Probe()
     options = {"backend": "torchcache", "options": {"inner": "eager"}}
     if in_place:

@@ -17,8 +17,8 @@ class TorchCacheCallback(pl.Callback):
 
     At the start of ``fit`` the module is transformed in place: the optimizer, the strategy and the checkpoints keep
     what they hold. Where the module has no ``forward`` of its own, its children with marks are transformed instead,
-    since they are what ``training_step`` calls. A module that is compiled is left to its backend, which has to be
-    "torchcache". At the end
+    since they are what ``training_step`` calls. A module that is compiled is cached by its backend, which
+    has to be "torchcache". At the end
     of each epoch all rows are on disk, and the trainer's logger gets ``torchcache/hit_rate``, ``torchcache/rows``,
     ``torchcache/memory_bytes``, ``torchcache/disk_bytes`` and ``torchcache/saved_seconds``, validation included.
 
@@ -40,16 +40,18 @@ class TorchCacheCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Transform the module."""
-        compiled = pl_module._compiler_ctx is not None or pl_module._compiled_call_impl is not None
-        if self._transforms and not compiled:
+        if self._transforms:
             for part in _called(pl_module):
                 transform(part)
         self._epochs = Epochs(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch."""
-        if self._epochs is not None:
-            pl_module.log_dict(self._epochs.finish(), rank_zero_only=True)
+        found = self._epochs.finish() if self._epochs is not None else {}
+        if found:
+            # Not by way of ``log_dict``, which would have ranks wait for each other to average their counters.
+            for logger in trainer.loggers:
+                logger.log_metrics({**found, "epoch": trainer.current_epoch}, step=trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""

@@ -17,7 +17,7 @@ class TorchCacheCallback(TrainerCallback):
     """Caches the marked modules of a model while a ``Trainer`` trains it.
 
     When training begins the model is transformed in place: the optimizer, the trainer and the checkpoints keep what
-    they hold. A model compiled in place, ``model.compile(backend="torchcache")``, is left to that backend. At the end
+    they hold. A model compiled in place, ``model.compile(backend="torchcache")``, is cached by that backend. At the end
     of each epoch all rows are on disk, and ``trainer.log`` gets ``torchcache/hit_rate``, ``torchcache/rows``,
     ``torchcache/memory_bytes``, ``torchcache/disk_bytes`` and ``torchcache/saved_seconds``, evaluation included.
 
@@ -55,7 +55,7 @@ class TorchCacheCallback(TrainerCallback):
                 "TrainingArguments(torch_compile=True) knows other backends only, and they do not cache: leave it out, "
                 'and call model.compile(backend="torchcache") before training instead'
             )
-        if self._transforms and model._compiled_call_impl is None:
+        if self._transforms:
             transform(model)
         self._epochs = Epochs(model)
 
