@@ -29,7 +29,7 @@ LAYERS = [
     {"graph.frozen", "graph.region"},
     {"graph.partition", "graph.cut", "graph.feed"},
     {"graph.rewrite"},
-    {"tracing", "backend", "stats", "prefetch"},
+    {"tracing", "backend", "stats", "prefetch", "audit"},
     {"eager"},
     {"marks"},
     {"transform", "explain"},

@@ -11,7 +11,7 @@ import torch
 
 from torchcache.errors import OutputError
 from torchcache.lookup.ahead import learn, prepared
-from torchcache.lookup.context import computing, current_ids
+from torchcache.lookup.context import computing, current_ids, current_observer
 from torchcache.lookup.digest import digest_bytes, digest_rows
 from torchcache.lookup.fingerprint import content_digest
 from torchcache.lookup.key import NumericMode, call_fingerprint
@@ -23,7 +23,7 @@ from torchcache.store.select import concatenate, place_rows, select_rows
 from torchcache.store.slab import ABSENT, Slab
 from torchcache.store.tiers import Found, Tiers
 
-__all__ = ["CacheLookup", "Call", "Counters", "learn_layouts"]
+__all__ = ["CacheLookup", "Call", "Counters", "Split", "learn_layouts"]
 
 Tensors = list[torch.Tensor]
 
@@ -163,7 +163,11 @@ class CacheLookup:
         fingerprint, digests, ahead = self._hash(call, count)
         split = self._split(call, fingerprint, digests, ahead)
         computed = self._compute(call, split)
-        return self._merge(call, split, computed)
+        outputs = self._merge(call, split, computed)
+        observe = current_observer()
+        if observe is not None:
+            observe(self, call, split, outputs)
+        return outputs
 
     def bypass(self, call: Call) -> Tensors:
         """The outputs of ``call``, computed and not stored."""

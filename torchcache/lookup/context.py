@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 
 import numpy as np
@@ -14,10 +14,20 @@ import xxhash
 
 from torchcache.errors import SampleKeyError
 
-__all__ = ["bypass", "bypassed", "computing", "current_ids", "inside_region", "sample_keys"]
+__all__ = [
+    "bypass",
+    "bypassed",
+    "computing",
+    "current_ids",
+    "current_observer",
+    "inside_region",
+    "observing",
+    "sample_keys",
+]
 
 _bypass: ContextVar[bool] = ContextVar("torchcache_bypass", default=False)
 _computing: ContextVar[bool] = ContextVar("torchcache_computing", default=False)
+_observer: ContextVar[Callable[..., None] | None] = ContextVar("torchcache_observer", default=None)
 
 
 @dataclasses.dataclass
@@ -126,3 +136,18 @@ def computing() -> Iterator[None]:
             yield
     finally:
         _computing.reset(token)
+
+
+@contextlib.contextmanager
+def observing(observer: Callable[..., None]) -> Iterator[None]:
+    """Show every lookup inside this block to ``observer``: the lookup, the call, its split and its outputs."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def current_observer() -> Callable[..., None] | None:
+    """Who is to be shown this lookup."""
+    return _observer.get()

@@ -16,7 +16,7 @@ from torchcache.errors import RowwiseError
 from torchcache.lookup.culprit import Run, find_culprit
 from torchcache.store.select import concatenate, element_bytes, select_rows
 
-__all__ = ["close", "probe"]
+__all__ = ["close", "difference", "probe"]
 
 Compute = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -127,11 +127,19 @@ def close(a: torch.Tensor, b: torch.Tensor, coarse: bool) -> bool:
     if not (a.is_floating_point() or a.is_complex()):
         return bool((a != b).float().mean() <= FLIPPED)
     size = a.dtype.itemsize // (2 if a.is_complex() else 1)
-    tolerance = ROUNDING[min(size, 2) if coarse else size]
+    return difference(a, b)[1] <= ROUNDING[min(size, 2) if coarse else size]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """The largest difference of two tensors of one shape, and its share of their largest magnitude where they differ.
+
+    Both are not-a-number where one tensor has such an element and the other has not.
+    """
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.to(wide).flatten(), b.to(wide).flatten()
     same = (a == b) | (a.isnan() & b.isnan())
     a, b = a[~same], b[~same]
     if not a.numel():
-        return True
-    return bool((a - b).abs().max() <= tolerance * torch.maximum(a.abs().max(), b.abs().max()))
+        return 0.0, 0.0
+    largest = (a - b).abs().max()
+    return float(largest), float(largest / torch.maximum(a.abs().max(), b.abs().max()))
