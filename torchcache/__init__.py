@@ -1,5 +1,6 @@
 """Caches the outputs of frozen PyTorch backbones, per sample, in memory and on disk."""
 
+from torchcache.audit import audit
 from torchcache.backend import torchcache_backend
 from torchcache.errors import (
     ArgumentError,
@@ -38,6 +39,7 @@ __all__ = [
     "StoreError",
     "StoreVersionError",
     "TorchcacheError",
+    "audit",
     "bypass",
     "explain",
     "flush",

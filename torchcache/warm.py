@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torchcache.errors import ArgumentError, MarkError
 from torchcache.feeding import Feeder, as_given, moved
 from torchcache.logging import warn_once
-from torchcache.lookup.cache_lookup import CacheLookup
+from torchcache.lookup.cache_lookup import CacheLookup, Call, Split
 from torchcache.lookup.context import watching_lookups
 from torchcache.prefetch import prefetch
 from torchcache.sharing import generators_of, my_share, rank_and_world
@@ -182,13 +182,13 @@ class _Watch:
                 "torchcache.explain(model, batch) to see why, and torchcache.transform or mark before warm"
             )
 
-    def _looked_up(self, lookup: CacheLookup, rows: int, misses: int) -> None:
+    def _looked_up(self, lookup: CacheLookup, call: Call, split: Split, outputs: list[torch.Tensor]) -> None:
         if lookup not in self._stored:  # made in this call, unless it is that of a function used before
             self._stored[lookup] = 0 if lookup.counters.calls == 1 else _stored(lookup)
-        self.rows += rows
-        self.misses += misses
+        self.rows += len(split.digests)
+        self.misses += len(split.missing)
         self._count += 1
-        if misses and lookup.tiers.disk is None:
+        if split.missing and lookup.tiers.disk is None:
             held = lookup.tiers.memory.used
             if held == self._held.get(lookup):
                 warn_once(

@@ -65,7 +65,7 @@ class Analysis:
     contexts : dict of Node to tuple of Node
         The autocast blocks around each node, outermost first, as the nodes that enter them.
     written : dict of Node to set of int
-        Storages that a node writes to in place.
+        Storages that a node, cached or not, writes to in place.
     harmless : set of str
         Operators with their settings that draw, normalise and write nothing, whatever tensors they are given.
     """
@@ -132,7 +132,10 @@ def analyse(graph: fx.Graph) -> Analysis:
             levels += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
             analysis.contexts[node] = tuple(entered)
             _classify(node, analysis)
-            verdict = _inherited(node, analysis) or _own(node, analysis, levels)
+            inherited = _inherited(node, analysis)
+            verdict = inherited or _own(node, analysis, levels)
+            if inherited is not None or outermost(node) is None:
+                _note_writes(node, analysis)
             if verdict is not None:
                 analysis.verdicts[node] = verdict if verdict.source else _sourced(verdict, node)
     return analysis
@@ -208,15 +211,11 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
 
 
 def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
-    settings = f"{node.op} {node.target} {_settings(node.args)} {_settings(node.kwargs)}"
+    settings = _act(node)
     if settings in analysis.harmless:
         return None
-    recorder = _Recorder()
     try:
-        arguments = fx.map_arg((node.args, node.kwargs), _example)
-        fake = next((leaf for leaf in _leaves(arguments) if isinstance(leaf, FakeTensor)), None)
-        with contextlib.nullcontext() if fake is None else fake.fake_mode, recorder:
-            _run(node, *arguments)
+        recorder = _record(node)
     except _NestedError:
         return Verdict("untraceable", f"{_where(node)} calls a nested graph")
     except Exception as error:  # whatever an operator raises on fake tensors
@@ -234,14 +233,44 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
         if (value := tensor_of(source)) is not None
         and (source.op in ("placeholder", "get_attr") or outermost(source) is None)
     }
+    analysis.written[node] = recorder.written
     if recorder.written & outliving:
         return Verdict("mutation", f"{_where(node)} writes to an input or a buffer in place")
-    analysis.written[node] = recorder.written
     return None
 
 
+def _note_writes(node: fx.Node, analysis: Analysis) -> None:
+    """Note what a node that is not cached writes to: a region that reads it must keep its place in the order."""
+    settings = _act(node)
+    if node.op not in ("call_function", "call_method") or is_context_node(node) or settings in analysis.harmless:
+        return
+    try:
+        recorder = _record(node)
+    except Exception:  # nested graphs, and whatever an operator raises on fake tensors
+        return
+    if recorder.written:
+        analysis.written[node] = recorder.written
+    elif not (recorder.random or recorder.statistics):
+        analysis.harmless.add(settings)
+
+
+def _record(node: fx.Node) -> _Recorder:
+    """What a node does, from running it on fake tensors."""
+    recorder = _Recorder()
+    arguments = fx.map_arg((node.args, node.kwargs), _example)
+    fake = next((leaf for leaf in _leaves(arguments) if isinstance(leaf, FakeTensor)), None)
+    with contextlib.nullcontext() if fake is None else fake.fake_mode, recorder:
+        _run(node, *arguments)
+    return recorder
+
+
+def _act(node: fx.Node) -> str:
+    """A node's operator and settings: nodes that agree in these act alike."""
+    return f"{node.op} {node.target} {_settings(node.args)} {_settings(node.kwargs)}"
+
+
 def _settings(value: Any) -> str:
-    """The arguments of a node, tensors left out: nodes with the same operator and settings act alike."""
+    """The arguments of a node, tensors left out."""
     return str(fx.map_arg(value, lambda node: type(node.meta.get("example_value")).__name__))
 
 

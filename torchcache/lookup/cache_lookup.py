@@ -11,7 +11,7 @@ import torch
 
 from torchcache.errors import OutputError
 from torchcache.lookup.ahead import learn, prepared
-from torchcache.lookup.context import computing, current_ids, tell_watcher
+from torchcache.lookup.context import computing, current_ids, current_watcher
 from torchcache.lookup.digest import digest_bytes, digest_rows
 from torchcache.lookup.fingerprint import content_digest
 from torchcache.lookup.history import History
@@ -24,7 +24,7 @@ from torchcache.store.select import concatenate, place_rows, select_rows
 from torchcache.store.slab import ABSENT, Slab
 from torchcache.store.tiers import Found, Tiers
 
-__all__ = ["CacheLookup", "Call", "Counters", "learn_layouts"]
+__all__ = ["CacheLookup", "Call", "Counters", "Split", "learn_layouts"]
 
 Tensors = list[torch.Tensor]
 
@@ -167,7 +167,9 @@ class CacheLookup:
         computed = self._compute(call, split)
         merged = self._merge(call, split, computed)
         self.history.note(self.counters, self.tiers.memory.used, self.tiers.disk_bytes)
-        tell_watcher(self, count, len(split.missing))
+        watcher = current_watcher()
+        if watcher is not None:
+            watcher(self, call, split, merged)
         return merged
 
     def bypass(self, call: Call) -> Tensors:

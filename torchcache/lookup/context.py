@@ -20,9 +20,9 @@ __all__ = [
     "bypassed",
     "computing",
     "current_ids",
+    "current_watcher",
     "inside_region",
     "sample_keys",
-    "tell_watcher",
     "watching_lookups",
 ]
 
@@ -138,13 +138,13 @@ def computing() -> Iterator[None]:
         _computing.reset(token)
 
 
-Watcher = Callable[[Any, int, int], None]
+Watcher = Callable[[Any, Any, Any, list[torch.Tensor]], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("torchcache_watcher", default=None)
 
 
 @contextlib.contextmanager
 def watching_lookups(watcher: Watcher) -> Iterator[None]:
-    """Call ``watcher`` with the lookup, its rows and its misses after every lookup inside this block."""
+    """Show every lookup inside this block to ``watcher``: the ``CacheLookup``, its call, split and outputs."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -152,8 +152,6 @@ def watching_lookups(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def tell_watcher(lookup: Any, rows: int, misses: int) -> None:
-    """Say that a lookup has done its work."""
-    watcher = _watcher.get()
-    if watcher is not None:
-        watcher(lookup, rows, misses)
+def current_watcher() -> Watcher | None:
+    """Who is to be shown this lookup."""
+    return _watcher.get()

@@ -7,14 +7,16 @@ rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from torchcache.errors import RowwiseError
+from torchcache.lookup.culprit import Run, find_culprit
 from torchcache.store.select import concatenate, element_bytes, select_rows
 
-__all__ = ["probe"]
+__all__ = ["close", "difference", "probe"]
 
 Compute = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -52,34 +54,51 @@ def probe(
     one = [leaf[last:] for leaf in rows]
     other = [leaf[:1] for leaf in rows] if last else list(map(_altered, one))
     third = [leaf[1:2] for leaf in rows] if last > 1 else list(map(_altered, other))
-    first = compute(_batch(one, other))
-    second = compute(_batch(one, third))
-    elsewhere = compute(_batch(other, one, third))
+    pair, beside, trio = _batch(one, other), _batch(one, third), _batch(other, one, third)
+
+    def refusal(here: Run, there: Run, again: Sequence[torch.Tensor], exact: bool) -> RowwiseError:
+        same = _identical if exact else functools.partial(close, coarse=coarse)
+        if all(close(a, b, coarse) for a, b in zip(first, again, strict=True)):
+            return _mixing(where, find_culprit(compute, here, there, same))
+        return _unstable(where, find_culprit(compute, Run(pair, 0), Run(pair, 0), same))
+
+    first, second, elsewhere = compute(pair), compute(beside), compute(trio)
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         if _identical(a[:1], b[:1]):
             continue
-        again = compute(_batch(one, other))[index]
-        if not _close(a[:1], again[:1], coarse):
-            raise RowwiseError(
-                f"{where} cannot be cached: the same rows give different outputs when computed again. It is random or "
-                "keeps state between calls (dropout in train mode, noise, a counter): call .eval() on it, or unmark it"
-            )
-        if _identical(a[:1], again[:1]) or not _close(a[:1], b[:1], coarse):
-            raise _mixing(where)
-    for index, whole in enumerate(outputs):
-        pairs = [(first[index][:1], elsewhere[index][1:2]), (first[index][1:], elsewhere[index][:1])]
-        pairs.append((first[index][:1], whole[last : last + 1]))
-        if last:
-            pairs.append((first[index][1:], whole[:1]))
-        if not all(_close(a, b, coarse) for a, b in pairs):
-            raise _mixing(where)
+        again = compute(pair)
+        exact = _identical(a[:1], again[index][:1])
+        if exact or not close(a[:1], b[:1], coarse):
+            raise refusal(Run(pair, 0), Run(beside, 0), again, exact)
+    runs: list[tuple[Run, Run, Sequence[torch.Tensor]]]
+    runs = [(Run(pair, 0), Run(trio, 1), elsewhere), (Run(pair, 1), Run(trio, 0), elsewhere)]
+    runs.append((Run(pair, 0), Run(list(rows), last), outputs))
+    if last:
+        runs.append((Run(pair, 1), Run(list(rows), 0), outputs))
+    for here, there, others in runs:
+        for a, b in zip(first, others, strict=True):
+            if not close(a[here.row : here.row + 1], b[there.row : there.row + 1], coarse):
+                raise refusal(here, there, compute(pair), False)
 
 
-def _mixing(where: str) -> RowwiseError:
+def _unstable(where: str, culprit: str | None) -> RowwiseError:
+    likely = f"First seen at {culprit}." if culprit else "Likely: dropout in train mode, noise, a counter."
     return RowwiseError(
-        f"{where} cannot be cached: a row's output changes with the other rows of the batch. Likely: BatchNorm in "
-        "train mode (call .eval()), a mean, softmax or matmul over dim 0, or an input without a batch dimension whose "
-        "first dimension equals the batch size. Mark a smaller part, or unmark it"
+        f"{where} cannot be cached: the same rows give different outputs when computed again, so it is random or "
+        f"keeps state between calls. {likely} Call .eval() on it, mark a smaller part, or unmark it"
+    )
+
+
+def _mixing(where: str, culprit: str | None) -> RowwiseError:
+    likely = (
+        f"First seen at {culprit}."
+        if culprit
+        else "Likely: BatchNorm in train mode, a mean, softmax or matmul over dim 0, or an input without a batch "
+        "dimension whose first dimension equals the batch size."
+    )
+    return RowwiseError(
+        f"{where} cannot be cached: a row's output changes with the other rows of the batch. {likely} Call .eval() if "
+        "that is its train mode, mark a smaller part, or unmark it"
     )
 
 
@@ -101,17 +120,26 @@ def _bytes(leaf: torch.Tensor) -> torch.Tensor:
     return element_bytes(leaf.resolve_conj().resolve_neg().contiguous())
 
 
-def _close(a: torch.Tensor, b: torch.Tensor, coarse: bool) -> bool:
+def close(a: torch.Tensor, b: torch.Tensor, coarse: bool) -> bool:
+    """Whether two tensors of one shape differ by rounding at most; ``coarse`` where half precision computed them."""
     if not a.numel() or _identical(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):
         return bool((a != b).float().mean() <= FLIPPED)
     size = a.dtype.itemsize // (2 if a.is_complex() else 1)
-    tolerance = ROUNDING[min(size, 2) if coarse else size]
+    return difference(a, b)[1] <= ROUNDING[min(size, 2) if coarse else size]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """The largest difference of two tensors of one shape, and its share of their largest magnitude where they differ.
+
+    Both are not-a-number where one tensor has such an element and the other has not.
+    """
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.to(wide).flatten(), b.to(wide).flatten()
     same = (a == b) | (a.isnan() & b.isnan())
     a, b = a[~same], b[~same]
     if not a.numel():
-        return True
-    return bool((a - b).abs().max() <= tolerance * torch.maximum(a.abs().max(), b.abs().max()))
+        return 0.0, 0.0
+    largest = (a - b).abs().max()
+    return float(largest), float(largest / torch.maximum(a.abs().max(), b.abs().max()))
