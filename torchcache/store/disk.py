@@ -11,20 +11,24 @@ import json
 import os
 import random
 import re
+import secrets
 import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
+from diskcache.core import DEFAULT_SETTINGS
 
 from torchcache.errors import StoreVersionError
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.file import BlobFile
+from torchcache.store.pause import Pause
+from torchcache.store.vet import DATABASE, vet_database, vet_files
 
 __all__ = ["DiskTier", "check_version", "disk_tier"]
 
@@ -35,10 +39,18 @@ MIN_FILE_SIZE = 128 * 1024
 # pages are slower to write.
 PAGE_SIZE = 16 * 1024
 KEYS_PER_QUERY = 500
-OPEN_SECONDS = 30.0
 LOCK_SECONDS = 10.0
 # What one row costs in the database beside its blob: key, columns and index entries.
 ROW_OVERHEAD = 160
+
+# All of them, so that none is taken from the database.
+SETTINGS = {
+    **DEFAULT_SETTINGS,
+    "disk_min_file_size": MIN_FILE_SIZE,
+    "sqlite_mmap_size": 0,  # a mapped file that another process cuts short would kill this one
+    "eviction_policy": "none",
+    "cull_limit": 0,
+}
 
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
@@ -48,6 +60,10 @@ T = TypeVar("T")
 
 class BlobDisk(diskcache.Disk):  # type: ignore[misc]
     """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways."""
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        self.uncommitted: list[str] = []
 
     def put(self, key: object) -> tuple[memoryview, bool]:
         """The database form of ``key``, which must be bytes."""
@@ -68,6 +84,7 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
         if len(value) < self.min_file_size:
             return 0, _RAW, None, sqlite3.Binary(value)
         filename, path = self.filename(key, value)
+        self.uncommitted.append(filename)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._check(filename)
         with open(path, "xb", opener=_private) as file:
@@ -141,6 +158,10 @@ class DiskTier:
         self.full = False
         self._cache: Any = None
         self._failed = False
+        self._identity: tuple[int, int] | None = None
+        self._abandoned: list[Any] = []
+        self._reading = Pause()
+        self._writing = Pause()
         self._lock = threading.Lock()
 
     def open(self) -> bool:
@@ -148,13 +169,18 @@ class DiskTier:
         if self._cache is not None or self._failed:
             return self._cache is not None
         with self._lock:
-            if self._cache is None and not self._failed:
+            if self._cache is None and not self._failed and self._reading.over:
                 try:
-                    self._cache = self._connect()
-                except StoreVersionError:
-                    raise
+                    cache = self._connect()
+                    self._identity = self._identify()
+                    self._cache = cache
                 except Exception as error:  # whatever a damaged database makes of diskcache
-                    self._failed = True
+                    if isinstance(error, StoreVersionError) and not self._abandoned:
+                        raise
+                    if _is_locked(error):
+                        self._reading.begin()
+                    else:
+                        self._failed = True
                     self._complain("opened", error)
         return self._cache is not None
 
@@ -164,16 +190,14 @@ class DiskTier:
         One query serves a few hundred keys.
         """
         found: dict[bytes, bytes | BlobFile] = {}
-        if not self.open():
+        if not self._reading.over or not self.open():
             return found
+        cache = self._cache
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            held = f"CASE WHEN length(value) <= {MIN_FILE_SIZE} THEN value END"
-            query = f"SELECT key, mode, filename, {held} FROM Cache WHERE raw = 1 AND key IN ({marks})"
-            for key, mode, filename, value in self._rows(query, part):
+            for key, mode, filename, value in self._rows(cache, part):
                 try:
-                    found[key] = self._cache.disk.find(mode, filename, value)
+                    found[key] = cache.disk.find(mode, filename, value)
                 except (OSError, ValueError) as error:
                     self._complain("read", error)
         return found
@@ -188,19 +212,23 @@ class DiskTier:
         size : int
             Their bytes, blobs alone.
         """
+        if not self._writing.over:
+            return 0, 0
+        if self._cache is not None and self._identify() != self._identity:
+            self._abandon()
         if not self.open():
             return 0, 0
 
         def store() -> tuple[int, int]:
             stored = size = 0
-            with self._cache.transact(retry=False):
-                room = limit - self._cache.volume()
+            with self._transact() as cache:
+                room = limit - cache.volume()
                 for key, blob in entries:
                     room -= len(blob) + ROW_OVERHEAD
                     if room < 0:
                         self._fill(limit)
                         break
-                    self._cache.set(key, blob, tag=tag, retry=False)
+                    cache.set(key, blob, tag=tag, retry=False)
                     stored, size = stored + 1, size + len(blob)
             return stored, size
 
@@ -208,8 +236,14 @@ class DiskTier:
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Remove damaged entries, so that they are computed anew and stored again."""
-        if self.open():
-            self._guard("repaired", lambda: [self._cache.delete(key, retry=False) for key in keys], [])
+
+        def delete() -> None:
+            with self._transact() as cache:
+                for key in keys:
+                    cache.delete(key, retry=False)
+
+        if self._writing.over and self.open():
+            self._guard("repaired", delete, None)
 
     def volume(self) -> int:
         """Bytes of the directory, as diskcache counts them."""
@@ -220,31 +254,81 @@ class DiskTier:
         if self._cache is not None:
             self._guard("closed", lambda: self._cache.close(), None)
 
-    def _rows(self, query: str, parameters: Sequence[bytes]) -> list[tuple[bytes, int, str | None, Any]]:
-        # diskcache has no public batch read; its own connection is per thread and survives a fork.
-        return self._guard("read", lambda: list(self._cache._sql(query, parameters)), [])
+    @contextlib.contextmanager
+    def _transact(self) -> Iterator[Any]:
+        """A transaction that leaves no lock and no file behind when it fails, be it at its very end."""
+        cache, files = self._cache, []
+        try:
+            with cache.transact(retry=False):
+                files = cache.disk.uncommitted = []
+                yield cache
+        except BaseException as error:
+            connection = cache._con
+            if connection.in_transaction:  # diskcache does not undo what cannot be committed
+                connection.rollback()
+            for name in files:
+                cache.disk.remove(name)
+            if isinstance(error, (OSError, sqlite3.OperationalError, diskcache.Timeout)):
+                self._writing.begin()
+            raise
+        self._writing.end()
+
+    def _rows(self, cache: Any, keys: Sequence[bytes]) -> list[tuple[bytes, int, str | None, Any]]:
+        """The rows of ``keys``; where a damaged page spoils the query, those that can still be read."""
+        marks = ",".join("?" * len(keys))
+        held = f"CASE WHEN typeof(value) = 'blob' AND length(value) <= {MIN_FILE_SIZE} THEN value END"
+        query = (
+            f"SELECT key, mode, substr(filename, 1, 64), {held} FROM Cache"
+            f" WHERE raw = 1 AND key IN ({marks}) AND typeof(mode) = 'integer'"
+        )
+        try:
+            # diskcache has no public batch read; its own connection is per thread and survives a fork.
+            rows = list(cache._sql(query, keys))
+        except Exception as error:  # whatever a damaged database makes of diskcache
+            if not self._reading.over:
+                return []
+            if _is_locked(error):
+                self._reading.begin()
+            elif len(keys) > 1:
+                half = len(keys) // 2
+                return self._rows(cache, keys[:half]) + self._rows(cache, keys[half:])
+            self._complain("read", error)
+            return []
+        self._reading.end()
+        return rows
+
+    def _identify(self) -> tuple[int, int] | None:
+        """Which file the database is; ``None`` where there is none."""
+        try:
+            found = os.stat(self.directory / f"rows-{FORMAT_VERSION}" / DATABASE)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _abandon(self) -> None:
+        """Start anew where the directory was deleted or replaced: SQLite would go on in files without a name."""
+        with self._lock:
+            # Never closed: SQLite would delete the log of the database that lies at the same path by then.
+            self._abandoned.append(self._cache)
+            self._cache = None
+        self.errors += 1
+        warn_once(f"the cache directory {self.directory} was deleted or replaced while in use and is filled anew")
 
     def _connect(self) -> Any:
         check_version(self.directory)
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         self._write_marker()
-        deadline = time.monotonic() + OPEN_SECONDS
+        deadline = time.monotonic() + LOCK_SECONDS
         rows = self.directory / f"rows-{FORMAT_VERSION}"
         while True:
             try:
+                vet_files(rows)
                 _lay_out(rows)
-                return diskcache.Cache(
-                    str(rows),
-                    timeout=LOCK_SECONDS,
-                    disk=BlobDisk,
-                    disk_min_file_size=MIN_FILE_SIZE,
-                    sqlite_mmap_size=0,  # a mapped file that another process cuts short would kill this one
-                    eviction_policy="none",
-                    cull_limit=0,
-                )
+                vet_database(rows, LOCK_SECONDS)
+                return diskcache.Cache(str(rows), timeout=LOCK_SECONDS, disk=BlobDisk, **SETTINGS)
             except (sqlite3.OperationalError, diskcache.Timeout) as error:
                 # Processes that create the same database at once collide on its journal mode.
-                if "locked" not in str(error) or time.monotonic() > deadline:
+                if not _is_locked(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(random.uniform(0.01, 0.1))
 
@@ -254,9 +338,15 @@ class DiskTier:
         with contextlib.suppress(OSError), open(marker, "rb") as file:
             if file.read(4096) == wanted:
                 return
-        temporary = marker.with_name(f"{MARKER}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_bytes(wanted)
-        os.replace(temporary, marker)
+        temporary = marker.with_name(f"{MARKER}.{secrets.token_hex(8)}")
+        try:
+            with open(temporary, "xb", opener=_private) as file:
+                file.write(wanted)
+            os.replace(temporary, marker)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
     def _fill(self, limit: int) -> None:
         self.full = True
@@ -276,9 +366,13 @@ class DiskTier:
         logger.info("store error on %s: %s", self.directory, reason)
 
 
+def _is_locked(error: BaseException) -> bool:
+    return isinstance(error, (sqlite3.OperationalError, diskcache.Timeout)) and "locked" in str(error)
+
+
 def _lay_out(rows: Path) -> None:
     """Create the database with our page size, which nothing can change later."""
-    database = rows / "cache.db"
+    database = rows / DATABASE
     if database.exists():
         return
     os.makedirs(rows, mode=0o700, exist_ok=True)
