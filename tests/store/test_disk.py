@@ -15,7 +15,6 @@ import time
 import pytest
 
 from torchcache.errors import StoreVersionError
-from torchcache.logging import logger
 from torchcache.store.disk import MIN_FILE_SIZE, BlobDisk, DiskTier
 
 LIMIT = 10**9
@@ -40,13 +39,6 @@ def contents(found):
 
 def database(directory):
     return sqlite3.connect(next(directory.rglob("cache.db")))
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    seen = []
-    monkeypatch.setattr(logger, "warning", lambda text, *args: seen.append(text % args if args else text))
-    return seen
 
 
 def test_batches_of_any_size_come_back(tmp_path):

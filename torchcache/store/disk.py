@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
+import secrets
 import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
+from diskcache.core import DEFAULT_SETTINGS
 
 from torchcache.errors import StoreVersionError
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.catalogue import Catalogue
 from torchcache.store.file import BlobFile
+from torchcache.store.pause import Pause
+from torchcache.store.vet import DATABASE, vet_database, vet_files
 
 __all__ = ["DiskTier", "check_version", "disk_tier"]
 
@@ -37,19 +42,38 @@ MIN_FILE_SIZE = 128 * 1024
 # pages are slower to write.
 PAGE_SIZE = 16 * 1024
 KEYS_PER_QUERY = 500
-OPEN_SECONDS = 30.0
 LOCK_SECONDS = 10.0
 # What one row costs in the database beside its blob: key, columns and index entries.
 ROW_OVERHEAD = 160
 
+# All of them, so that none is taken from the database.
+SETTINGS = {
+    **DEFAULT_SETTINGS,
+    "disk_min_file_size": MIN_FILE_SIZE,
+    "sqlite_mmap_size": 0,  # a mapped file that another process cuts short would kill this one
+    "eviction_policy": "none",
+    "cull_limit": 0,
+}
+
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
+
+# Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
+SELECT = (
+    f"SELECT key, mode, substr(filename, 1, 64), CASE WHEN typeof(value) = 'blob' AND length(value) <= {MIN_FILE_SIZE}"
+    " THEN value END FROM Cache WHERE raw = 1 AND typeof(mode) = 'integer'"
+)
+Row = tuple[bytes, int, str | None, Any]
 
 T = TypeVar("T")
 
 
 class BlobDisk(diskcache.Disk):  # type: ignore[misc]
     """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways."""
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        self.uncommitted: list[str] = []
 
     def put(self, key: object) -> tuple[memoryview, bool]:
         """The database form of ``key``, which must be bytes."""
@@ -70,6 +94,7 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
         if len(value) < self.min_file_size:
             return 0, _RAW, None, sqlite3.Binary(value)
         filename, path = self.filename(key, value)
+        self.uncommitted.append(filename)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._check(filename)
         with open(path, "xb", opener=_private) as file:
@@ -141,9 +166,14 @@ class DiskTier:
         self.directory = directory
         self.errors = 0
         self.full = False
+        self._complained = False
         self.catalogue = Catalogue(directory)
         self._cache: Any = None
         self._failed = False
+        self._identity: tuple[int, int] | None = None
+        self._abandoned: list[Any] = []
+        self._reading = Pause()
+        self._writing = Pause()
         self._lock = threading.Lock()
 
     def open(self) -> bool:
@@ -151,14 +181,19 @@ class DiskTier:
         if self._cache is not None or self._failed:
             return self._cache is not None
         with self._lock:
-            if self._cache is None and not self._failed:
+            if self._cache is None and not self._failed and self._reading.over:
                 try:
-                    self._cache = self._connect()
-                except StoreVersionError:
-                    raise
+                    cache = self._connect()
+                    self._identity = self._identify()
+                    self._cache = cache
                 except Exception as error:  # whatever a damaged database makes of diskcache
-                    self._failed = True
-                    self._complain("opened", error)
+                    if isinstance(error, StoreVersionError) and not self._abandoned:
+                        raise
+                    if _is_locked(error):
+                        self._reading.begin()
+                    else:
+                        self._failed = True
+                    self._blame("opened", error)
         return self._cache is not None
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes | BlobFile]:
@@ -167,30 +202,21 @@ class DiskTier:
         One query serves a few hundred keys.
         """
         found: dict[bytes, bytes | BlobFile] = {}
-        if not self.open():
+        if not self._reading.over or not self.open():
             return found
+        cache = self._cache
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            found.update(self._found(f"key IN ({marks})", part))
+            found.update(self._blobs(cache, self._rows(cache, part)))
         return found
 
     def read_after(self, after: bytes, last: bytes, count: int) -> dict[bytes, bytes | BlobFile]:
         """The next ``count`` blobs in the order of their keys, after the key ``after`` and up to ``last``."""
-        if not self.open():
+        if not self._reading.over or not self.open():
             return {}
-        return self._found("key > ? AND key <= ? ORDER BY key LIMIT ?", (after, last, count))
-
-    def _found(self, condition: str, parameters: Sequence[bytes | int]) -> dict[bytes, bytes | BlobFile]:
-        found: dict[bytes, bytes | BlobFile] = {}
-        held = f"CASE WHEN length(value) <= {MIN_FILE_SIZE} THEN value END"
-        query = f"SELECT key, mode, filename, {held} FROM Cache WHERE raw = 1 AND {condition}"
-        for key, mode, filename, value in self._rows(query, parameters):
-            try:
-                found[key] = self._cache.disk.find(mode, filename, value)
-            except (OSError, ValueError) as error:
-                self._complain("read", error)
-        return found
+        cache = self._cache
+        query = f"{SELECT} AND key > ? AND key <= ? ORDER BY key LIMIT ?"
+        return self._blobs(cache, self._guard("read", lambda: list(cache._sql(query, (after, last, count))), []))
 
     def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
         """Store ``(key, blob)`` pairs in one transaction, as many as ``limit`` bytes of directory allow.
@@ -202,19 +228,23 @@ class DiskTier:
         size : int
             Their bytes, blobs alone.
         """
+        if not self._writing.over:
+            return 0, 0
+        if self._cache is not None and self._identify() != self._identity:
+            self._abandon()
         if not self.open():
             return 0, 0
 
         def store() -> tuple[int, int]:
             stored = size = 0
-            with self._cache.transact(retry=False):
-                room = limit - self._cache.volume()
+            with self._transact() as cache:
+                room = limit - cache.volume()
                 for key, blob in entries:
                     room -= len(blob) + ROW_OVERHEAD
                     if room < 0:
                         self._fill(limit)
                         break
-                    self._cache.set(key, blob, tag=tag, retry=False)
+                    cache.set(key, blob, tag=tag, retry=False)
                     stored, size = stored + 1, size + len(blob)
             return stored, size
 
@@ -222,8 +252,14 @@ class DiskTier:
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Remove damaged entries, so that they are computed anew and stored again."""
-        if self.open():
-            self._guard("repaired", lambda: [self._cache.delete(key, retry=False) for key in keys], [])
+
+        def delete() -> None:
+            with self._transact() as cache:
+                for key in keys:
+                    cache.delete(key, retry=False)
+
+        if self._writing.over and self.open():
+            self._guard("repaired", delete, None)
 
     def volume(self) -> int:
         """Bytes of the directory, as diskcache counts them."""
@@ -234,31 +270,84 @@ class DiskTier:
         if self._cache is not None:
             self._guard("closed", lambda: self._cache.close(), None)
 
-    def _rows(self, query: str, parameters: Sequence[bytes | int]) -> list[tuple[bytes, int, str | None, Any]]:
-        # diskcache has no public batch read; its own connection is per thread and survives a fork.
-        return self._guard("read", lambda: list(self._cache._sql(query, parameters)), [])
+    @contextlib.contextmanager
+    def _transact(self) -> Iterator[Any]:
+        """A transaction that leaves no lock and no file behind when it fails, be it at its very end."""
+        cache, files = self._cache, []
+        try:
+            with cache.transact(retry=False):
+                files = cache.disk.uncommitted = []
+                yield cache
+        except BaseException as error:
+            connection = cache._con
+            if connection.in_transaction:  # diskcache does not undo what cannot be committed
+                connection.rollback()
+            for name in files:
+                cache.disk.remove(name)
+            if isinstance(error, (OSError, sqlite3.OperationalError, diskcache.Timeout)):
+                self._writing.begin()
+            raise
+        self._writing.end()
+
+    def _rows(self, cache: Any, keys: Sequence[bytes]) -> list[Row]:
+        """The rows of ``keys``; where a damaged page spoils the query, those that can still be read."""
+        marks = ",".join("?" * len(keys))
+        try:
+            # diskcache has no public batch read; its own connection is per thread and survives a fork.
+            rows = list(cache._sql(f"{SELECT} AND key IN ({marks})", keys))
+        except Exception as error:  # whatever a damaged database makes of diskcache
+            if not self._reading.over:
+                return []
+            if _is_locked(error):
+                self._reading.begin()
+            elif len(keys) > 1:
+                half = len(keys) // 2
+                return self._rows(cache, keys[:half]) + self._rows(cache, keys[half:])
+            self._blame("read", error)
+            return []
+        self._reading.end()
+        return rows
+
+    def _blobs(self, cache: Any, rows: Sequence[Row]) -> dict[bytes, bytes | BlobFile]:
+        found: dict[bytes, bytes | BlobFile] = {}
+        for key, mode, filename, value in rows:
+            try:
+                found[key] = cache.disk.find(mode, filename, value)
+            except (OSError, ValueError) as error:
+                self._blame("read", error)
+        return found
+
+    def _identify(self) -> tuple[int, int] | None:
+        """Which file the database is; ``None`` where there is none."""
+        try:
+            found = os.stat(self.directory / f"rows-{FORMAT_VERSION}" / DATABASE)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _abandon(self) -> None:
+        """Start anew where the directory was deleted or replaced: SQLite would go on in files without a name."""
+        with self._lock:
+            # Never closed: SQLite would delete the log of the database that lies at the same path by then.
+            self._abandoned.append(self._cache)
+            self._cache = None
+        self._complain("was deleted or replaced while in use and is filled anew")
 
     def _connect(self) -> Any:
         check_version(self.directory)
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         self._write_marker()
-        deadline = time.monotonic() + OPEN_SECONDS
+        deadline = time.monotonic() + LOCK_SECONDS
         rows = self.directory / f"rows-{FORMAT_VERSION}"
         while True:
             try:
+                vet_files(rows)
                 _lay_out(rows)
-                return diskcache.Cache(
-                    str(rows),
-                    timeout=LOCK_SECONDS,
-                    disk=BlobDisk,
-                    disk_min_file_size=MIN_FILE_SIZE,
-                    sqlite_mmap_size=0,  # a mapped file that another process cuts short would kill this one
-                    eviction_policy="none",
-                    cull_limit=0,
-                )
+                vet_database(rows, LOCK_SECONDS)
+                return diskcache.Cache(str(rows), timeout=LOCK_SECONDS, disk=BlobDisk, **SETTINGS)
             except (sqlite3.OperationalError, diskcache.Timeout) as error:
                 # Processes that create the same database at once collide on its journal mode.
-                if "locked" not in str(error) or time.monotonic() > deadline:
+                if not _is_locked(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(random.uniform(0.01, 0.1))
 
@@ -268,9 +357,15 @@ class DiskTier:
         with contextlib.suppress(OSError), open(marker, "rb") as file:
             if file.read(4096) == wanted:
                 return
-        temporary = marker.with_name(f"{MARKER}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_bytes(wanted)
-        os.replace(temporary, marker)
+        temporary = marker.with_name(f"{MARKER}.{secrets.token_hex(8)}")
+        try:
+            with open(temporary, "xb", opener=_private) as file:
+                file.write(wanted)
+            os.replace(temporary, marker)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
     def _fill(self, limit: int) -> None:
         self.full = True
@@ -280,19 +375,28 @@ class DiskTier:
         try:
             return action()
         except Exception as error:  # whatever a damaged database makes of diskcache
-            self._complain(done, error)
+            self._blame(done, error)
             return otherwise
 
-    def _complain(self, done: str, error: BaseException) -> None:
-        self.errors += 1
+    def _blame(self, done: str, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        warn_once(f"the cache directory {self.directory} cannot be {done}; training goes on without it")
-        logger.info("store error on %s: %s", self.directory, reason)
+        self._complain(f"cannot be {done} ({reason}); training goes on without it")
+
+    def _complain(self, what: str) -> None:
+        """Count an error, and warn of the first one: what follows from it would repeat it in other words."""
+        self.errors += 1
+        level = logging.INFO if self._complained else logging.WARNING
+        self._complained = True
+        logger.log(level, "the cache directory %s %s", self.directory, what)
+
+
+def _is_locked(error: BaseException) -> bool:
+    return isinstance(error, (sqlite3.OperationalError, diskcache.Timeout)) and "locked" in str(error)
 
 
 def _lay_out(rows: Path) -> None:
     """Create the database with our page size, which nothing can change later."""
-    database = rows / "cache.db"
+    database = rows / DATABASE
     if database.exists():
         return
     os.makedirs(rows, mode=0o700, exist_ok=True)
