@@ -55,7 +55,7 @@ LAYERS = [
     {"integrations.lightning", "integrations.transformers"},
     {"speed", "cli.quantity", "cli.screen"},
     {"cli.command"},
-    {"cli.look", "cli.remove", "cli.move", "cli.machine"},
+    {"cli.look", "cli.remove", "cli.fill", "cli.move", "cli.machine"},
     {"cli.main"},
     {"__main__"},
 ]

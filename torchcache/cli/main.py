@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from torchcache.cli import look, machine, move, remove
+from torchcache.cli import fill, look, machine, move, remove
 from torchcache.cli.command import Command
 from torchcache.cli.screen import Screen, clean
 from torchcache.errors import TorchcacheError
@@ -16,7 +16,13 @@ from torchcache.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = (*look.COMMANDS, *remove.COMMANDS, *move.COMMANDS, *machine.COMMANDS)
+COMMANDS: tuple[Command, ...] = (
+    *look.COMMANDS,
+    *remove.COMMANDS,
+    *fill.COMMANDS,
+    *move.COMMANDS,
+    *machine.COMMANDS,
+)
 
 _EXIT_CODES = """exit codes:
   0  done
@@ -47,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="torchcache",
-        description="Look at, check and tend the directories in which torchcache keeps rows.",
+        description="Fill, look at, check and tend the directories in which torchcache keeps rows.",
         epilog=_EXIT_CODES,
         formatter_class=form,
     )
