@@ -13,7 +13,8 @@ PACKAGE = Path(torchcache.__file__).parent
 LAYERS = [
     {"errors", "logging", "options", "modes", "threads", "table", "sharing", "version"},
     {"store.select", "store.file", "store.pause", "store.vet", "store.catalogue", "store.place", "feeding"},
-    {"store.blob"},
+    {"store.blob", "store.blob_disk"},
+    {"store.reader"},
     {
         "store.slab",
         "store.disk",

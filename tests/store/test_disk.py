@@ -15,7 +15,8 @@ import time
 import pytest
 
 from torchcache.errors import StoreVersionError
-from torchcache.store.disk import MIN_FILE_SIZE, BlobDisk, DiskTier
+from torchcache.store.blob_disk import BlobDisk
+from torchcache.store.disk import MIN_FILE_SIZE, DiskTier
 
 LIMIT = 10**9
 

@@ -38,7 +38,7 @@ class Deposit:
         self.stored = self.present = self.bytes = self.left_out = 0
         self._limit = limit
         self._tier = DiskTier(directory)
-        if not self._tier.open():
+        if not self._tier.writable:
             raise StoreError(f"{directory} cannot be opened for writing")
         self._records = Records(directory)
         self._catalogue = Catalogue(directory)

@@ -12,10 +12,8 @@ import json
 import logging
 import os
 import random
-import re
 import secrets
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +26,11 @@ from diskcache.core import DEFAULT_SETTINGS
 from torchcache.errors import StoreVersionError
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.blob_disk import BlobDisk, open_private
 from torchcache.store.catalogue import Catalogue
 from torchcache.store.file import BlobFile
 from torchcache.store.pause import Pause
+from torchcache.store.reader import Reader
 from torchcache.store.vet import DATABASE, vet_database, vet_files
 
 __all__ = ["DiskTier", "check_version", "disk_tier"]
@@ -55,9 +55,6 @@ SETTINGS = {
     "cull_limit": 0,
 }
 
-_FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
-_RAW, _BINARY = 1, 2
-
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
 SELECT = (
     f"SELECT key, mode, substr(filename, 1, 64), CASE WHEN typeof(value) = 'blob' AND length(value) <= {MIN_FILE_SIZE}"
@@ -66,74 +63,6 @@ SELECT = (
 Row = tuple[bytes, int, str | None, Any]
 
 T = TypeVar("T")
-
-
-class BlobDisk(diskcache.Disk):  # type: ignore[misc]
-    """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways."""
-
-    def __init__(self, directory: str, **settings: Any) -> None:
-        super().__init__(directory, **settings)
-        self.uncommitted: list[str] = []
-
-    def put(self, key: object) -> tuple[memoryview, bool]:
-        """The database form of ``key``, which must be bytes."""
-        if type(key) is not bytes:
-            raise TypeError(f"keys of the store are bytes, not {type(key).__name__}")
-        return sqlite3.Binary(key), True
-
-    def get(self, key: object, raw: bool) -> bytes:
-        """The key of a database row; a pickled key is refused."""
-        if not raw or type(key) is not bytes:
-            raise ValueError("refused a key that is not plain bytes")
-        return key
-
-    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, str | None, Any]:
-        """The database form of ``value``, which must be bytes; large ones become files."""
-        if type(value) is not bytes or read:
-            raise TypeError(f"values of the store are bytes, not {type(value).__name__}")
-        if len(value) < self.min_file_size:
-            return 0, _RAW, None, sqlite3.Binary(value)
-        filename, path = self.filename(key, value)
-        self.uncommitted.append(filename)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        self._check(filename)
-        with open(path, "xb", opener=_private) as file:
-            file.write(value)
-        return len(value), _BINARY, filename, None
-
-    def fetch(self, mode: int, filename: str | None, value: object, read: bool = False) -> bytes:
-        """The bytes of a database row; any mode but plain bytes and files of ours is refused."""
-        found = self.find(mode, filename, value)
-        return found if isinstance(found, bytes) else found.read(sys.maxsize)
-
-    def find(self, mode: int, filename: str | None, value: object) -> bytes | BlobFile:
-        """What a database row holds: bytes, or a file to read them from."""
-        if mode == _RAW and type(value) is bytes:
-            return value
-        if mode != _BINARY:
-            raise ValueError("refused a value that is not plain bytes")
-        return BlobFile(self._check(filename))
-
-    def remove(self, file_path: str) -> None:
-        """Delete the file of a database row, if it is one of ours."""
-        with contextlib.suppress(OSError, ValueError):
-            path = self._check(file_path)
-            os.remove(path)
-            os.removedirs(os.path.dirname(path))  # stops at the first that is not empty
-
-    def _check(self, filename: object) -> str:
-        """The path of a value's file; no name in a database and no link leads out of the directory."""
-        if not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
-            raise ValueError("refused a file name that is not of the store")
-        path = os.path.join(self._directory, filename)
-        parent = os.path.dirname(path)
-        if os.path.islink(parent) or os.path.islink(os.path.dirname(parent)):
-            raise ValueError("refused a file that is not in the store's directory")
-        return path
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def check_version(directory: Path) -> None:
@@ -164,6 +93,7 @@ class DiskTier:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._folder = directory / f"rows-{FORMAT_VERSION}"
         self.errors = 0
         self.full = False
         self._complained = False
@@ -178,23 +108,46 @@ class DiskTier:
 
     def open(self) -> bool:
         """Open the directory unless that was done; ``False`` where it cannot be used."""
-        if self._cache is not None or self._failed:
-            return self._cache is not None
+        return self._opened() is not None
+
+    @property
+    def writable(self) -> bool:
+        """Whether rows can be stored."""
+        return not isinstance(self._opened(), Reader | None)
+
+    def _opened(self) -> Any:
+        """What reads the directory: a ``diskcache.Cache`` or, where nothing can be written, a ``Reader``."""
+        cache = self._cache
+        if cache is not None or self._failed:
+            return cache
         with self._lock:
             if self._cache is None and not self._failed and self._reading.over:
                 try:
-                    cache = self._connect()
+                    self._cache = self._connect()
                     self._identity = self._identify()
-                    self._cache = cache
                 except Exception as error:  # whatever a damaged database makes of diskcache
                     if isinstance(error, StoreVersionError) and not self._abandoned:
                         raise
                     if _is_locked(error):
                         self._reading.begin()
+                        self._blame("opened", error)
                     else:
-                        self._failed = True
-                    self._blame("opened", error)
-        return self._cache is not None
+                        self._open_to_read(error)
+            return self._cache
+
+    def _open_to_read(self, error: Exception) -> None:
+        """Do with what can be read where ``error`` says that a database there cannot be written."""
+        try:
+            if not isinstance(error, (OSError, sqlite3.OperationalError)):
+                raise error
+            vet_files(self._folder)
+            self._cache = Reader(self._folder, LOCK_SECONDS)
+        except (OSError, ValueError, sqlite3.Error):
+            self._failed = True
+            self._blame("opened", error)
+        else:
+            self._writing.begin()
+            self._blame("written to", error, "its rows are read and no more are stored")
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes | BlobFile]:
         """The blobs of those ``keys`` that are here, large ones still to be read from their files.
@@ -202,9 +155,8 @@ class DiskTier:
         One query serves a few hundred keys.
         """
         found: dict[bytes, bytes | BlobFile] = {}
-        if not self._reading.over or not self.open():
+        if not self._reading.over or (cache := self._opened()) is None:
             return found
-        cache = self._cache
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             found.update(self._blobs(cache, self._rows(cache, part)))
@@ -212,9 +164,8 @@ class DiskTier:
 
     def read_after(self, after: bytes, last: bytes, count: int) -> dict[bytes, bytes | BlobFile]:
         """The next ``count`` blobs in the order of their keys, after the key ``after`` and up to ``last``."""
-        if not self._reading.over or not self.open():
+        if not self._reading.over or (cache := self._opened()) is None:
             return {}
-        cache = self._cache
         query = f"{SELECT} AND key > ? AND key <= ? ORDER BY key LIMIT ?"
         return self._blobs(cache, self._guard("read", lambda: list(cache._sql(query, (after, last, count))), []))
 
@@ -230,9 +181,11 @@ class DiskTier:
         """
         if not self._writing.over:
             return 0, 0
-        if self._cache is not None and self._identify() != self._identity:
+        if isinstance(self._cache, Reader):
+            self._cache = None  # it may be writable by this time
+        elif self._cache is not None and self._identify() != self._identity:
             self._abandon()
-        if not self.open():
+        if not self.writable:
             return 0, 0
 
         def store() -> tuple[int, int]:
@@ -258,7 +211,7 @@ class DiskTier:
                 for key in keys:
                     cache.delete(key, retry=False)
 
-        if self._writing.over and self.open():
+        if self._writing.over and self.writable:
             self._guard("repaired", delete, None)
 
     def volume(self) -> int:
@@ -279,6 +232,8 @@ class DiskTier:
                 files = cache.disk.uncommitted = []
                 yield cache
         except BaseException as error:
+            if "cannot rollback" in str(error) and error.__context__ is not None:
+                error = error.__context__  # SQLite has undone it by itself, and diskcache tries again
             connection = cache._con
             if connection.in_transaction:  # diskcache does not undo what cannot be committed
                 connection.rollback()
@@ -286,7 +241,7 @@ class DiskTier:
                 cache.disk.remove(name)
             if isinstance(error, (OSError, sqlite3.OperationalError, diskcache.Timeout)):
                 self._writing.begin()
-            raise
+            raise error from None
         self._writing.end()
 
     def _rows(self, cache: Any, keys: Sequence[bytes]) -> list[Row]:
@@ -320,7 +275,7 @@ class DiskTier:
     def _identify(self) -> tuple[int, int] | None:
         """Which file the database is; ``None`` where there is none."""
         try:
-            found = os.stat(self.directory / f"rows-{FORMAT_VERSION}" / DATABASE)
+            found = os.stat(self._folder / DATABASE)
         except OSError:
             return None
         return found.st_dev, found.st_ino
@@ -338,13 +293,12 @@ class DiskTier:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         self._write_marker()
         deadline = time.monotonic() + LOCK_SECONDS
-        rows = self.directory / f"rows-{FORMAT_VERSION}"
         while True:
             try:
-                vet_files(rows)
-                _lay_out(rows)
-                vet_database(rows, LOCK_SECONDS)
-                return diskcache.Cache(str(rows), timeout=LOCK_SECONDS, disk=BlobDisk, **SETTINGS)
+                vet_files(self._folder)
+                _lay_out(self._folder)
+                vet_database(self._folder, LOCK_SECONDS)
+                return diskcache.Cache(str(self._folder), timeout=LOCK_SECONDS, disk=BlobDisk, **SETTINGS)
             except (sqlite3.OperationalError, diskcache.Timeout) as error:
                 # Processes that create the same database at once collide on its journal mode.
                 if not _is_locked(error) or time.monotonic() > deadline:
@@ -359,7 +313,7 @@ class DiskTier:
                 return
         temporary = marker.with_name(f"{MARKER}.{secrets.token_hex(8)}")
         try:
-            with open(temporary, "xb", opener=_private) as file:
+            with open(temporary, "xb", opener=open_private) as file:
                 file.write(wanted)
             os.replace(temporary, marker)
         except BaseException:
@@ -378,9 +332,9 @@ class DiskTier:
             self._blame(done, error)
             return otherwise
 
-    def _blame(self, done: str, error: BaseException) -> None:
+    def _blame(self, done: str, error: BaseException, rest: str = "training goes on without it") -> None:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        self._complain(f"cannot be {done} ({reason}); training goes on without it")
+        self._complain(f"cannot be {done} ({reason}); {rest}")
 
     def _complain(self, what: str) -> None:
         """Count an error, and warn of the first one: what follows from it would repeat it in other words."""

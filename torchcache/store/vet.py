@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diskcache.core import DEFAULT_SETTINGS, METADATA
 
-__all__ = ["DATABASE", "ForeignDatabaseError", "vet_database", "vet_files"]
+__all__ = ["DATABASE", "ForeignDatabaseError", "vet_database", "vet_files", "vet_schema"]
 
 DATABASE = "cache.db"
 _SETTINGS = sorted({*DEFAULT_SETTINGS, *METADATA})
@@ -57,12 +57,13 @@ def vet_database(rows: Path, lock_seconds: float) -> None:
     with contextlib.closing(connection):
         connection.execute("BEGIN IMMEDIATE")  # diskcache would wait a minute for a lock while it opens
         try:
-            _vet_schema(connection)
+            vet_schema(connection)
         finally:
             connection.execute("ROLLBACK")
 
 
-def _vet_schema(connection: sqlite3.Connection) -> None:
+def vet_schema(connection: sqlite3.Connection) -> None:
+    """Raise ``ForeignDatabaseError`` where an open database holds more than diskcache puts there."""
     query = "SELECT substr(sql, 1, ?) FROM sqlite_master WHERE sql IS NOT NULL LIMIT 100"
     schema = [text for (text,) in connection.execute(query, (_LONGEST,))]
     for text in schema:

@@ -1,0 +1,88 @@
+"""What diskcache may store and fetch here: plain bytes, small ones in the database and large ones in files of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import sys
+from typing import Any
+
+import diskcache
+
+from torchcache.store.file import BlobFile
+
+__all__ = ["BlobDisk", "open_private"]
+
+_FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
+_RAW, _BINARY = 1, 2
+
+
+class BlobDisk(diskcache.Disk):  # type: ignore[misc]
+    """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways."""
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        self.uncommitted: list[str] = []
+
+    def put(self, key: object) -> tuple[memoryview, bool]:
+        """The database form of ``key``, which must be bytes."""
+        if type(key) is not bytes:
+            raise TypeError(f"keys of the store are bytes, not {type(key).__name__}")
+        return sqlite3.Binary(key), True
+
+    def get(self, key: object, raw: bool) -> bytes:
+        """The key of a database row; a pickled key is refused."""
+        if not raw or type(key) is not bytes:
+            raise ValueError("refused a key that is not plain bytes")
+        return key
+
+    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, str | None, Any]:
+        """The database form of ``value``, which must be bytes; large ones become files."""
+        if type(value) is not bytes or read:
+            raise TypeError(f"values of the store are bytes, not {type(value).__name__}")
+        if len(value) < self.min_file_size:
+            return 0, _RAW, None, sqlite3.Binary(value)
+        filename, path = self.filename(key, value)
+        self.uncommitted.append(filename)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._check(filename)
+        with open(path, "xb", opener=open_private) as file:
+            file.write(value)
+        return len(value), _BINARY, filename, None
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool = False) -> bytes:
+        """The bytes of a database row; any mode but plain bytes and files of ours is refused."""
+        found = self.find(mode, filename, value)
+        return found if isinstance(found, bytes) else found.read(sys.maxsize)
+
+    def find(self, mode: int, filename: str | None, value: object) -> bytes | BlobFile:
+        """What a database row holds: bytes, or a file to read them from."""
+        if mode == _RAW and type(value) is bytes:
+            return value
+        if mode != _BINARY:
+            raise ValueError("refused a value that is not plain bytes")
+        return BlobFile(self._check(filename))
+
+    def remove(self, file_path: str) -> None:
+        """Delete the file of a database row, if it is one of ours."""
+        with contextlib.suppress(OSError, ValueError):
+            path = self._check(file_path)
+            os.remove(path)
+            os.removedirs(os.path.dirname(path))  # stops at the first that is not empty
+
+    def _check(self, filename: object) -> str:
+        """The path of a value's file; no name in a database and no link leads out of the directory."""
+        if not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
+            raise ValueError("refused a file name that is not of the store")
+        path = os.path.join(self._directory, filename)
+        parent = os.path.dirname(path)
+        if os.path.islink(parent) or os.path.islink(os.path.dirname(parent)):
+            raise ValueError("refused a file that is not in the store's directory")
+        return path
+
+
+def open_private(path: str, flags: int) -> int:
+    """An opener of files for their owner alone."""
+    return os.open(path, flags, 0o600)
