@@ -126,6 +126,8 @@ def train(run: str, arguments: argparse.Namespace, directory: str | None) -> lis
         hits, misses = (now - then for now, then in zip(counts(model), before, strict=True))
         epochs.append(Epoch(run, number, seconds, hits, misses, total / len(texts), right / len(texts)))
     torchcache.flush()
+    if arguments.plot is not None:
+        torchcache.plot(model, arguments.plot)
     return epochs
 
 
@@ -140,6 +142,8 @@ def second_process(arguments: argparse.Namespace, directory: str) -> list[Epoch]
     command = [sys.executable, __file__, "--worker", directory]
     for name in ("samples", "epochs", "batch_size", "uncached_epochs"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arguments.plot is not None:
+        command += ["--plot", str(arguments.plot)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [Epoch(**record) for record in json.loads(done.stdout.splitlines()[-1])]
 
@@ -188,6 +192,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="epochs of the cached runs")
     parser.add_argument("--uncached-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--plot", type=Path, help="a picture of the second process (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="a few hundred docstrings")
     parser.add_argument("--worker", metavar="DIRECTORY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -196,8 +201,9 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps([dataclasses.asdict(epoch) for epoch in train("second process", arguments, arguments.worker)]))
         return
+    first = argparse.Namespace(**{**vars(arguments), "plot": None})
     with tempfile.TemporaryDirectory() as directory:
-        epochs = train("uncached", arguments, None) + train("cached", arguments, directory)
+        epochs = train("uncached", first, None) + train("cached", first, directory)
         epochs += second_process(arguments, directory)
     show(epochs)
     wrong = check(epochs)

@@ -124,10 +124,11 @@ COMMANDS = (
         "fill the cache of a model ahead of training",
         _arguments,
         _warm,
-        "Both functions take no argument. The model must be what training calls: what torchcache.transform or "
-        "torch.compile returned, or a model with marks, which is then cached module by module; rows of that form are "
-        "others than those of a transformed model, which --transform makes. Rows that are there are not computed "
-        "again, so an interrupted run goes on where it was. Under torchrun each process takes its share.",
+        "Both functions take no argument. The model must be what training calls, with the weights that it has there: "
+        "what torchcache.transform or torch.compile returned, or a model with marks, which is then cached module by "
+        "module; rows of that form are others than those of a transformed model, which --transform makes. Rows that "
+        "are there are not computed again, so an interrupted run goes on where it was. Under torchrun each process "
+        "takes its share.",
         (
             "torchcache warm training.models:make_model training.data:make_loader",
             "torchrun --nproc-per-node 2 -m torchcache warm training.models:make_model training.data:make_loader",

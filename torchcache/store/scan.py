@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torchcache.logging import logger
 from torchcache.threads import yield_to_training
@@ -40,6 +40,10 @@ class Scan:
     def expect(self, digests: Sequence[bytes]) -> None:
         """Note rows that come into memory before anyone asked for them."""
         self._unseen.update(digests)
+
+    def forget(self, digests: Collection[bytes]) -> None:
+        """Those of the expected rows were asked for, or in memory before."""
+        self._unseen.difference_update(digests)
 
     def ask(self, digests: Sequence[bytes]) -> frozenset[bytes]:
         """Allow more to be read, since these rows are asked for; those of them that were read ahead, the first time."""

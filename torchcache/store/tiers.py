@@ -112,6 +112,8 @@ class Tiers:
             found.from_disk |= frozenset(absent)
             return found
         self._read(found, fingerprint, absent, expected, state)
+        if scan is not None:
+            scan.forget(found.from_disk)  # rows that it is reading at this moment as well
         if found.from_disk and found.slab is not None:
             found.slots = found.slab.find(digests)
         return found
@@ -227,12 +229,13 @@ class Tiers:
             if not blobs or self.memory.used + count * stored.size > self.memory.budget // 2:
                 return None
             end = next(reversed(blobs))
+            digests = [key[len(fingerprint) :] for key in blobs]
+            scan.expect(digests)
             slab = self.memory.slab(fingerprint)
-            new = {
-                key: blob for key, blob in blobs.items() if slab is None or key[len(fingerprint) :] not in slab.slots
-            }
+            known = {digest for digest in digests if digest in slab.slots} if slab is not None else set()
+            scan.forget(known)
+            new = {key: blob for key, blob in blobs.items() if key[len(fingerprint) :] not in known}
             if new:
-                scan.expect([key[len(fingerprint) :] for key in new])
                 self._promote(Found(fingerprint, slab, []), new, stored, device, state, extra=False)
             return end
 
