@@ -1,5 +1,7 @@
 """The memory tier."""
 
+import multiprocessing
+import os
 import threading
 import types
 
@@ -7,7 +9,8 @@ import pytest
 import torch
 
 from torchcache.store import slab as slab_module
-from torchcache.store.blob import RowSpec
+from torchcache.store.blob import _DTYPES, RowSpec
+from torchcache.store.select import element_bytes
 from torchcache.store.slab import ABSENT, MemoryTier, Slab
 
 SPEC = RowSpec(((torch.float32, (2,)), (torch.int64, ())))
@@ -139,3 +142,28 @@ def test_new_weights_get_all_the_room_that_old_rows_leave():
         numbers = range(start, start + 10)
         tier.admit(b"b", digests(numbers), rows(numbers), SPEC, CPU, b"new")
     assert len(tier.slab(b"b")) == 100
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_room_for_rows_of_many_shapes_does_not_keep_a_process_from_forking():
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    tier = MemoryTier(memory // 2)
+    for length in range(1, 9):
+        tier.admit(bytes([length]), digests([1]), [torch.ones(1, length)], RowSpec(((torch.float32, (length,)),)), CPU)
+    process = multiprocessing.get_context("fork").Process(target=len, args=(tier,))
+    process.start()  # a process that was promised more memory than there is cannot be copied
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in _DTYPES if hasattr(torch, name)], ids=str)
+def test_rows_of_every_dtype_can_be_reserved(dtype):
+    spec = RowSpec(((dtype, (4,)), (dtype, ()), (dtype, (0,))))
+    codes = torch.arange(10 * dtype.itemsize, dtype=torch.uint8).clamp(max=1 if dtype is torch.bool else 255)
+    whole = codes.view(dtype)
+    given = [whole[:8].view(2, 4), whole[8:], torch.empty(2, 0, dtype=dtype)]
+    slab, _ = MemoryTier(10**6).admit(b"a", digests([1, 2]), given, spec, CPU)
+    assert slab.lazy
+    for leaf, wanted in zip(slab.gather([0, 1]), given, strict=True):
+        assert leaf.dtype is dtype
+        assert element_bytes(leaf).tolist() == element_bytes(wanted).tolist()

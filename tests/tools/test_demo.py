@@ -15,7 +15,7 @@ def test_the_demo_runs_and_its_losses_agree(tmp_path):
     # Installed for other tests, without the library that it needs: the demo's own environment does not have it.
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torchvision'] = None")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(DEMO), "--quick"]
+    command = [sys.executable, str(DEMO), "--quick", "--epochs", "2", "--uncached-epochs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "the losses of all runs agree" in done.stdout

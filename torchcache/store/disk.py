@@ -286,7 +286,7 @@ class DiskTier:
             # Never closed: SQLite would delete the log of the database that lies at the same path by then.
             self._abandoned.append(self._cache)
             self._cache = None
-        self._complain("was deleted or replaced while in use and is filled anew")
+        self.complain("was deleted or replaced while in use and is filled anew")
 
     def _connect(self) -> Any:
         check_version(self.directory)
@@ -334,11 +334,11 @@ class DiskTier:
 
     def _blame(self, done: str, error: BaseException, rest: str = "training goes on without it") -> None:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        self._complain(f"cannot be {done} ({reason}); {rest}")
+        self.complain(f"cannot be {done} ({reason}); {rest}")
 
-    def _complain(self, what: str) -> None:
-        """Count an error, and warn of the first one: what follows from it would repeat it in other words."""
-        self.errors += 1
+    def complain(self, what: str, count: int = 1) -> None:
+        """Count errors, and warn of the first one: what follows from it would repeat it in other words."""
+        self.errors += count
         level = logging.INFO if self._complained else logging.WARNING
         self._complained = True
         logger.log(level, "the cache directory %s %s", self.directory, what)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -15,6 +18,8 @@ from torchcache.store.select import select_rows
 __all__ = ["MemoryTier", "Slab"]
 
 ABSENT = -1
+# Python's mmap module has no name for it.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 Tensors = Sequence[torch.Tensor]
 
@@ -48,7 +53,7 @@ class Slab:
         self.capacity = capacity
         self.slots: dict[bytes, int] = {}
         self.used = 0
-        self._leaves = spec.empty(capacity if lazy else min(capacity, self.FIRST_SLOTS), device)
+        self._leaves = _reserve(spec, capacity) if lazy else spec.empty(min(capacity, self.FIRST_SLOTS), device)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -208,7 +213,7 @@ class MemoryTier:
         capacity = self.budget // max(spec.size, 1)
         if device.type == "cpu" and os.name == "posix":
             # Any slab may come to have the whole budget, when others are dropped.
-            with contextlib.suppress(RuntimeError):  # a system that promises no more memory than it has
+            with contextlib.suppress(OSError, RuntimeError):  # a system that promises no more memory than it has
                 return Slab(spec, device, capacity, True, state)
         return Slab(spec, device, capacity, False, state)
 
@@ -223,3 +228,20 @@ class MemoryTier:
         with self._lock:
             self._slabs = {}
             self.used = 0
+
+
+def _reserve(spec: RowSpec, count: int) -> list[torch.Tensor]:
+    """Tensors for ``count`` rows whose memory is committed as it is written.
+
+    None of it is promised before: Linux refuses to fork a process that was promised more than there is, as the slabs of
+    many shapes together easily are.
+    """
+    return [_unpromised((count, *shape), dtype) for dtype, shape in spec.leaves]
+
+
+def _unpromised(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)

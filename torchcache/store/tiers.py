@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
@@ -215,8 +214,7 @@ class Tiers:
 
     def _drop(self, damaged: list[bytes]) -> None:
         assert self.disk is not None
-        self.disk.errors += len(damaged)
-        warn_once(f"damaged rows in {self.disk.directory} were dropped and are computed anew")
+        self.disk.complain("held damaged rows, which were dropped and are computed anew", len(damaged))
         self.disk.drop(damaged)
 
     def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes) -> Scan:
