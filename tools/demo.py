@@ -10,6 +10,7 @@ import argparse
 import ast
 import collections
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -63,6 +64,7 @@ class Classifier(nn.Module):
         return self.head((features * weights).sum(1) / weights.sum(1))
 
 
+@functools.lru_cache
 def docstrings(limit: int) -> tuple[list[str], list[int], list[str]]:
     """Texts, label numbers and label names from the sources of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
