@@ -106,7 +106,10 @@ class _EagerCache:
         module = self._module() if self._module is not None else None
         if not mark.options_for(module).enabled:
             return mark.function(*args, **kwargs)
+        known = self._program
         self._look(module)
+        if self._program is not known:
+            self._changes = 0
         if any(tensor.requires_grad for tensor in self._held):
             return self._partial(module, args, kwargs)
         bound = mark.signature().bind(*args, **kwargs)
@@ -176,6 +179,8 @@ class _EagerCache:
         name = self._options.persistent_module_hash
         if self._identity and (name is not None or self._state.unchanged(self._held)):
             return self._identity
+        if self._identity:  # changed by others, after which a module may set itself up again
+            self._changes = 0
         if name is not None:
             self._identity = digest_bytes(b"name:" + name.encode())
         else:

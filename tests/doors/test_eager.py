@@ -542,3 +542,20 @@ def test_rows_of_old_weights_make_room_when_memory_is_full(door):
     (region,) = torchcache.stats(module).regions
     assert (region.misses, region.hits) == (30, 30)
     assert region.memory_bytes == 160
+
+
+def test_a_module_may_set_itself_up_after_every_change_from_outside():
+    class Encoder(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    module, plain = torchcache.mark(Encoder(4, 4, batch_first=True), freeze=True), Encoder(4, 4, batch_first=True)
+    x = torch.randn(3, 5, 4)
+    for seed in range(5):  # the first call with other parameter objects rewrites the list of them
+        torch.manual_seed(seed)
+        state = {name: torch.randn_like(tensor) for name, tensor in plain.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        plain.load_state_dict(state)
+        for _ in range(3):  # under another key from the second call on
+            torch.testing.assert_close(module(x), plain(x))
+    assert torchcache.stats(module).hits == 15

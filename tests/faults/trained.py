@@ -29,11 +29,16 @@ class WrongRowError(AssertionError):
 class Run:
     """A training run on ``directory``: two cached models, and what they answer."""
 
-    def __init__(self, directory, level=None):
+    def __init__(self, directory, **options):
         # What a new process starts with.
         disk._tiers.pop(Path(directory), None)
         self.tier = disk.disk_tier(Path(directory))
-        options = {"persistent": True, "persistent_cache_dir": str(directory), "zstd_compression_level": level}
+        options = {
+            "persistent": True,
+            "persistent_cache_dir": str(directory),
+            "zstd_compression_level": None,
+            **options,
+        }
         self.models = {
             name: torchcache.mark(Stretch(width), freeze=True, **options)
             for name, width in {"small": 16, "large": 12_000}.items()

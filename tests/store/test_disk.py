@@ -119,7 +119,7 @@ def test_planted_rows_execute_nothing_and_touch_nothing(tmp_path, columns, remed
         DiskTier(directory).write(entries([1]), "tag", LIMIT)
         assert set(DiskTier(directory).read([key(1)])) == {key(1)}
     else:
-        DiskTier(directory).drop([key(1)])
+        DiskTier(directory).drop({key(1): b""})
     assert (tmp_path / "secret").read_bytes() == b"secret"
     assert not (tmp_path / "exploded").exists()
 
@@ -141,7 +141,7 @@ def test_a_folder_that_leads_elsewhere_is_neither_read_nor_emptied(tmp_path, war
     secret.write_bytes(b"secret")
     path.parents[1].symlink_to(outside)
     assert contents(DiskTier(directory).read([key(1)])) == {}
-    DiskTier(directory).drop([key(1)])
+    DiskTier(directory).drop({key(1): b""})
     assert secret.exists()
 
 
@@ -200,7 +200,7 @@ def test_a_database_with_other_settings_or_tables_costs_rows_and_raises_nothing(
     tier = DiskTier(tmp_path)
     assert set(tier.read([key(1)])) <= {key(1)}
     tier.write(entries([7]), "tag", LIMIT)
-    tier.drop([key(1)])
+    tier.drop({key(1): b""})
     assert tier.volume() >= 0
     assert len(set(warnings)) == len(warnings)
 

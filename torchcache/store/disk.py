@@ -16,7 +16,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,9 +56,10 @@ SETTINGS = {
 }
 
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
-SELECT = (
+SELECT, SELECT_WITHOUT_VALUES = (
     f"SELECT key, mode, substr(filename, 1, 64), CASE WHEN typeof(value) = 'blob' AND length(value) <= {MIN_FILE_SIZE}"
-    " THEN value END FROM Cache WHERE raw = 1 AND typeof(mode) = 'integer'"
+    f" THEN {value} END FROM Cache WHERE raw = 1 AND typeof(mode) = 'integer'"
+    for value in ("value", "x''")
 )
 Row = tuple[bytes, int, str | None, Any]
 
@@ -172,6 +173,8 @@ class DiskTier:
     def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
         """Store ``(key, blob)`` pairs in one transaction, as many as ``limit`` bytes of directory allow.
 
+        Entries that are there stay as they are: another process may be reading their files.
+
         Returns
         -------
         stored : int
@@ -192,7 +195,10 @@ class DiskTier:
             stored = size = 0
             with self._transact() as cache:
                 room = limit - cache.volume()
+                present = self._present(cache, [key for key, _ in entries])
                 for key, blob in entries:
+                    if key in present:
+                        continue
                     room -= len(blob) + ROW_OVERHEAD
                     if room < 0:
                         self._fill(limit)
@@ -203,16 +209,26 @@ class DiskTier:
 
         return self._guard("written to", store, (0, 0))
 
-    def drop(self, keys: Sequence[bytes]) -> None:
-        """Remove damaged entries, so that they are computed anew and stored again."""
+    def drop(self, damaged: Mapping[bytes, bytes | BlobFile]) -> None:
+        """Remove damaged entries, so that they are computed anew and stored again.
 
-        def delete() -> None:
+        An entry whose file another process removed meanwhile, together with the entry, was not damaged.
+        """
+
+        def delete() -> int:
+            dropped = 0
             with self._transact() as cache:
-                for key in keys:
-                    cache.delete(key, retry=False)
+                for key, blob in damaged.items():
+                    if not self._is_gone(cache, key, blob):
+                        cache.delete(key, retry=False)
+                        dropped += 1
+            return dropped
 
+        count = len(damaged)
         if self._writing.over and self.writable:
-            self._guard("repaired", delete, None)
+            count = self._guard("repaired", delete, count)
+        if count:
+            self.complain("held damaged rows, which were dropped and are computed anew", count)
 
     def volume(self) -> int:
         """Bytes of the directory, as diskcache counts them."""
@@ -262,6 +278,22 @@ class DiskTier:
             return []
         self._reading.end()
         return rows
+
+    def _present(self, cache: Any, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of ``keys`` have an entry that a reader would try."""
+        present: set[bytes] = set()
+        for start in range(0, len(keys), KEYS_PER_QUERY):
+            part = keys[start : start + KEYS_PER_QUERY]
+            marks = ",".join("?" * len(part))
+            present.update(self._blobs(cache, list(cache._sql(f"{SELECT_WITHOUT_VALUES} AND key IN ({marks})", part))))
+        return present
+
+    def _is_gone(self, cache: Any, key: bytes, blob: bytes | BlobFile) -> bool:
+        """Whether the entry that named the file ``blob`` is there no more."""
+        if not isinstance(blob, BlobFile):
+            return False
+        row = cache._sql("SELECT substr(filename, 1, 64) FROM Cache WHERE raw = 1 AND key = ?", (key,)).fetchone()
+        return row is None or os.path.join(cache.directory, str(row[0])) != blob.path
 
     def _blobs(self, cache: Any, rows: Sequence[Row]) -> dict[bytes, bytes | BlobFile]:
         found: dict[bytes, bytes | BlobFile] = {}

@@ -209,13 +209,9 @@ class Tiers:
         found.from_disk |= frozenset(digests[index] for index in sound)
         if len(sound) < attempted:
             whole = set(sound)
-            self._drop([key for index, key in enumerate(keys[:attempted]) if index not in whole])
+            assert self.disk is not None
+            self.disk.drop({key: blobs[key] for index, key in enumerate(keys[:attempted]) if index not in whole})
         return tried
-
-    def _drop(self, damaged: list[bytes]) -> None:
-        assert self.disk is not None
-        self.disk.complain("held damaged rows, which were dropped and are computed anew", len(damaged))
-        self.disk.drop(damaged)
 
     def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes) -> Scan:
         """What reads the other rows of a call ahead, until half of the memory is full."""
