@@ -7,7 +7,6 @@ the batch in use, the same places of the next batch will be the row inputs of it
 from __future__ import annotations
 
 import dataclasses
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from torchcache.forks import Lock, without_forks
 from torchcache.logging import logger
 from torchcache.store.tiers import Found
 
@@ -114,7 +114,7 @@ class Ahead:
 
 
 _active: list[Ahead] = []
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def prepared(owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:
@@ -128,6 +128,7 @@ def learn(owner: Any, rows: Sequence[torch.Tensor], prepare: Callable[[], Prepar
         ahead.learn(owner, rows, prepare())
 
 
+@without_forks
 def _prepare(rows: list[torch.Tensor], prepare: Prepare) -> Prepared:
     versions = _versions(rows)
     return Prepared(rows, versions, *prepare(rows))

@@ -14,7 +14,6 @@ import os
 import random
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import diskcache
 from diskcache.core import DEFAULT_SETTINGS
 
 from torchcache.errors import StoreVersionError
+from torchcache.forks import Lock, without_forks
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.blob_disk import BlobDisk, open_private
@@ -105,7 +105,7 @@ class DiskTier:
         self._abandoned: list[Any] = []
         self._reading = Pause()
         self._writing = Pause()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def open(self) -> bool:
         """Open the directory unless that was done; ``False`` where it cannot be used."""
@@ -116,6 +116,7 @@ class DiskTier:
         """Whether rows can be stored."""
         return not isinstance(self._opened(), Reader | None)
 
+    @without_forks
     def _opened(self) -> Any:
         """What reads the directory: a ``diskcache.Cache`` or, where nothing can be written, a ``Reader``."""
         cache = self._cache
@@ -150,6 +151,7 @@ class DiskTier:
             self._writing.begin()
             self._blame("written to", error, "its rows are read and no more are stored")
 
+    @without_forks
     def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes | BlobFile]:
         """The blobs of those ``keys`` that are here, large ones still to be read from their files.
 
@@ -163,6 +165,7 @@ class DiskTier:
             found.update(self._blobs(cache, self._rows(cache, part)))
         return found
 
+    @without_forks
     def read_after(self, after: bytes, last: bytes, count: int) -> dict[bytes, bytes | BlobFile]:
         """The next ``count`` blobs in the order of their keys, after the key ``after`` and up to ``last``."""
         if not self._reading.over or (cache := self._opened()) is None:
@@ -170,6 +173,7 @@ class DiskTier:
         query = f"{SELECT} AND key > ? AND key <= ? ORDER BY key LIMIT ?"
         return self._blobs(cache, self._guard("read", lambda: list(cache._sql(query, (after, last, count))), []))
 
+    @without_forks
     def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
         """Store ``(key, blob)`` pairs in one transaction, as many as ``limit`` bytes of directory allow.
 
@@ -209,6 +213,7 @@ class DiskTier:
 
         return self._guard("written to", store, (0, 0))
 
+    @without_forks
     def drop(self, damaged: Mapping[bytes, bytes | BlobFile]) -> None:
         """Remove damaged entries, so that they are computed anew and stored again.
 
@@ -230,10 +235,12 @@ class DiskTier:
         if count:
             self.complain("held damaged rows, which were dropped and are computed anew", count)
 
+    @without_forks
     def volume(self) -> int:
         """Bytes of the directory, as diskcache counts them."""
         return int(self._guard("measured", lambda: self._cache.volume(), 0)) if self.open() else 0
 
+    @without_forks
     def close(self) -> None:
         """Close this thread's connection."""
         if self._cache is not None:
@@ -393,7 +400,7 @@ def _lay_out(rows: Path) -> None:
 
 
 _tiers: dict[Path, DiskTier] = {}
-_tiers_lock = threading.Lock()
+_tiers_lock = Lock()
 
 
 def disk_tier(directory: Path) -> DiskTier:

@@ -7,11 +7,11 @@ import math
 import mmap
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
+from torchcache.forks import Lock
 from torchcache.store.blob import RowSpec
 from torchcache.store.select import select_rows
 
@@ -106,7 +106,7 @@ class MemoryTier:
         self.budget = budget
         self.used = 0
         self._slabs: dict[bytes, Slab] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return sum(map(len, list(self._slabs.values())))

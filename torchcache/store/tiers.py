@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from torchcache.forks import without_forks
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
@@ -218,6 +219,7 @@ class Tiers:
         disk, last = self.disk, fingerprint + b"\xff" * DIGEST_SIZE
         assert disk is not None
 
+        @without_forks
         def read(after: bytes | None, count: int) -> bytes | None:
             blobs = disk.read_after(after or fingerprint, last, count)
             if not blobs or self.memory.used + count * stored.size > self.memory.budget // 2:

@@ -1,0 +1,86 @@
+"""Forks of a process that uses a cache, and data loader workers that use one."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from trained import Run, rows
+
+import torchcache
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def in_a_fork(work, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def on_disk(directory, numbers):
+    run = Run(directory)
+    run.step(numbers)
+    return run.count("disk_hits")
+
+
+def test_a_fork_reads_and_writes_and_its_parent_goes_on(tmp_path):
+    run = Run(tmp_path / "cache")
+    run.step(range(100))  # its rows may still be waiting to be written
+    children = [in_a_fork(run.steps, 400 + 50 * number) for number in range(3)]
+    run.step(range(100, 300))
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    torchcache.flush()
+    assert run.count("disk_errors") == 0
+    assert on_disk(tmp_path / "cache", range(500)) == 500
+
+
+def test_a_fork_of_a_fork_has_a_cache_too(tmp_path):
+    run = Run(tmp_path / "cache")
+    run.steps(50, 2)
+
+    def middle():
+        run.steps(100, 2)
+        child = in_a_fork(run.steps, 200)
+        child.join(60)
+        os._exit(child.exitcode)
+
+    child = in_a_fork(middle)
+    child.join(60)
+    assert child.exitcode == 0
+    assert on_disk(tmp_path / "cache", range(200)) == 200
+
+
+class Features(Dataset):
+    """What a frozen model makes of each number, computed where the sample is loaded."""
+
+    def __init__(self, directory, count):
+        self.count = count
+        self.model = Run(directory).models["small"]
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        with torch.no_grad():
+            features = self.model(rows([number]))[0]
+        torchcache.flush()  # a worker ends without a word
+        return number, features
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_loader_fill_the_directory_that_training_reads(tmp_path, method):
+    directory = tmp_path / "cache"
+    data, training = Features(directory, 60), Run(directory)
+    if method == "fork":
+        training.step(range(10))
+    for number, features in DataLoader(data, batch_size=10, num_workers=2, multiprocessing_context=method):
+        assert torch.equal(features, training.twins["small"](rows(number.tolist())))
+        training.step(number.tolist())
+        training.step(range(100, 110))
+    torchcache.flush()
+    assert on_disk(directory, range(60)) == 60
+    assert training.count("disk_errors") == 0
