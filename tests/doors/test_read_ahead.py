@@ -1,5 +1,8 @@
 """A run that finds rows on disk has the others read while its steps run."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -87,3 +90,35 @@ def test_damage_met_ahead_is_dropped_and_computed_anew(filled, monkeypatch):
     assert stats.regions[0].disk_errors
     assert stats.misses
     assert stats.hits + stats.misses == ROWS
+
+
+EXITING = """
+import sys, threading
+from pathlib import Path
+import torch
+import torchcache
+sys.path.insert(0, sys.argv[1])
+from test_read_ahead import BATCH, ROWS, model
+torch.manual_seed(1)
+x = torch.randn(ROWS, 8)
+warm = model(Path(sys.argv[2]))
+warm(x[:BATCH]), warm(x[BATCH : 2 * BATCH])
+assert any(thread.name == "torchcache-scan" for thread in threading.enumerate())
+print("exits")
+"""
+
+
+def test_a_process_ends_well_while_rows_are_read_ahead(filled, monkeypatch):
+    directory, _ = filled
+    here = os.path.dirname(__file__)
+    # Slow to read, so that the thread is still at it in the end.
+    slow = (
+        "from torchcache.store.disk import DiskTier; import torch, time; read = DiskTier.read_after\n"
+        "def slowly(*arguments):\n"
+        "    for _ in range(100): torch.ones(1000, 1000).sum()\n"
+        "    return read(*arguments)\n"
+        "DiskTier.read_after = slowly\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", slow + EXITING, here, str(directory)], capture_output=True)
+        assert (done.returncode, done.stdout) == (0, b"exits\n"), done.stderr

@@ -51,7 +51,7 @@ def test_many_flips_cuts_and_zeroed_ranges(source, tmp_path, file):
 
 def test_a_lost_page_of_the_database_costs_its_own_rows_alone(tmp_path, warnings):
     source = tmp_path / "source"
-    run = Run(source, None)
+    run = Run(source)
     run.steps(1200, 0)
     directory = tmp_path / "cache"
     shutil.copytree(source, directory)

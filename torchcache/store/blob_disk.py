@@ -46,7 +46,9 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
             return 0, _RAW, None, sqlite3.Binary(value)
         filename, path = self.filename(key, value)
         self.uncommitted.append(filename)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        folder = os.path.dirname(path)
+        for made in (os.path.dirname(folder), folder):  # makedirs gives its mode to the last one alone
+            os.makedirs(made, mode=0o700, exist_ok=True)
         self._check(filename)
         with open(path, "xb", opener=open_private) as file:
             file.write(value)

@@ -63,7 +63,11 @@ class Deposit:
 
     def add(self, tag: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Store those ``(key, blob)`` pairs that have no sound row here."""
-        sound = self._sound([key for key, _ in entries])
+        here = list(self._records.find([key for key, _ in entries]))
+        damaged = [entry for entry in here if entry.check()[1] is not None]
+        if damaged:
+            self._records.remove(damaged)
+        sound = {entry.key for entry in here} - {entry.key for entry in damaged}
         wanted = [(key, blob) for key, blob in entries if key not in sound]
         errors = self._tier.errors
         stored, size = self._tier.write(wanted, tag, self._limit)
@@ -73,9 +77,6 @@ class Deposit:
         self.stored += stored
         self.bytes += size
         self.left_out += len(wanted) - stored
-
-    def _sound(self, keys: Sequence[bytes]) -> set[bytes]:
-        return {entry.key for entry in self._records.find(keys) if entry.check()[1] is None}
 
 
 def merge(records: Records, deposit: Deposit, *, progress: Callable[[int], object] = lambda done: None) -> int:

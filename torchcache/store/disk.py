@@ -390,9 +390,12 @@ def _is_locked(error: BaseException) -> bool:
 def _lay_out(rows: Path) -> None:
     """Create the database with our page size, which nothing can change later."""
     database = rows / DATABASE
-    if database.exists():
-        return
+    with contextlib.suppress(FileNotFoundError):
+        if database.stat().st_size:
+            return
     os.makedirs(rows, mode=0o700, exist_ok=True)
+    # SQLite gives its files the mode that the first one has.
+    os.close(os.open(database, os.O_CREAT | os.O_WRONLY, 0o600))
     with contextlib.closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as connection:
         connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
         connection.execute("PRAGMA journal_mode = wal")

@@ -24,7 +24,7 @@ from torchcache.store.disk import LOCK_SECONDS, MARKER, MIN_FILE_SIZE, check_ver
 from torchcache.store.file import BlobFile, BlobFileError
 from torchcache.store.header import LARGEST_ROW, Header, check_blob, read_header
 
-__all__ = ["BATCH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
+__all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
 
 BATCH = 500
 UNKNOWN = "unknown"
@@ -33,6 +33,12 @@ _RAW, _BINARY = 1, 2
 TAG = "CASE WHEN typeof(tag) = 'text' AND length(tag) = 32 AND tag NOT GLOB '*[^0-9a-f]*' THEN tag END"
 # SQLite holds a row's blob below this size itself; a larger value is not of the store.
 _LARGEST_VALUE = MIN_FILE_SIZE + 1024
+
+# Bytes of an entry's blob, whatever a database claims: sums of them stay integers that SQLite can add.
+LENGTH = (
+    "CASE WHEN filename IS NULL THEN length(value) WHEN typeof(size) = 'integer' THEN min(max(size, 0), 1 << 40) "
+    "ELSE 0 END"
+)
 
 
 def is_cache(directory: Path) -> bool:
@@ -226,7 +232,7 @@ class Records:
 
     def volume(self) -> int:
         """Bytes of the directory as the size limit counts them: database pages and files."""
-        files = self.sql("SELECT sum(size) FROM Cache WHERE filename IS NOT NULL")
+        files = self.sql(f"SELECT sum({LENGTH}) FROM Cache WHERE filename IS NOT NULL")
         return self.pragma("page_count") * self.pragma("page_size") + (_number(files[0][0]) if files else 0)
 
     def compact(self) -> bool:
@@ -312,8 +318,7 @@ def _columns(whole: bool) -> str:
     return (
         "rowid, CASE WHEN length(key) <= 64 THEN key END, tag, raw, store_time, mode, typeof(value), "
         "CASE WHEN length(filename) > 64 THEN '?' ELSE filename END, "
-        f"CASE WHEN length(value) <= {_LARGEST_VALUE} THEN {value} END, "
-        "CASE WHEN filename IS NULL THEN length(value) ELSE size END"
+        f"CASE WHEN length(value) <= {_LARGEST_VALUE} THEN {value} END, {LENGTH}"
     )
 
 

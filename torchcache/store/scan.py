@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Collection, Sequence
 
 from torchcache.logging import logger
@@ -51,7 +53,9 @@ class Scan:
             self._allowed = min(self._allowed, AHEAD * len(digests)) + AHEAD * len(digests)
             if self._allowed >= self._chunk and not self._running:
                 self._running = True
-                threading.Thread(target=self._run, name="torchcache-scan", daemon=True).start()
+                thread = threading.Thread(target=self._run, name="torchcache-scan", daemon=True)
+                _threads.add(thread)
+                thread.start()
         if not self._unseen:
             return frozenset()
         seen = self._unseen.intersection(digests)
@@ -61,7 +65,7 @@ class Scan:
     def _run(self) -> None:
         yield_to_training()
         try:
-            while self._allowed >= self._chunk and not self._finished:
+            while self._allowed >= self._chunk and not (self._finished or _exiting.is_set()):
                 self._allowed -= self._chunk
                 self._after = self._read(self._after, self._chunk)
                 self._finished = self._after is None
@@ -70,3 +74,17 @@ class Scan:
             self._finished = True
         finally:
             self._running = False
+
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_exiting = threading.Event()
+
+
+def _stop() -> None:
+    # Python ends such threads where they stand when it exits, which aborts the process if that is within PyTorch.
+    _exiting.set()
+    for thread in list(_threads):
+        thread.join()
+
+
+atexit.register(_stop)

@@ -10,14 +10,13 @@ from pathlib import Path
 from torchcache.errors import StoreError
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.catalogue import Region
-from torchcache.store.records import TAG, UNKNOWN, Records
+from torchcache.store.records import LENGTH, TAG, UNKNOWN, Records
 
 __all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey_calls"]
 
 SAMPLE = 200
 HOUR, DAY = 3600, 86400
 AGES = (("hour", HOUR), ("day", DAY), ("7 days", 7 * DAY), ("30 days", 30 * DAY), ("older", None))
-_BYTES = "sum(CASE WHEN filename IS NULL THEN length(value) ELSE size END)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,9 @@ class Stats:
 def survey(records: Records) -> Info:
     """The regions of a cache directory."""
     regions = records.catalogue.read()
-    found = records.sql(f"SELECT {TAG}, count(*), {_BYTES}, min(store_time), max(store_time) FROM Cache GROUP BY 1")
+    found = records.sql(
+        f"SELECT {TAG}, count(*), sum({LENGTH}), min(store_time), max(store_time) FROM Cache GROUP BY 1"
+    )
     holdings = []
     for tag, rows, size, oldest, newest in found:
         ratio = _ratio(records, tag)
@@ -150,10 +151,9 @@ def survey(records: Records) -> Info:
 
 def survey_calls(records: Records) -> Stats:
     """How the rows of a cache directory are made up."""
-    blob = "CASE WHEN filename IS NULL THEN length(value) ELSE size END"
     found = records.sql(
         f"SELECT {TAG}, CASE WHEN length(key) = 32 THEN hex(substr(key, 1, 16)) END, "
-        f"count(*), count(filename), sum({blob}), min({blob}), max({blob}), min(rowid) FROM Cache GROUP BY 1, 2"
+        f"count(*), count(filename), sum({LENGTH}), min({LENGTH}), max({LENGTH}), min(rowid) FROM Cache GROUP BY 1, 2"
     )
     groups = []
     for tag, call, rows, in_files, size, smallest, largest, first in found:
