@@ -1,5 +1,6 @@
 """Bugs planted in the library: the harness finds each within a few programs."""
 
+import collections
 import importlib.util
 import random
 import re
@@ -72,15 +73,20 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
 
 
 def test_the_soak_tool_says_how_to_see_a_wrong_answer_again(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("soak", Path(__file__).parents[2] / "tools" / "soak.py")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools" / "soak"))
+    spec = importlib.util.spec_from_file_location("soak", Path(__file__).parents[2] / "tools" / "soak" / "__main__.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert tool.soak(minutes=0, seed=1, doors=["eager"]) == 0
+    monkeypatch.setattr(tool.programs, "DOORS", ("eager",))
+    counts = collections.Counter()
+    assert tool.soak(0, 1, ["programs"], counts) == 0
+    assert (counts["rounds"], counts["wrong answers"]) == (1, 0)
     rows_swapped(monkeypatch)
-    assert tool.soak(minutes=1, seed=1, doors=["eager"]) == 1
+    assert tool.soak(1, 1, ["programs"], counts) == 1
+    assert counts["wrong answers"] == 1
     said = capsys.readouterr().out
-    seed = re.search(r"--minutes 0 --seed (\d+)", said)
+    again = re.search(r"--minutes 0 --only programs --seed (\d+)", said)
     shorter = re.search(r"^Program\(.*\)$", said, re.MULTILINE)
-    assert tool.soak(minutes=0, seed=int(seed[1]), doors=["eager"]) == 1
+    assert tool.soak(0, int(again[1]), ["programs"], counts) == 1
     with pytest.raises(WrongAnswerError):
         execute(eval(shorter[0]))
