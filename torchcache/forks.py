@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["Lock", "no_fork", "without_forks"]
+__all__ = ["without_forks"]
 
 # Longer than the store waits for any lock.
 WAIT_SECONDS = 60.0
+POLL_SECONDS = 0.001
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Gate:
-    """Any number of threads at once, a fork alone; a thread inside may enter again, and may fork."""
+class _Visit:
+    """One call that no fork may fall into."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside: collections.Counter[int] = collections.Counter()
+        self.thread = threading.get_ident()
 
-    def __enter__(self) -> None:
-        with self._changed:  # which a fork holds
-            self._inside[threading.get_ident()] += 1
 
-    def __exit__(self, *error: object) -> None:
-        me = threading.get_ident()
-        with self._changed:
-            self._inside[me] -= 1
-            if not self._inside[me]:
-                del self._inside[me]
-                self._changed.notify_all()
+class _Gate:
+    """Any number of calls at once, or a fork.
+
+    An interrupt may come between any two steps of the thread that trains, and what it leaves locked stays locked: so
+    there is no lock here, only single operations on a set.
+    """
+
+    def __init__(self) -> None:
+        self._inside: set[_Visit] = set()
+        self._opened = threading.Event()
+        self._opened.set()
+
+    def enter(self, visit: _Visit) -> None:
+        """Go in, once no fork is going on."""
+        self._inside.add(visit)
+        while not self._opened.is_set() and not self._of_this_thread() - {visit}:
+            self._inside.discard(visit)
+            self._opened.wait(WAIT_SECONDS)
+            self._inside.add(visit)
+
+    def leave(self, visit: _Visit) -> None:
+        """Go out, if it came that far."""
+        self._inside.discard(visit)
 
     def close(self) -> None:
-        """Wait until only this thread is inside, and let nobody in."""
-        self._changed.acquire()
-        self._changed.wait_for(lambda: not self._inside.keys() - {threading.get_ident()}, WAIT_SECONDS)
+        """Let nobody in, and wait until no other thread is inside."""
+        self._opened.clear()
+        end = time.monotonic() + WAIT_SECONDS
+        while set(self._inside) - self._of_this_thread() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
 
     def open(self) -> None:
         """Let the others in."""
-        self._changed.release()
+        self._opened.set()
 
     def open_in_child(self) -> None:
         """Start anew where the other threads are gone."""
+        self._inside = self._of_this_thread()
+        self._opened = threading.Event()
+        self._opened.set()
+
+    def _of_this_thread(self) -> set[_Visit]:
         me = threading.get_ident()
-        self._changed = threading.Condition()
-        self._inside = collections.Counter({me: self._inside[me]} if me in self._inside else {})
+        return {visit for visit in set(self._inside) if visit.thread == me}
 
 
-no_fork = _Gate()
+_gate = _Gate()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=no_fork.close, after_in_parent=no_fork.open, after_in_child=no_fork.open_in_child)
+    os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.open_in_child)
 
 
 def without_forks(function: Callable[P, T]) -> Callable[P, T]:
@@ -63,22 +82,11 @@ def without_forks(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        with no_fork:
+        visit = _Visit()
+        try:
+            _gate.enter(visit)
             return function(*args, **kwargs)
+        finally:
+            _gate.leave(visit)
 
     return guarded
-
-
-class Lock:
-    """A lock that no fork finds locked."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        no_fork.__enter__()
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-        no_fork.__exit__()

@@ -7,6 +7,7 @@ the batch in use, the same places of the next batch will be the row inputs of it
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchcache.forks import Lock, without_forks
+from torchcache.forks import without_forks
 from torchcache.logging import logger
 from torchcache.store.tiers import Found
 
@@ -114,7 +115,7 @@ class Ahead:
 
 
 _active: list[Ahead] = []
-_lock = Lock()
+_lock = threading.Lock()
 
 
 def prepared(owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:

@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import diskcache
 from diskcache.core import DEFAULT_SETTINGS
 
 from torchcache.errors import StoreVersionError
-from torchcache.forks import Lock, without_forks
+from torchcache.forks import without_forks
 from torchcache.logging import logger, warn_once
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.blob_disk import BlobDisk, open_private
@@ -105,7 +106,7 @@ class DiskTier:
         self._abandoned: list[Any] = []
         self._reading = Pause()
         self._writing = Pause()
-        self._lock = Lock()
+        self._lock = threading.Lock()
 
     def open(self) -> bool:
         """Open the directory unless that was done; ``False`` where it cannot be used."""
@@ -403,9 +404,10 @@ def _lay_out(rows: Path) -> None:
 
 
 _tiers: dict[Path, DiskTier] = {}
-_tiers_lock = Lock()
+_tiers_lock = threading.Lock()
 
 
+@without_forks
 def disk_tier(directory: Path) -> DiskTier:
     """The disk tier of ``directory``, one a process."""
     with _tiers_lock:

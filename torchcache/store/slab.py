@@ -7,11 +7,12 @@ import math
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
-from torchcache.forks import Lock
+from torchcache.forks import without_forks
 from torchcache.store.blob import RowSpec
 from torchcache.store.select import select_rows
 
@@ -106,7 +107,7 @@ class MemoryTier:
         self.budget = budget
         self.used = 0
         self._slabs: dict[bytes, Slab] = {}
-        self._lock = Lock()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return sum(map(len, list(self._slabs.values())))
@@ -115,6 +116,7 @@ class MemoryTier:
         """The slab of ``fingerprint``, if it has rows."""
         return self._slabs.get(fingerprint)
 
+    @without_forks
     def admit(
         self,
         fingerprint: bytes,
@@ -141,6 +143,7 @@ class MemoryTier:
             slab.write(slots.start, digests[: len(slots)], rows)
         return slab, slots
 
+    @without_forks
     def admit_by(
         self,
         fingerprint: bytes,
@@ -223,6 +226,7 @@ class MemoryTier:
                 del self._slabs[fingerprint]
                 self.used -= slab.used * max(slab.spec.size, 1)
 
+    @without_forks
     def clear(self) -> None:
         """Forget every row."""
         with self._lock:

@@ -31,12 +31,14 @@ class Writer:
         self.limit = limit
         self._jobs: deque[tuple[int, Job]] = deque()
         self._waiting = 0
-        self._changed = threading.Condition()
+        # Entered by itself: an interrupt within a condition's own entering would leave it locked.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
     def submit(self, size: int, job: Job) -> None:
         """Queue ``job``, which holds ``size`` bytes."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._waiting or self._waiting + size <= self.limit)
             self._waiting += size
             self._jobs.append((size, job))
@@ -47,13 +49,13 @@ class Writer:
 
     def flush(self) -> None:
         """Wait until everything submitted so far has run."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._jobs)
 
     def _run(self) -> None:
         yield_to_training()
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: bool(self._jobs))
                 size, job = self._jobs[0]
             try:
@@ -62,7 +64,7 @@ class Writer:
                 warn_once(f"rows could not be stored ({type(error).__name__}: {error}); training goes on without them")
                 logger.debug("writer job failed", exc_info=True)
             del job
-            with self._changed:
+            with self._lock:
                 self._jobs.popleft()
                 self._waiting -= size
                 self._changed.notify_all()
