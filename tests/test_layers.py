@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "forks", "logging", "options", "modes", "threads", "table", "sharing", "version"},
     {"store.select", "store.file", "store.pause", "store.vet", "store.catalogue", "store.place", "feeding"},
     {"store.blob", "store.blob_disk"},
-    {"store.reader"},
+    {"store.reader", "store.connect"},
     {
         "store.slab",
         "store.disk",

@@ -15,7 +15,7 @@ from torchcache.graph.marked import Mark
 from torchcache.lookup.fingerprint import program_of
 from torchcache.marks import marked_modules, resemble
 from torchcache.modes import settle
-from torchcache.store.disk import check_version
+from torchcache.store.connect import check_version
 from torchcache.tracing import Traced, start_tracer
 
 __all__ = ["graphs", "transform"]

@@ -9,7 +9,7 @@ import pytest
 from damage import FILES, HARMS, LARGE, MOMENTS, SMALL, endure, filled, possible
 from trained import Run
 
-from torchcache.store.disk import PAGE_SIZE
+from torchcache.store.connect import PAGE_SIZE
 
 CASES = [(file, harm, moment) for file in FILES for harm in HARMS for moment in MOMENTS if possible(file, harm, moment)]
 

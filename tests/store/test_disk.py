@@ -16,7 +16,8 @@ import pytest
 
 from torchcache.errors import StoreVersionError
 from torchcache.store.blob_disk import BlobDisk
-from torchcache.store.disk import MIN_FILE_SIZE, DiskTier
+from torchcache.store.connect import MIN_FILE_SIZE
+from torchcache.store.disk import DiskTier
 
 LIMIT = 10**9
 

@@ -17,7 +17,7 @@ from torchcache.cli.screen import Screen
 from torchcache.errors import TorchcacheError
 from torchcache.speed import measure
 from torchcache.store.blob import FORMAT_VERSION
-from torchcache.store.disk import check_version
+from torchcache.store.connect import check_version
 from torchcache.store.place import Place, examine
 from torchcache.version import __version__
 

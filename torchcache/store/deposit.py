@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torchcache.errors import StoreError
 from torchcache.store.catalogue import Catalogue, Region
-from torchcache.store.disk import DiskTier, check_version
+from torchcache.store.connect import check_version
+from torchcache.store.disk import DiskTier
 from torchcache.store.records import UNKNOWN, Records
 
 __all__ = ["Deposit", "merge"]

@@ -1,60 +1,34 @@
-"""The disk tier: the one place that knows diskcache's rows and files.
-
-A cache directory holds ``torchcache.json`` (the format version), ``regions/`` (the catalogue) and
-``rows-<version>/``, a ``diskcache.Cache`` whose keys are 32 bytes (fingerprint and digest), whose values are blobs
-and whose tag is the region's fingerprint.
-"""
+"""The disk tier: blobs read, written and dropped, with no failure of the store raised."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import random
-import secrets
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
-from diskcache.core import DEFAULT_SETTINGS
 
 from torchcache.errors import StoreVersionError
 from torchcache.forks import without_forks
 from torchcache.logging import logger, warn_once
-from torchcache.store.blob import FORMAT_VERSION
-from torchcache.store.blob_disk import BlobDisk, open_private
 from torchcache.store.catalogue import Catalogue
+from torchcache.store.connect import MIN_FILE_SIZE, ROWS, connect, is_locked
 from torchcache.store.file import BlobFile
 from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
-from torchcache.store.vet import DATABASE, vet_database, vet_files
+from torchcache.store.vet import DATABASE, vet_files
 
-__all__ = ["DiskTier", "check_version", "disk_tier"]
+__all__ = ["DiskTier", "disk_tier"]
 
-MARKER = "torchcache.json"
-# Values from this size on are files: SQLite reads smaller ones faster, and larger ones bloat its log.
-MIN_FILE_SIZE = 128 * 1024
-# Rows of 3 KB fill such pages to 93% (they would take one of 4 KB each); keys come in random order, for which larger
-# pages are slower to write.
-PAGE_SIZE = 16 * 1024
 KEYS_PER_QUERY = 500
 LOCK_SECONDS = 10.0
 # What one row costs in the database beside its blob: key, columns and index entries.
 ROW_OVERHEAD = 160
-
-# All of them, so that none is taken from the database.
-SETTINGS = {
-    **DEFAULT_SETTINGS,
-    "disk_min_file_size": MIN_FILE_SIZE,
-    "sqlite_mmap_size": 0,  # a mapped file that another process cuts short would kill this one
-    "eviction_policy": "none",
-    "cull_limit": 0,
-}
 
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
 SELECT, SELECT_WITHOUT_VALUES = (
@@ -65,20 +39,6 @@ SELECT, SELECT_WITHOUT_VALUES = (
 Row = tuple[bytes, int, str | None, Any]
 
 T = TypeVar("T")
-
-
-def check_version(directory: Path) -> None:
-    """Raise ``StoreVersionError`` for a directory that a newer torchcache wrote; leave it untouched."""
-    try:
-        with open(directory / MARKER, "rb") as file:
-            found = json.loads(file.read(4096))["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    if isinstance(found, int) and found > FORMAT_VERSION:
-        raise StoreVersionError(
-            f"{directory} holds format {found}, and this torchcache reads up to {FORMAT_VERSION}: "
-            "upgrade torchcache, or set persistent_cache_dir to another directory"
-        )
 
 
 class DiskTier:
@@ -95,7 +55,7 @@ class DiskTier:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._folder = directory / f"rows-{FORMAT_VERSION}"
+        self._folder = directory / ROWS
         self.errors = 0
         self.full = False
         self._complained = False
@@ -126,12 +86,12 @@ class DiskTier:
         with self._lock:
             if self._cache is None and not self._failed and self._reading.over:
                 try:
-                    self._cache = self._connect()
+                    self._cache = connect(self.directory, LOCK_SECONDS)
                     self._identity = self._identify()
                 except Exception as error:  # whatever a damaged database makes of diskcache
                     if isinstance(error, StoreVersionError) and not self._abandoned:
                         raise
-                    if _is_locked(error):
+                    if is_locked(error):
                         self._reading.begin()
                         self._blame("opened", error)
                     else:
@@ -277,7 +237,7 @@ class DiskTier:
         except Exception as error:  # whatever a damaged database makes of diskcache
             if not self._reading.over:
                 return []
-            if _is_locked(error):
+            if is_locked(error):
                 self._reading.begin()
             elif len(keys) > 1:
                 half = len(keys) // 2
@@ -328,39 +288,6 @@ class DiskTier:
             self._cache = None
         self.complain("was deleted or replaced while in use and is filled anew")
 
-    def _connect(self) -> Any:
-        check_version(self.directory)
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        self._write_marker()
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                vet_files(self._folder)
-                _lay_out(self._folder)
-                vet_database(self._folder, LOCK_SECONDS)
-                return diskcache.Cache(str(self._folder), timeout=LOCK_SECONDS, disk=BlobDisk, **SETTINGS)
-            except (sqlite3.OperationalError, diskcache.Timeout) as error:
-                # Processes that create the same database at once collide on its journal mode.
-                if not _is_locked(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(random.uniform(0.01, 0.1))
-
-    def _write_marker(self) -> None:
-        marker = self.directory / MARKER
-        wanted = json.dumps({"format": FORMAT_VERSION}).encode()
-        with contextlib.suppress(OSError), open(marker, "rb") as file:
-            if file.read(4096) == wanted:
-                return
-        temporary = marker.with_name(f"{MARKER}.{secrets.token_hex(8)}")
-        try:
-            with open(temporary, "xb", opener=open_private) as file:
-                file.write(wanted)
-            os.replace(temporary, marker)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
     def _fill(self, limit: int) -> None:
         self.full = True
         warn_once(f"{self.directory} is full ({limit} bytes, max_persistent_cache_size): no more rows are stored there")
@@ -382,25 +309,6 @@ class DiskTier:
         level = logging.INFO if self._complained else logging.WARNING
         self._complained = True
         logger.log(level, "the cache directory %s %s", self.directory, what)
-
-
-def _is_locked(error: BaseException) -> bool:
-    return isinstance(error, (sqlite3.OperationalError, diskcache.Timeout)) and "locked" in str(error)
-
-
-def _lay_out(rows: Path) -> None:
-    """Create the database with our page size, which nothing can change later."""
-    database = rows / DATABASE
-    with contextlib.suppress(FileNotFoundError):
-        if database.stat().st_size:
-            return
-    os.makedirs(rows, mode=0o700, exist_ok=True)
-    # SQLite gives its files the mode that the first one has.
-    os.close(os.open(database, os.O_CREAT | os.O_WRONLY, 0o600))
-    with contextlib.closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as connection:
-        connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-        connection.execute("PRAGMA journal_mode = wal")
-        connection.execute("PRAGMA user_version = 1")  # the first write
 
 
 _tiers: dict[Path, DiskTier] = {}

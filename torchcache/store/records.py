@@ -20,7 +20,8 @@ from torchcache.errors import StoreDamagedError, StoreError
 from torchcache.store.blob import FORMAT_VERSION, BlobError
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.catalogue import Catalogue, is_tag
-from torchcache.store.disk import LOCK_SECONDS, MARKER, MIN_FILE_SIZE, check_version
+from torchcache.store.connect import MARKER, MIN_FILE_SIZE, check_version
+from torchcache.store.disk import LOCK_SECONDS
 from torchcache.store.file import BlobFile, BlobFileError
 from torchcache.store.header import LARGEST_ROW, Header, check_blob, read_header
 

@@ -1,0 +1,126 @@
+"""A cache directory made and opened: the version it says, the database's layout and settings.
+
+A cache directory holds ``torchcache.json`` (the format version), ``regions/`` (the catalogue) and
+``rows-<version>/``, a ``diskcache.Cache`` whose keys are 32 bytes (fingerprint and digest), whose values are blobs
+and whose tag is the region's fingerprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import diskcache
+from diskcache.core import DEFAULT_SETTINGS
+
+from torchcache.errors import StoreVersionError
+from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.blob_disk import BlobDisk, open_private
+from torchcache.store.vet import DATABASE, vet_database, vet_files
+
+__all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "check_version", "connect", "is_locked"]
+
+MARKER = "torchcache.json"
+ROWS = f"rows-{FORMAT_VERSION}"
+# Values from this size on are files: SQLite reads smaller ones faster, and larger ones bloat its log.
+MIN_FILE_SIZE = 128 * 1024
+# Rows of 3 KB fill such pages to 93% (they would take one of 4 KB each); keys come in random order, for which larger
+# pages are slower to write.
+PAGE_SIZE = 16 * 1024
+
+# All of them, so that none is taken from the database.
+SETTINGS = {
+    **DEFAULT_SETTINGS,
+    "disk_min_file_size": MIN_FILE_SIZE,
+    "sqlite_mmap_size": 0,  # a mapped file that another process cuts short would kill this one
+    "eviction_policy": "none",
+    "cull_limit": 0,
+}
+
+
+def check_version(directory: Path) -> None:
+    """Raise ``StoreVersionError`` for a directory that a newer torchcache wrote; leave it untouched."""
+    try:
+        with open(directory / MARKER, "rb") as file:
+            found = json.loads(file.read(4096))["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise StoreVersionError(
+            f"{directory} holds format {found}, and this torchcache reads up to {FORMAT_VERSION}: "
+            "upgrade torchcache, or set persistent_cache_dir to another directory"
+        )
+
+
+def connect(directory: Path, lock_seconds: float) -> Any:
+    """Open the ``diskcache.Cache`` of ``directory``, both made for their owner alone where they are missing.
+
+    Raises
+    ------
+    StoreVersionError
+        When a newer torchcache wrote the directory.
+    ForeignDatabaseError
+        When diskcache did not make the database as it is.
+    OSError, sqlite3.Error, diskcache.Timeout
+        When it cannot be opened, or is locked for longer than ``lock_seconds``.
+    """
+    rows = directory / ROWS
+    check_version(directory)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    _write_marker(directory)
+    deadline = time.monotonic() + lock_seconds
+    while True:
+        try:
+            vet_files(rows)
+            _lay_out(rows, lock_seconds)
+            vet_database(rows, lock_seconds)
+            return diskcache.Cache(str(rows), timeout=lock_seconds, disk=BlobDisk, **SETTINGS)
+        except (sqlite3.OperationalError, diskcache.Timeout) as error:
+            # Processes that create the same database at once collide on its journal mode.
+            if not is_locked(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(random.uniform(0.01, 0.1))
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether ``error`` says that another process holds the database."""
+    return isinstance(error, (sqlite3.OperationalError, diskcache.Timeout)) and "locked" in str(error)
+
+
+def _write_marker(directory: Path) -> None:
+    marker = directory / MARKER
+    wanted = json.dumps({"format": FORMAT_VERSION}).encode()
+    with contextlib.suppress(OSError), open(marker, "rb") as file:
+        if file.read(4096) == wanted:
+            return
+    temporary = marker.with_name(f"{MARKER}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb", opener=open_private) as file:
+            file.write(wanted)
+        os.replace(temporary, marker)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _lay_out(rows: Path, lock_seconds: float) -> None:
+    """Create the database with our page size, which nothing can change later."""
+    database = rows / DATABASE
+    with contextlib.suppress(FileNotFoundError):
+        if database.stat().st_size:
+            return
+    os.makedirs(rows, mode=0o700, exist_ok=True)
+    # SQLite gives its files the mode that the first one has.
+    os.close(os.open(database, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(sqlite3.connect(database, timeout=lock_seconds)) as connection:
+        connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+        connection.execute("PRAGMA journal_mode = wal")
+        connection.execute("PRAGMA user_version = 1")  # the first write
