@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from trained import FORMAT, Run
+from trained import Run
 
 import torchcache
-from torchcache.store import disk, pause
+from torchcache.store import connect, disk, pause
+from torchcache.store.blob import FORMAT_VERSION
 
 
 @contextlib.contextmanager
@@ -61,9 +62,10 @@ def waits(monkeypatch):
         counted.extend([error] if answer else [])
         return answer
 
-    original = disk._is_locked
+    original = connect.is_locked
     monkeypatch.setattr(disk, "LOCK_SECONDS", 0.05)
-    monkeypatch.setattr(disk, "_is_locked", is_locked)
+    for module in (connect, disk):
+        monkeypatch.setattr(module, "is_locked", is_locked)
     return counted
 
 
@@ -192,7 +194,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_rows_of_another_format_beside_ours_stay_as_they_are(tmp_path):
-    other = tmp_path / "cache" / f"rows-{FORMAT - 1}" / "cache.db"
+    other = tmp_path / "cache" / f"rows-{FORMAT_VERSION - 1}" / "cache.db"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"written by somebody else")
     run = Run(tmp_path / "cache")

@@ -8,8 +8,6 @@ from torch import nn
 import torchcache
 from torchcache.store import disk
 
-FORMAT = disk.FORMAT_VERSION
-
 
 class Stretch(nn.Module):
     """Each input of shape ``(B, 4)`` times ``width`` weights."""
