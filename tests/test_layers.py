@@ -12,7 +12,16 @@ PACKAGE = Path(torchcache.__file__).parent
 # From the lowest layer to the highest; modules on one line may not import each other.
 LAYERS = [
     {"errors", "forks", "logging", "options", "modes", "threads", "table", "sharing", "version"},
-    {"store.select", "store.file", "store.pause", "store.vet", "store.catalogue", "store.place", "feeding"},
+    {
+        "store.select",
+        "store.file",
+        "store.pause",
+        "store.vet",
+        "store.catalogue",
+        "store.connections",
+        "store.place",
+        "feeding",
+    },
     {"store.blob", "store.blob_disk"},
     {"store.reader", "store.connect"},
     {

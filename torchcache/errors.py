@@ -13,7 +13,10 @@ __all__ = [
     "StoreError",
     "StoreVersionError",
     "TorchcacheError",
+    "brief",
 ]
+
+_LONGEST = 200
 
 
 class TorchcacheError(Exception):
@@ -54,3 +57,10 @@ class StoreDamagedError(StoreError):
 
 class StoreVersionError(TorchcacheError):
     """A cache directory was written by a newer torchcache than this one."""
+
+
+def brief(error: BaseException) -> str:
+    """The text of ``error`` in one short line: what SQLite says can hold as much of a damaged database as it likes."""
+    text = str(error)
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(sign if sign.isprintable() else "?" for sign in short)

@@ -35,15 +35,14 @@ class _Gate:
 
     def __init__(self) -> None:
         self._inside: set[_Visit] = set()
-        self._opened = threading.Event()
-        self._opened.set()
+        self._forking: set[int] = set()
 
     def enter(self, visit: _Visit) -> None:
-        """Go in, once no fork is going on."""
+        """Go in, once no other thread forks."""
         self._inside.add(visit)
-        while not self._opened.is_set() and not self._of_this_thread() - {visit}:
+        while self._forking and visit.thread not in self._forking and not self._of_this_thread() - {visit}:
             self._inside.discard(visit)
-            self._opened.wait(WAIT_SECONDS)
+            time.sleep(POLL_SECONDS)
             self._inside.add(visit)
 
     def leave(self, visit: _Visit) -> None:
@@ -52,20 +51,19 @@ class _Gate:
 
     def close(self) -> None:
         """Let nobody in, and wait until no other thread is inside."""
-        self._opened.clear()
+        self._forking.add(threading.get_ident())
         end = time.monotonic() + WAIT_SECONDS
         while set(self._inside) - self._of_this_thread() and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
 
     def open(self) -> None:
         """Let the others in."""
-        self._opened.set()
+        self._forking.discard(threading.get_ident())
 
     def open_in_child(self) -> None:
         """Start anew where the other threads are gone."""
         self._inside = self._of_this_thread()
-        self._opened = threading.Event()
-        self._opened.set()
+        self._forking = set()
 
     def _of_this_thread(self) -> set[_Visit]:
         me = threading.get_ident()

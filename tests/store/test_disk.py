@@ -1,5 +1,6 @@
 """The disk tier: what it refuses, and what it survives."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -204,6 +205,52 @@ def test_a_database_with_other_settings_or_tables_costs_rows_and_raises_nothing(
     tier.drop({key(1): b""})
     assert tier.volume() >= 0
     assert len(set(warnings)) == len(warnings)
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        f"UPDATE Settings SET value = '{LONG}' WHERE key = 'sqlite_cache_size'",
+        f"UPDATE Settings SET value = '{LONG}' WHERE key = 'size'",
+        f"PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql = 'CREATE {LONG}' WHERE name = 'Cache'",
+        f"PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql = 'CREATE TABLE {LONG}(' WHERE name = 'Settings'",
+    ],
+)
+@pytest.mark.parametrize("opened", ["before", "after"])
+def test_a_warning_is_a_line_or_two_whatever_the_database_says(tmp_path, harm, opened, warnings):
+    tier = DiskTier(tmp_path)
+    tier.write(entries(range(3)), "tag", LIMIT)
+    with database(tmp_path) as connection:
+        connection.executescript(harm)
+    tier = tier if opened == "before" else DiskTier(tmp_path)
+    tier.read([key(1)])
+    tier.write(entries([7]), "tag", LIMIT)
+    thread = threading.Thread(target=tier.read, args=([key(2)],))
+    thread.start()
+    thread.join()
+    assert all(len(text) < 500 and text.isprintable() for text in warnings), max(map(len, warnings))
+    assert len(warnings) <= 1
+
+
+@pytest.mark.parametrize("value", ["0; SELECT 1", "x", -7, 5.5, b"a"])
+def test_settings_in_the_database_are_obeyed_on_no_thread(tmp_path, value):
+    tier = DiskTier(tmp_path)
+    tier.write(entries(range(3)), "tag", LIMIT)
+    with database(tmp_path) as connection:
+        connection.execute(
+            "UPDATE Settings SET value = ? WHERE key IN ('sqlite_cache_size', 'sqlite_synchronous')", (value,)
+        )
+
+    def settings(used):
+        assert used.read([key(1)]) == dict(entries([1]))
+        return {name: used._cache._sql(f"PRAGMA {name}").fetchone() for name in ("cache_size", "synchronous")}
+
+    for used in (tier, DiskTier(tmp_path)):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert pool.submit(settings, used).result() == {"cache_size": (8192,), "synchronous": (1,)}
 
 
 def test_pickled_keys_and_values_are_refused(tmp_path):

@@ -6,7 +6,7 @@ python tests/stress/interrupts.py DIRECTORY COUNT
 import collections
 import os
 import random
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -24,14 +24,17 @@ def survive(directory, count, seed):
     command = [sys.executable, str(Path(__file__).resolve()), str(directory), str(count), str(seed)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    answers = selectors.DefaultSelector()
+    answers.register(process.stdout, selectors.EVENT_READ)
     for _ in range(count):
         assert process.stdout.readline() == "training\n", process.communicate()[1]
         time.sleep(chance.expovariate(20))
         process.send_signal(signal.SIGINT)
         # Python drops what is raised in a destructor, an interrupt too.
-        while not select.select([process.stdout], [], [], 2)[0]:
+        while not answers.select(2):
             process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n", process.communicate()[1]
+    answers.close()
     told, failed = process.communicate(timeout=120)
     assert told == "done\n", failed
     assert process.returncode == 0, failed

@@ -14,7 +14,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def in_a_fork(work, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    def alone():
+        torch.set_num_threads(1)  # OpenMP hangs in a fork of a process that used its threads
+        work(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
     return process
 

@@ -1,8 +1,12 @@
 """Limits of memory and disk are hard, over models, processes and runs; what does not fit is computed."""
 
+import gc
 import multiprocessing
+import os
+import shutil
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +83,35 @@ def test_the_memory_limit_holds_over_shapes_weights_and_epochs(tmp_path):
             model.weight.add_(1)
     assert region.memory_hits > 0
     assert region.memory_bytes > limit // 2
+
+
+def open_files(directory):
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.exists() or path.is_symlink()]
+    return [name for name in (os.readlink(link) for link in links if link.is_symlink()) if name.startswith(directory)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts this process's open files")
+@pytest.mark.parametrize("fate", ["kept", "deleted in mid run"])
+def test_models_that_are_gone_leave_no_file_of_their_directories_open(tmp_path, fate):
+    for number in range(5):
+        directory = tmp_path / str(number)
+        run = Run(directory)
+        run.steps(100, 4)
+        if fate == "deleted in mid run":
+            shutil.rmtree(directory)
+            run.steps(150, 8)
+            assert run.count("rows_written") > 104
+    assert open_files(str(tmp_path))
+    del run
+    gc.collect()
+    assert open_files(str(tmp_path)) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts this process's open files")
+def test_a_directory_that_is_deleted_time_and_again_leaves_no_file_open(tmp_path):
+    run, counts = Run(tmp_path / "cache"), []
+    for end in range(50, 400, 50):
+        run.steps(end, 4)
+        counts.append(len(open_files(str(tmp_path))))
+        shutil.rmtree(tmp_path / "cache")
+    assert counts[-1] <= counts[1]

@@ -23,6 +23,7 @@ from diskcache.core import DEFAULT_SETTINGS
 from torchcache.errors import StoreVersionError
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.blob_disk import BlobDisk, open_private
+from torchcache.store.connections import Connections
 from torchcache.store.vet import DATABASE, vet_database, vet_files
 
 __all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "check_version", "connect", "is_locked"]
@@ -43,6 +44,35 @@ SETTINGS = {
     "eviction_policy": "none",
     "cull_limit": 0,
 }
+# Those that SQLite forgets with each connection.
+_PRAGMAS = ("cache_size", "mmap_size", "synchronous")
+
+
+class _Cache(diskcache.Cache):  # type: ignore[misc]
+    """A ``diskcache.Cache`` that keeps our settings on every thread, and no files open when it is gone.
+
+    Its base gives each new connection whatever settings the database says by that time.
+    """
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        self._connections = Connections()
+        super().__init__(directory, **settings)
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        return self._connections.get(self._connect)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            os.path.join(self._directory, DATABASE), self._timeout, isolation_level=None, check_same_thread=False
+        )
+        for name in _PRAGMAS:
+            connection.execute(f"PRAGMA {name} = {SETTINGS[f'sqlite_{name}']}")
+        return connection
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        self._connections.close()
 
 
 def check_version(directory: Path) -> None:
@@ -81,7 +111,7 @@ def connect(directory: Path, lock_seconds: float) -> Any:
             vet_files(rows)
             _lay_out(rows, lock_seconds)
             vet_database(rows, lock_seconds)
-            return diskcache.Cache(str(rows), timeout=lock_seconds, disk=BlobDisk, **SETTINGS)
+            return _Cache(str(rows), timeout=lock_seconds, disk=BlobDisk, **SETTINGS)
         except (sqlite3.OperationalError, diskcache.Timeout) as error:
             # Processes that create the same database at once collide on its journal mode.
             if not is_locked(error) or time.monotonic() > deadline:

@@ -7,13 +7,14 @@ import logging
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
 
-from torchcache.errors import StoreVersionError
+from torchcache.errors import StoreVersionError, brief
 from torchcache.forks import without_forks
 from torchcache.logging import logger, warn_once
 from torchcache.store.catalogue import Catalogue
@@ -63,7 +64,7 @@ class DiskTier:
         self._cache: Any = None
         self._failed = False
         self._identity: tuple[int, int] | None = None
-        self._abandoned: list[Any] = []
+        self._replaced = False
         self._reading = Pause()
         self._writing = Pause()
         self._lock = threading.Lock()
@@ -89,7 +90,7 @@ class DiskTier:
                     self._cache = connect(self.directory, LOCK_SECONDS)
                     self._identity = self._identify()
                 except Exception as error:  # whatever a damaged database makes of diskcache
-                    if isinstance(error, StoreVersionError) and not self._abandoned:
+                    if isinstance(error, StoreVersionError) and not self._replaced:
                         raise
                     if is_locked(error):
                         self._reading.begin()
@@ -283,9 +284,8 @@ class DiskTier:
     def _abandon(self) -> None:
         """Start anew where the directory was deleted or replaced: SQLite would go on in files without a name."""
         with self._lock:
-            # Never closed: SQLite would delete the log of the database that lies at the same path by then.
-            self._abandoned.append(self._cache)
             self._cache = None
+            self._replaced = True
         self.complain("was deleted or replaced while in use and is filled anew")
 
     def _fill(self, limit: int) -> None:
@@ -300,7 +300,7 @@ class DiskTier:
             return otherwise
 
     def _blame(self, done: str, error: BaseException, rest: str = "training goes on without it") -> None:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
         self.complain(f"cannot be {done} ({reason}); {rest}")
 
     def complain(self, what: str, count: int = 1) -> None:
@@ -311,12 +311,13 @@ class DiskTier:
         logger.log(level, "the cache directory %s %s", self.directory, what)
 
 
-_tiers: dict[Path, DiskTier] = {}
+# Weak: a process that makes one model after another holds the files of those that are in use.
+_tiers: weakref.WeakValueDictionary[Path, DiskTier] = weakref.WeakValueDictionary()
 _tiers_lock = threading.Lock()
 
 
 @without_forks
 def disk_tier(directory: Path) -> DiskTier:
-    """The disk tier of ``directory``, one a process."""
+    """The disk tier of ``directory``, the same for all who use it at a time."""
     with _tiers_lock:
         return _tiers.setdefault(directory, DiskTier(directory))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-import threading
 from pathlib import Path
 from typing import Any
 
 from torchcache.store.blob_disk import BlobDisk
+from torchcache.store.connections import Connections
 from torchcache.store.vet import DATABASE, vet_schema
 
 __all__ = ["Reader"]
@@ -41,7 +40,7 @@ class Reader:
         self.disk = BlobDisk(str(rows))
         self._path = (rows / DATABASE).absolute()
         self._timeout = timeout
-        self._local = threading.local()
+        self._connections = Connections()
         vet_schema(self._connection)
 
     def _sql(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
@@ -55,17 +54,11 @@ class Reader:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        if getattr(self._local, "pid", None) == os.getpid():
-            self._local.connection.close()
-        self._local.pid = None
+        self._connections.close()
 
     @property
     def _connection(self) -> sqlite3.Connection:
-        if getattr(self._local, "pid", None) != os.getpid():
-            self._local.connection = self._connect()
-            self._local.pid = os.getpid()
-        connection: sqlite3.Connection = self._local.connection
-        return connection
+        return self._connections.get(self._connect)
 
     def _connect(self) -> sqlite3.Connection:
         *ways, last = _WAYS

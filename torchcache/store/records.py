@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchcache.errors import StoreDamagedError, StoreError
+from torchcache.errors import StoreDamagedError, StoreError, brief
 from torchcache.store.blob import FORMAT_VERSION, BlobError
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.catalogue import Catalogue, is_tag
@@ -310,8 +310,8 @@ class Records:
 def _failure(what: str, error: sqlite3.Error) -> StoreError:
     # SQLite tells damage apart from a lock, a full disk and a missing table by the class alone.
     if type(error) is sqlite3.DatabaseError:
-        return StoreDamagedError(f"{what}: {error}; torchcache clear starts the directory anew")
-    return StoreError(f"{what}: {error}")
+        return StoreDamagedError(f"{what}: {brief(error)}; torchcache clear starts the directory anew")
+    return StoreError(f"{what}: {brief(error)}")
 
 
 def _columns(whole: bool) -> str:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import torch
 
-from torchcache.errors import StoreError
+from torchcache.errors import StoreError, brief
 from torchcache.store.blob import row_bytes
 
 __all__ = ["Reader", "Tensor", "Writer"]
@@ -141,7 +141,7 @@ class Reader:
             self.tensors, self.metadata, self._starts = self._header(os.fstat(self._file.fileno()).st_size)
         except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
             self._file.close()
-            raise StoreError(f"{path} is no safetensors file: {error}") from None
+            raise StoreError(f"{path} is no safetensors file: {brief(error)}") from None
 
     def __enter__(self) -> Reader:
         return self

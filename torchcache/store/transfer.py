@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from torchcache.errors import StoreError
+from torchcache.errors import StoreError, brief
 from torchcache.store.blob import FORMAT_VERSION, Codec, RowSpec
 from torchcache.store.catalogue import Region, is_tag
 from torchcache.store.deposit import Deposit
@@ -129,7 +129,7 @@ def import_region(path: Path, deposit: Deposit) -> Region:
                 for call in about["calls"]
             ]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise StoreError(f"{path} was not written by torchcache export ({error})") from None
+            raise StoreError(f"{path} was not written by torchcache export ({brief(error)})") from None
         for call, prefix, leaves in calls:
             _import_call(file, deposit, region, call, prefix, leaves)
         deposit.note(region)

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from torchcache.errors import brief
 from torchcache.logging import logger, warn_once
 from torchcache.threads import yield_to_training
 
@@ -61,7 +62,8 @@ class Writer:
             try:
                 job()
             except Exception as error:  # the store never stops training, whatever it suffers
-                warn_once(f"rows could not be stored ({type(error).__name__}: {error}); training goes on without them")
+                reason = f"{type(error).__name__}: {brief(error)}"
+                warn_once(f"rows could not be stored ({reason}); training goes on without them")
                 logger.debug("writer job failed", exc_info=True)
             del job
             with self._lock:
