@@ -8,6 +8,7 @@ import pytest
 
 import torchcache.store.place
 from torchcache.cli.main import COMMANDS
+from torchcache.store.connect import marker
 
 MOUNTS = """\
 20 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw
@@ -46,7 +47,7 @@ def test_doctor_knows_a_network_file_system_and_explains(tmp_path, torchcache_js
 
 
 def test_doctor_finds_what_keeps_a_cache_from_working(tmp_path, torchcache_json, monkeypatch):
-    (tmp_path / "torchcache.json").write_text('{"format": 99}')
+    (tmp_path / "torchcache.json").write_bytes(marker(99))
     assert "99" in torchcache_json("doctor", tmp_path, code=1)["problems"][0]
     file = tmp_path / "file"
     file.write_text("")

@@ -1,6 +1,5 @@
 """The disk tier through the public API: second processes, damage, versions, limits."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import torchcache
+from torchcache.store import connect
 
 RUN = """
     import sys, torch, torchcache
@@ -81,12 +81,12 @@ def test_what_transform_stored_the_backend_finds(tmp_path):
 
 def test_a_newer_format_is_refused_before_training_and_left_alone(tmp_path):
     marker = tmp_path / "torchcache.json"
-    marker.write_text(json.dumps({"format": 99}))
+    marker.write_bytes(connect.marker(99))
     model = nn.Sequential(torchcache.mark(nn.Linear(2, 2), freeze=True, persistent=True, persistent_cache_dir=tmp_path))
     with pytest.raises(torchcache.StoreVersionError, match="99"):
         torchcache.transform(model)
     assert [path.name for path in tmp_path.iterdir()] == ["torchcache.json"]
-    assert json.loads(marker.read_text()) == {"format": 99}
+    assert marker.read_bytes() == connect.marker(99)
 
 
 def test_damaged_rows_are_computed_anew(tmp_path):

@@ -76,12 +76,12 @@ def test_at_most_half_of_the_memory_is_filled_ahead(filled):
 
 def test_damage_met_ahead_is_dropped_and_computed_anew(filled, monkeypatch):
     directory, x = filled
-    read_after = DiskTier.read_after
+    read_at = DiskTier.read_at
 
     def damaged(self, *arguments):
-        return {key: bytes(len(blob)) for key, blob in read_after(self, *arguments).items()}
+        return {key: bytes(len(blob)) for key, blob in read_at(self, *arguments).items()}
 
-    monkeypatch.setattr(DiskTier, "read_after", damaged)
+    monkeypatch.setattr(DiskTier, "read_at", damaged)
     warm, plain = model(directory), torchcache.unmark(model(directory))
     for part in x.split(BATCH):
         torch.testing.assert_close(warm(part), plain(part))
@@ -113,11 +113,11 @@ def test_a_process_ends_well_while_rows_are_read_ahead(filled, monkeypatch):
     here = os.path.dirname(__file__)
     # Slow to read, so that the thread is still at it in the end.
     slow = (
-        "from torchcache.store.disk import DiskTier; import torch, time; read = DiskTier.read_after\n"
+        "from torchcache.store.disk import DiskTier; import torch, time; read = DiskTier.read_at\n"
         "def slowly(*arguments):\n"
         "    for _ in range(100): torch.ones(1000, 1000).sum()\n"
         "    return read(*arguments)\n"
-        "DiskTier.read_after = slowly\n"
+        "DiskTier.read_at = slowly\n"
     )
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", slow + EXITING, here, str(directory)], capture_output=True)

@@ -16,6 +16,7 @@ import time
 import pytest
 
 from torchcache.errors import StoreVersionError
+from torchcache.store import connect
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.connect import MIN_FILE_SIZE
 from torchcache.store.disk import DiskTier
@@ -173,12 +174,22 @@ def test_what_is_larger_than_any_blob_is_not_read(tmp_path, warnings):
 
 @pytest.mark.parametrize(
     "marker",
-    [b"\xff\xfe", b"[]", b"", b"null", b"[" * 100_000, b'{"format": 0}', b'{"format": "9"}', b'{"format": 1e400}'],
+    [
+        b"\xff\xfe",
+        b"[]",
+        b"",
+        b"null",
+        b"[" * 100_000,
+        b'{"format": 0}',
+        b'{"format": "9"}',
+        b'{"format": 1e400}',
+        b'{"format": 9}',
+    ],
 )
 def test_a_marker_that_says_nothing_is_replaced(tmp_path, marker):
     (tmp_path / "torchcache.json").write_bytes(marker)
     assert DiskTier(tmp_path).write(entries([1]), "tag", LIMIT) == (1, 100)
-    assert json.loads((tmp_path / "torchcache.json").read_text()) == {"format": 1}
+    assert (tmp_path / "torchcache.json").read_bytes() == connect.marker(1)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +216,14 @@ def test_a_database_with_other_settings_or_tables_costs_rows_and_raises_nothing(
     tier.drop({key(1): b""})
     assert tier.volume() >= 0
     assert len(set(warnings)) == len(warnings)
+
+
+def test_no_flipped_bit_of_the_marker_stops_anything(tmp_path):
+    for bit in range(8 * len(connect.marker(1))):
+        data = bytearray(connect.marker(1))
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "torchcache.json").write_bytes(data)
+        connect.check_version(tmp_path)
 
 
 LONG = "x" * 100_000
@@ -266,7 +285,7 @@ def test_pickled_keys_and_values_are_refused(tmp_path):
 
 
 def test_a_newer_format_is_refused_and_untouched(tmp_path):
-    (tmp_path / "torchcache.json").write_text(json.dumps({"format": 2, "more": 1}))
+    (tmp_path / "torchcache.json").write_text(json.dumps({**json.loads(connect.marker(2)), "more": 1}))
     with pytest.raises(StoreVersionError, match="upgrade"):
         DiskTier(tmp_path).read([key(1)])
     assert os.listdir(tmp_path) == ["torchcache.json"]

@@ -2,8 +2,8 @@
 
     python tools/soak --minutes 60 [--seed S] [--only ROUND ...] [--json FILE]
 
-Rounds of each kind take turns, each with a seed of its own. A wrong answer ends it, and is told with what runs that
-round again. The report counts what was done.
+Rounds of each kind take turns, each with a seed of its own. A wrong answer or an error ends it, and is told with what
+runs that round again. The report counts what was done.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ ROUNDS = {"programs": programs.round_of, **rounds.ROUNDS}
 
 
 def main() -> int:
-    """Parse, run, report; the exit code is 1 after a wrong answer."""
+    """Parse, run, report; the exit code is 1 after a wrong answer or an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0, help="how long; 0 is one round of each kind")
     parser.add_argument("--seed", type=int, help="of the first round; each next one has the next seed")
@@ -52,7 +53,7 @@ def main() -> int:
 
 
 def soak(minutes: float, seed: int, kinds: list[str], counts: collections.Counter[str]) -> int:
-    """Run rounds in turn until the time is over or an answer is wrong; the exit code."""
+    """Run rounds in turn until the time is over or one goes wrong; the exit code."""
     counts["wrong answers"] = 0
     end = time.monotonic() + 60 * minutes
     spent = dict.fromkeys(kinds, 0.0)
@@ -63,9 +64,10 @@ def soak(minutes: float, seed: int, kinds: list[str], counts: collections.Counte
             try:
                 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
                     counts += ROUNDS[kind](Path(directory), seed)
-            except AssertionError as error:
-                counts["wrong answers"] += 1
-                print(f"\n{error}\n\nagain: python tools/soak --minutes 0 --only {kind} --seed {seed}", flush=True)
+            except Exception as error:
+                counts["wrong answers" if isinstance(error, AssertionError) else "errors"] += 1
+                told = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+                print(f"\n{told}\n\nagain: python tools/soak --minutes 0 --only {kind} --seed {seed}", flush=True)
                 return 1
             spent[kind] += time.monotonic() - started
             counts["rounds"] += 1

@@ -1,6 +1,6 @@
 """A cache directory made and opened: the version it says, the database's layout and settings.
 
-A cache directory holds ``torchcache.json`` (the format version), ``regions/`` (the catalogue) and
+A cache directory holds ``torchcache.json`` (the format version and its checksum), ``regions/`` (the catalogue) and
 ``rows-<version>/``, a ``diskcache.Cache`` whose keys are 32 bytes (fingerprint and digest), whose values are blobs
 and whose tag is the region's fingerprint.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
+import xxhash
 from diskcache.core import DEFAULT_SETTINGS
 
 from torchcache.errors import StoreVersionError
@@ -26,7 +27,7 @@ from torchcache.store.blob_disk import BlobDisk, open_private
 from torchcache.store.connections import Connections
 from torchcache.store.vet import DATABASE, vet_database, vet_files
 
-__all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "check_version", "connect", "is_locked"]
+__all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "check_version", "connect", "is_locked", "marker"]
 
 MARKER = "torchcache.json"
 ROWS = f"rows-{FORMAT_VERSION}"
@@ -79,14 +80,23 @@ def check_version(directory: Path) -> None:
     """Raise ``StoreVersionError`` for a directory that a newer torchcache wrote; leave it untouched."""
     try:
         with open(directory / MARKER, "rb") as file:
-            found = json.loads(file.read(4096))["format"]
+            content = json.loads(file.read(4096))
+        found, check = content["format"], content["check"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    if isinstance(found, int) and found > FORMAT_VERSION:
+    if isinstance(found, int) and found > FORMAT_VERSION and check == _check(found):
         raise StoreVersionError(
             f"{directory} holds format {found}, and this torchcache reads up to {FORMAT_VERSION}: "
             "upgrade torchcache, or set persistent_cache_dir to another directory"
         )
+
+
+def marker(version: int) -> bytes:
+    """What ``torchcache.json`` holds, in this format and in all that follow.
+
+    The checksum tells a newer version from a flipped bit, which must not stop anything.
+    """
+    return json.dumps({"format": version, "check": _check(version)}).encode()
 
 
 def connect(directory: Path, lock_seconds: float) -> Any:
@@ -124,17 +134,21 @@ def is_locked(error: BaseException) -> bool:
     return isinstance(error, (sqlite3.OperationalError, diskcache.Timeout)) and "locked" in str(error)
 
 
+def _check(version: int) -> str:
+    return xxhash.xxh3_64_hexdigest(f"torchcache {version}".encode())
+
+
 def _write_marker(directory: Path) -> None:
-    marker = directory / MARKER
-    wanted = json.dumps({"format": FORMAT_VERSION}).encode()
-    with contextlib.suppress(OSError), open(marker, "rb") as file:
+    path = directory / MARKER
+    wanted = marker(FORMAT_VERSION)
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(4096) == wanted:
             return
-    temporary = marker.with_name(f"{MARKER}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{MARKER}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb", opener=open_private) as file:
             file.write(wanted)
-        os.replace(temporary, marker)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
+import numpy as np
+import numpy.typing as npt
 
 from torchcache.errors import StoreVersionError, brief
 from torchcache.forks import without_forks
@@ -24,7 +26,7 @@ from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
 from torchcache.store.vet import DATABASE, vet_files
 
-__all__ = ["DiskTier", "disk_tier"]
+__all__ = ["DiskTier", "Places", "disk_tier"]
 
 KEYS_PER_QUERY = 500
 LOCK_SECONDS = 10.0
@@ -38,6 +40,7 @@ SELECT, SELECT_WITHOUT_VALUES = (
     for value in ("value", "x''")
 )
 Row = tuple[bytes, int, str | None, Any]
+Places = npt.NDArray[np.int64]
 
 T = TypeVar("T")
 
@@ -128,12 +131,29 @@ class DiskTier:
         return found
 
     @without_forks
-    def read_after(self, after: bytes, last: bytes, count: int) -> dict[bytes, bytes | BlobFile]:
-        """The next ``count`` blobs in the order of their keys, after the key ``after`` and up to ``last``."""
+    def locate(self, after: bytes, last: bytes) -> Places:
+        """Where the entries with keys beyond ``after`` and up to ``last`` are, in the order in which they lie."""
+        query = "SELECT rowid FROM Cache WHERE key > ? AND key <= ?"  # the index answers it
+
+        def places() -> Places:
+            return np.sort(np.fromiter((place for (place,) in cache._sql(query, (after, last))), np.int64))
+
+        none: Places = np.empty(0, np.int64)
+        if not self._reading.over or (cache := self._opened()) is None:
+            return none
+        return self._guard("read", places, none)
+
+    @without_forks
+    def read_at(self, places: Places, after: bytes, last: bytes) -> dict[bytes, bytes | BlobFile]:
+        """The blobs at ``places``, at most some hundreds, as far as they are still those of such keys.
+
+        Several times faster than by key: rows that were stored together share pages.
+        """
         if not self._reading.over or (cache := self._opened()) is None:
             return {}
-        query = f"{SELECT} AND key > ? AND key <= ? ORDER BY key LIMIT ?"
-        return self._blobs(cache, self._guard("read", lambda: list(cache._sql(query, (after, last, count))), []))
+        query = f"{SELECT} AND rowid IN ({','.join('?' * len(places))}) AND key > ? AND key <= ?"
+        arguments = (*places.tolist(), after, last)
+        return self._blobs(cache, self._guard("read", lambda: list(cache._sql(query, arguments)), []))
 
     @without_forks
     def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:

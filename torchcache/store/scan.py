@@ -7,6 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from torchcache.logging import logger
 from torchcache.threads import yield_to_training
 
@@ -17,23 +20,27 @@ AHEAD = 4
 CHUNK_ROWS = 256
 CHUNK_BYTES = 8 * 1024 * 1024
 
+_Places = npt.NDArray[np.int64]
+
 
 class Scan:
-    """Reads the rows of one call into memory, some at a time, in the order of their keys.
+    """Reads the rows of one call into memory, some at a time, in the order in which they lie on disk.
 
     Parameters
     ----------
     row_bytes : int
         Bytes of a row.
+    locate : callable
+        Where all of them are; asked once.
     read : callable
-        Given the key to go on after (``None`` at first) and a number of rows, puts as many into memory and returns
-        the last key; ``None`` where nothing more is to be read.
+        Puts the rows at such places into memory; ``False`` where there is no more room.
     """
 
-    def __init__(self, row_bytes: int, read: Callable[[bytes | None, int], bytes | None]) -> None:
+    def __init__(self, row_bytes: int, locate: Callable[[], _Places], read: Callable[[_Places], bool]) -> None:
         self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)))
+        self._locate = locate
         self._read = read
-        self._after: bytes | None = None
+        self._places: _Places | None = None
         self._allowed = 0
         self._running = False
         self._finished = False
@@ -67,8 +74,10 @@ class Scan:
         try:
             while self._allowed >= self._chunk and not (self._finished or _exiting.is_set()):
                 self._allowed -= self._chunk
-                self._after = self._read(self._after, self._chunk)
-                self._finished = self._after is None
+                if self._places is None:
+                    self._places = self._locate()
+                part, self._places = np.split(self._places, [self._chunk])
+                self._finished = not (len(part) and self._read(part))
         except Exception:  # the rows are read when they are asked for, which says what is wrong
             logger.debug("read-ahead failed", exc_info=True)
             self._finished = True

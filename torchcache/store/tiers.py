@@ -11,7 +11,7 @@ from torchcache.forks import without_forks
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
-from torchcache.store.disk import DiskTier, disk_tier
+from torchcache.store.disk import DiskTier, Places, disk_tier
 from torchcache.store.file import BlobFile
 from torchcache.store.scan import Scan
 from torchcache.store.slab import ABSENT, MemoryTier, Slab
@@ -219,12 +219,14 @@ class Tiers:
         disk, last = self.disk, fingerprint + b"\xff" * DIGEST_SIZE
         assert disk is not None
 
+        def locate() -> Places:
+            return disk.locate(fingerprint, last)
+
         @without_forks
-        def read(after: bytes | None, count: int) -> bytes | None:
-            blobs = disk.read_after(after or fingerprint, last, count)
-            if not blobs or self.memory.used + count * stored.size > self.memory.budget // 2:
-                return None
-            end = next(reversed(blobs))
+        def read(places: Places) -> bool:
+            if self.memory.used + len(places) * stored.size > self.memory.budget // 2:
+                return False
+            blobs = disk.read_at(places, fingerprint, last)
             digests = [key[len(fingerprint) :] for key in blobs]
             scan.expect(digests)
             slab = self.memory.slab(fingerprint)
@@ -233,9 +235,9 @@ class Tiers:
             new = {key: blob for key, blob in blobs.items() if key[len(fingerprint) :] not in known}
             if new:
                 self._promote(Found(fingerprint, slab, []), new, stored, device, state, extra=False)
-            return end
+            return True
 
-        scan = Scan(stored.size, read)
+        scan = Scan(stored.size, locate, read)
         return scan
 
     def _submit(
