@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["in_parts", "yield_to_training"]
+__all__ = ["THREADED_ROW", "in_parts", "yield_to_training"]
 
 # Rows shorter than this are done faster by one thread than handed to several.
 THREADED_ROW = 16 * 1024

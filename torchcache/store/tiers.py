@@ -103,7 +103,7 @@ class Tiers:
         slots = slab.find(digests) if slab is not None else [ABSENT] * len(digests)
         found = Found(fingerprint, slab, slots)
         if early and slab is not None:
-            found.from_disk = early.intersection(slab.slots)
+            found.from_disk = frozenset(digest for digest in early if digest in slab.slots)
         if self.disk is None or ABSENT not in slots:
             return found
         absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
