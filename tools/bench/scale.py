@@ -1,9 +1,18 @@
-"""Scale: time of a lookup a row, of opening a directory, and overhead an entry, from 1e3 to 1e6 entries."""
+"""Scale, from 1e3 to 1e6 entries: time of a lookup a row, of opening a directory, of an epoch in a new process, and
+overhead an entry.
+
+Beside each lookup stands what it cannot do without: a dict and an ``index_select``, or the same query on a connection
+of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import multiprocessing
 import random
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -15,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import torchcache
 from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.disk import DiskTier
 from torchcache.store.slab import MemoryTier
@@ -53,6 +63,60 @@ def memory(count: int, known: list[bytes], spec: RowSpec, repeats: int) -> tuple
     return per_row(lambda batch: slab.gather(slab.find(batch)), known, repeats), overhead
 
 
+def bare_memory(count: int, known: list[bytes], spec: RowSpec, repeats: int) -> float:
+    """Microseconds a row of a dict and an ``index_select``, as if nothing else were needed."""
+    slots = {bytes(bytearray(digest)): slot for slot, digest in enumerate(known)}
+    leaves = [torch.ones(count, *shape, dtype=dtype) for dtype, shape in spec.leaves]
+
+    def look_up(batch: list[bytes]) -> None:
+        index = torch.tensor([slots[digest] for digest in batch])
+        for leaf in leaves:
+            leaf.index_select(0, index)
+
+    return per_row(look_up, known, repeats)
+
+
+def bare_disk(known: list[bytes], repeats: int, folder: Path) -> float:
+    """Microseconds a row of asking SQLite for the blobs and doing nothing with them."""
+    query = f"SELECT value FROM Cache WHERE raw = 1 AND key IN ({','.join('?' * BATCH)})"
+    database = next(folder.rglob("cache.db"))
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = 8192")
+        return per_row(
+            lambda batch: connection.execute(query, [bytes(16) + digest for digest in batch]).fetchall(), known, repeats
+        )
+
+
+def model(folder: str, width: int) -> torch.nn.Module:
+    """A backbone that is nothing, so that an epoch is lookups alone."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.Tanh())
+    options = {"persistent": True, "persistent_cache_dir": folder, "max_memory_cache_size": 10**10}
+    return torchcache.mark(backbone, freeze=True, **options)
+
+
+def epochs(folder: str, count: int, width: int, number: int) -> list[float]:
+    """Seconds of ``number`` shuffled epochs."""
+    cached, seconds = model(folder, width), []
+    inputs = torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+    for _ in range(number):
+        order = torch.randperm(count)
+        start = time.perf_counter()
+        for rows in order.split(BATCH):
+            cached(inputs[rows])
+        seconds.append(time.perf_counter() - start)
+    torchcache.flush()
+    return seconds
+
+
+def new_process(count: int, width: int, folder: str) -> list[float]:
+    """Rows a second in the first two epochs of a process that finds all of them on disk."""
+    for number in (1, 2):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            seconds = pool.submit(epochs, folder, count, width, number).result()
+    return [count / spent for spent in seconds]
+
+
 def disk(count: int, known: list[bytes], spec: RowSpec, repeats: int, folder: Path) -> tuple[float, float, float]:
     """Microseconds a row, seconds to open, and the share of the directory that is not blobs."""
     codec = Codec(spec)
@@ -88,15 +152,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     arguments = parser.parse_args()
     spec = RowSpec(((torch.float32, (arguments.width,)),))
-    columns = ("entries", "memory us/row", "memory overhead B", "disk us/row", "open s", "disk overhead")
-    table = Table(*columns, title=f"scale, rows of {spec.size} bytes")
+    columns = ("entries", "memory us/row", "bare", "overhead B", "disk us/row", "bare", "open s", "overhead")
+    table = Table(*columns, "new process rows/s", "2nd epoch", title=f"scale, rows of {spec.size} bytes")
     count = 1000
     while count <= arguments.up_to:
         known = digests(range(count))
         in_memory, overhead = memory(count, known, spec, arguments.repeats)
+        bare = bare_memory(count, known, spec, arguments.repeats)
+        figures = [f"{in_memory:.2f}", f"{bare:.2f}", f"{overhead:.0f}"]
         with tempfile.TemporaryDirectory() as folder:
             on_disk, opened, share = disk(count, known, spec, arguments.repeats, Path(folder))
-        figures = (f"{in_memory:.2f}", f"{overhead:.0f}", f"{on_disk:.2f}", f"{opened:.3f}", f"{share:.1%}")
+            bare = bare_disk(known, arguments.repeats, Path(folder))
+        figures += [f"{on_disk:.2f}", f"{bare:.2f}", f"{opened:.3f}", f"{share:.1%}"]
+        with tempfile.TemporaryDirectory() as folder:
+            figures += [f"{rate:,.0f}" for rate in new_process(count, arguments.width, folder)]
         table.add_row(f"{count:,}", *figures)
         count *= 10
     Console(width=120).print(table)

@@ -241,7 +241,9 @@ class Layout:
 
 def dense(leaf: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """``leaf`` without gaps, its dimensions in this memory order; itself where it is so already."""
-    return leaf.permute(*order).contiguous().permute(*inverted(order)) if leaf.ndim else leaf
+    if leaf.is_contiguous() and list(order) == sorted(order):
+        return leaf
+    return leaf.permute(*order).contiguous().permute(*inverted(order))
 
 
 def inverted(order: Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 __all__ = ["concatenate", "element_bytes", "place_rows", "select_rows"]
@@ -27,13 +28,13 @@ _INDEXABLE = {
 
 def select_rows(leaf: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """A fresh tensor of ``rows`` of ``leaf``."""
-    index = torch.tensor(rows, dtype=torch.int64, device=leaf.device)
+    index = _index(rows, leaf.device)
     return _carried(leaf).index_select(0, index).view(leaf.dtype)
 
 
 def place_rows(target: torch.Tensor, rows: Sequence[int], leaf: torch.Tensor) -> None:
     """Write ``leaf``, cast to the target's device and dtype, to ``rows`` of ``target``."""
-    index = torch.tensor(rows, dtype=torch.int64, device=target.device)
+    index = _index(rows, target.device)
     _carried(target).index_copy_(0, index, _carried(leaf.to(target.device, target.dtype)))
 
 
@@ -47,6 +48,12 @@ def element_bytes(leaf: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, in one dimension, sharing its memory."""
     # One element is contiguous whatever its stride says, and only a stride of one can be viewed as bytes.
     return leaf.as_strided((leaf.numel(),), (1,)).view(torch.uint8)
+
+
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    # torch.tensor takes several times as long to find out that a list holds integers.
+    index = torch.from_numpy(np.array(rows, dtype=np.int64))
+    return index if device.type == "cpu" else index.to(device)
 
 
 def _carried(leaf: torch.Tensor) -> torch.Tensor:
