@@ -54,6 +54,15 @@ def test_rows_are_in_memory_before_they_are_asked_for(filled, monkeypatch):
     assert torchcache.stats(warm).regions[0].memory_hits == ROWS
 
 
+def test_small_batches_have_rows_read_ahead_as_well(filled):
+    directory, x = filled
+    warm = model(directory)
+    for part in x[: ROWS // 2].split(8):
+        warm(part)
+    wait_for_scans()
+    assert torchcache.stats(warm).regions[0].rows_stored > ROWS * 3 // 4
+
+
 def test_a_run_on_few_rows_reads_few_more(filled):
     directory, x = filled
     warm = model(directory)

@@ -19,7 +19,7 @@ __all__ = ["Scan"]
 
 # Rows read ahead for each row that is asked for: a run on a small part of a large cache reads little for nothing.
 AHEAD = 4
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 CHUNK_BYTES = 8 * 1024 * 1024
 # In order, shorter rows are read several times faster than by key: steps wait for those that they allow.
 IN_DATABASE = 64 * 1024
@@ -76,7 +76,7 @@ class Scan:
         step = time.perf_counter() - self._asked
         if self._quicker and self._thread is not None:
             self._thread.join()
-        self._allowed = min(self._allowed, rows) + rows
+        self._allowed = min(self._allowed, max(rows, self._chunk)) + rows
         if self._allowed >= self._chunk and (self._thread is None or not self._thread.is_alive()):
             if self._quicker and step < self._seconds:
                 self._read_allowed()
