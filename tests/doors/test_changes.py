@@ -390,9 +390,13 @@ def item_of_a_global(monkeypatch):
     return module_of(lambda self: SETTINGS["scale"]), lambda: monkeypatch.setitem(SETTINGS, "scale", 3.0)
 
 
+# One object for all: Dynamo goes on to read the module that it first met under a name.
+OTHER_MODULE = types.ModuleType("other_module")
+
+
 @case
 def global_function_of_another_module(monkeypatch):
-    monkeypatch.setitem(sys.modules, "other_module", types.ModuleType("other_module"))
+    monkeypatch.setitem(sys.modules, "other_module", OTHER_MODULE)
     exec("scale = 2.0\ndef get(): return scale", sys.modules["other_module"].__dict__)
 
     def get(self):
@@ -405,7 +409,7 @@ def global_function_of_another_module(monkeypatch):
 
 @case
 def name_imported_by_the_code(monkeypatch):
-    monkeypatch.setitem(sys.modules, "other_module", types.ModuleType("other_module"))
+    monkeypatch.setitem(sys.modules, "other_module", OTHER_MODULE)
     exec("def get(): return 2.0", sys.modules["other_module"].__dict__)
 
     def get(self):
