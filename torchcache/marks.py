@@ -15,7 +15,7 @@ from torch import nn
 from torchcache import eager
 from torchcache.errors import MarkError
 from torchcache.graph.marked import Mark, enter, leave, register_door
-from torchcache.modes import settle
+from torchcache.modes import is_frozen, settle
 from torchcache.options import CacheOptions
 
 __all__ = ["mark", "mark_of", "marked_modules", "resemble", "torchcache", "unmark"]
@@ -277,11 +277,21 @@ def _settled_train(train: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _train(train: Callable[..., Any], module: nn.Module, mode: bool) -> nn.Module:
-    train(module, mode)
     found = mark_of(module)
-    if found is not None and found.options_for(module).enabled:
+    kept = found is not None and found.options_for(module).enabled
+    # Trainers call this in every step; a round trip through train mode would be a write to every part.
+    if not (kept and is_frozen(module) and all(map(_sets_flags_only, module.modules()))):
+        train(module, mode)
+    if kept:
         settle(module)
     return module
+
+
+def _sets_flags_only(module: nn.Module) -> bool:
+    """Whether ``train`` of this module does nothing else."""
+    train = type(module).train
+    own = vars(module).get("train")
+    return getattr(train, "__wrapped__", train) is nn.Module.train and (own is None or isinstance(own, MarkedTrain))
 
 
 def make_door(marked: Mark) -> Any:

@@ -19,7 +19,8 @@ def settle(module: nn.Module) -> None:
     """
     if is_frozen(module):
         for part in module.modules():
-            part.training = False
+            if part.training:  # a write costs those who watch the module a closer look
+                part.training = False
         return
     for child in module.children():
         if next(child.parameters(), None) is not None:

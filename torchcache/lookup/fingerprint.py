@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo import guards
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchcache.lookup.digest import digest_bytes, digest_tensor
@@ -119,11 +119,9 @@ class State:
         self._identities: list[int] = []
         self._references: list[Any] = []
         self._gone: list[Any] = []
-        self._storages: list[StorageWeakRef] = []
-        self._handles: list[int] = []
         self._pointers: list[int] = []
         self._versions: list[int] = []
-        self._layouts: TensorGuards | None = None
+        self._layouts: guards.TensorGuards | None = None
         self.digest = b""
 
     def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -132,10 +130,9 @@ class State:
             return (
                 list(map(_version, tensors)) == self._versions
                 and list(map(torch.Tensor.data_ptr, tensors)) == self._pointers
-                # While a storage lives nothing else has its address, so that an equal pointer is the same memory.
-                and not any(map(_expired, self._handles))
-                and not self._gone
                 and list(map(id, tensors)) == self._identities
+                # As long as tensors and storages live, nothing else has their identities and addresses.
+                and not self._gone
                 and (self._layouts is None or _outside_inference_mode(self._layouts.check, tensors))
             )
         except RuntimeError:  # inference tensors have no version: hash them every time
@@ -143,20 +140,18 @@ class State:
 
     def update(self, tensors: Sequence[torch.Tensor]) -> bytes:
         """Hash what changed since the last time; 16 bytes over all tensors, in order."""
-        self.digest = digest_bytes(b"".join(_content(tensor) for tensor in tensors))
+        gone: list[Any] = []
+        held = [*tensors, *(tensor.untyped_storage() for tensor in tensors)]
+        self._gone, self._references = gone, [weakref.ref(part, gone.append) for part in held]
         try:
             versions = list(map(_version, tensors))
         except RuntimeError:
             versions = [-1]
         self._versions = versions
         self._pointers = list(map(torch.Tensor.data_ptr, tensors))
-        self._storages = [_weak_storage(tensor) for tensor in tensors]
-        self._handles = [storage.cdata for storage in self._storages]
         self._identities = list(map(id, tensors))
-        gone: list[Any] = []
-        self._gone = gone  # an identity means something as long as the tensor lives
-        self._references = [weakref.ref(tensor, gone.append) for tensor in tensors]
         self._layouts = _outside_inference_mode(_layouts, tensors) if tensors and not self._guarded else None
+        self.digest = digest_bytes(b"".join(_content(tensor) for tensor in tensors))
         return self.digest
 
 
@@ -176,9 +171,9 @@ def _outside_inference_mode(function: Callable[..., Any], tensors: Sequence[torc
         return function(*tensors)
 
 
-def _layouts(*tensors: torch.Tensor) -> TensorGuards:
+def _layouts(*tensors: torch.Tensor) -> guards.TensorGuards:
     """Type, dtype, device, shape and stride of all tensors, compared in one call."""
-    return TensorGuards(
+    return guards.TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
         dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
