@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,7 +19,10 @@ from torchcache.graph.feed import feed_state
 from torchcache.graph.marked import MarkedCall
 from torchcache.graph.region import GraphRegion, program_now
 from torchcache.graph.rewrite import cache_regions
+from torchcache.graph.trust import Owned, trust_programs
 from torchcache.logging import logger, warn_once
+from torchcache.lookup.fingerprint import Program
+from torchcache.lookup.stamps import Looks
 
 __all__ = ["Traced", "start_tracer", "trace_with"]
 
@@ -83,7 +87,8 @@ class Traced:
         if not known or not (len(known) > VARIANTS or known[-1].is_current()):
             found = next((variant for variant in known if variant.is_current()), None)
             if found is None:
-                found = _Variant(self._function, self._module() if self._module is not None else None)
+                module = self._module() if self._module is not None else None
+                found = _Variant(self._function, module, trusting=len(known) < VARIANTS)
             else:
                 known.remove(found)
             known.append(found)
@@ -101,36 +106,58 @@ class Traced:
 
 
 class _Variant:
-    """One compiled form of a function, and what it was traced with."""
+    """One compiled form of a function, and what it was traced with.
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module | None) -> None:
+    Parameters
+    ----------
+    function : callable
+        What to trace.
+    module : nn.Module or None
+        Whose hooks run within.
+    trusting : bool
+        Whether what is in watched marks is not guarded.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module | None, trusting: bool) -> None:
         self.graphs: list[fx.GraphModule] = []
         self.compiled = trace_with(function, self._backend)
+        self._trusting = trusting
         self._regions: list[GraphRegion] = []  # the graphs refer to them by name only
-        self._calls: list[MarkedCall] = []
-        self._digests: list[bytes] = []
+        self._calls: dict[Any, MarkedCall] = {}
+        self._programs: dict[Any, Program] = {}
+        self._owned: list[Owned] = []
+        self._state: list[torch.Tensor] = []
+        self._looks = Looks(())
         self._module = weakref.ref(module) if module is not None else None
-        self._hooks: list[Any] = []
-        self._known_hooks = self._note_hooks()
+        self._note_hooks()
 
     def is_current(self) -> bool:
         """Whether tracing again would give the same."""
-        return (
-            self._known_hooks == [*map(tuple, self._hooks)]
-            and [program_now(call).digest for call in self._calls] == self._digests
-        )
+        if any(self._unhooked) or [*map(tuple, self._hooked)] != self._hooks:
+            return False
+        known = self._programs
+        programs = {subject: program_now(call) for subject, call in self._calls.items()}
+        if not all(map(operator.is_, programs.values(), known.values())):
+            trusted = {call.subject for owned in self._owned for call in owned.region.plan.calls}
+            if any(programs[subject].digest != known[subject].digest for subject in known) or not all(
+                programs[subject].watched for subject in trusted
+            ):
+                return False
+            self._use(programs)
+        return self._looks.hold(self._state)
 
     def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         regions = cache_regions(graph)
+        owned = trust_programs(graph, regions) if self._trusting else []
         self.graphs.append(graph)
         self._regions.extend(regions)
-        known = {(call.mark, call.subject_module) for call in self._calls}
+        self._owned.extend(owned)
         for call in itertools.chain.from_iterable(region.plan.calls for region in regions):
-            if call.options.persistent_module_hash is None and (call.mark, call.subject_module) not in known:
-                known.add((call.mark, call.subject_module))
-                self._calls.append(call)
-                self._digests.append(program_now(call).digest)
-        self._known_hooks = self._note_hooks()
+            if call.options.persistent_module_hash is None:
+                self._calls.setdefault(call.subject, call)
+        self._use({subject: program_now(call) for subject, call in self._calls.items()})
+        self._looks = Looks(self._state)
+        self._note_hooks()
         feed, run = feed_state(graph, regions), graph.forward
 
         def fed(*args: Any) -> Any:
@@ -139,13 +166,19 @@ class _Variant:
 
         return fed
 
-    def _note_hooks(self) -> list[tuple[int, ...]]:
-        """The keys of all hooks that run with a forward; a key is never used twice."""
+    def _use(self, programs: dict[Any, Program]) -> None:
+        self._programs = programs
+        self._state = [tensor for owned in self._owned for tensor in owned.hand_over(programs)]
+
+    def _note_hooks(self) -> None:
+        """Remember the keys of all hooks that run with a forward; a key is never used twice."""
         module = self._module() if self._module is not None else None
-        self._hooks = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
+        groups: list[Any] = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
         for inner in module.modules() if module is not None else ():
-            self._hooks += (inner._forward_pre_hooks, inner._forward_hooks)
-        return [*map(tuple, self._hooks)]
+            groups += (inner._forward_pre_hooks, inner._forward_hooks)
+        self._unhooked = [group for group in groups if not group]
+        self._hooked = [group for group in groups if group]
+        self._hooks = [*map(tuple, self._hooked)]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ region reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 from torchcache.graph.region import GraphRegion
 from torchcache.lookup.op import LOOKUP
 
-__all__ = ["feed_state"]
+__all__ = ["feed_state", "lookups_in", "static_state"]
 
 Feed = Callable[[Sequence[Any]], None]
 
@@ -35,20 +35,13 @@ def feed_state(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Feed:
     callable
         To be called with the graph's inputs before each call of the graph, on the same thread.
     """
-    named = {region.name: region for region in regions}
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    position = {node: index for index, node in enumerate(inputs)}
+    position = {node: index for index, node in enumerate(module.graph.find_nodes(op="placeholder"))}
     fed: list[GraphRegion] = []
-    for node in module.graph.nodes:
-        if node.op != "call_function" or node.target is not LOOKUP:
-            continue
-        tensors, sizes, name = node.args
-        region = named[name]
-        held = [index for index in region.plan.positions("state") if tensors[index] in position]
-        taken = [index for index in held if _is_static(region.plan.inputs[index])]
+    for node, region in lookups_in(module, regions):
+        taken = static_state(region, node, position)
         if taken:
-            region.take_state(taken, [position[tensors[index]] for index in taken])
-            node.args = ([tensor for index, tensor in enumerate(tensors) if index not in set(taken)], sizes, name)
+            sources = [position[node.args[0][index]] for index in taken]
+            region.take_state(node, taken, sources)
             fed.append(region)
     if fed:
         module.recompile()
@@ -60,5 +53,19 @@ def feed_state(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Feed:
     return feed
 
 
-def _is_static(state: torch.Tensor) -> bool:
-    return not any(isinstance(size, torch.SymInt) for size in state.shape)
+def lookups_in(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Iterator[tuple[Any, GraphRegion]]:
+    """The lookup nodes of a graph, with their regions."""
+    named = {region.name: region for region in regions}
+    for node in module.graph.find_nodes(op="call_function", target=LOOKUP):
+        yield node, named[node.args[2]]
+
+
+def static_state(region: GraphRegion, node: Any, inputs: Collection[fx.Node]) -> list[int]:
+    """Which inputs of a region its lookup ``node`` gets from ``inputs`` and are state of fixed shapes."""
+    given = dict(zip(region.given, node.args[0], strict=True))
+    held = [index for index in region.plan.positions("state") if index in given and given[index] in inputs]
+    return [index for index in held if not _varies(region.plan.inputs[index])]
+
+
+def _varies(state: torch.Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in state.shape)

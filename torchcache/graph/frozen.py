@@ -205,8 +205,11 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
         return Verdict("functorch", f"{_where(node)} runs under a functorch transform")
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _leaves(node.meta.get("example_value"))):
         return Verdict("gradient", f"{_where(node)} computes from an input that needs a gradient")
-    if outermost(node) is None:
+    call = outermost(node)
+    if call is None:
         return None  # upstream of a mark, dropout and the like only make the mark's input different every time
+    if call.written:
+        return Verdict("mutation", f"{call.written} is written before the call, in the same forward: pass it instead")
     return _operator_verdict(node, analysis)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from torchcache.errors import ArgumentError
 from torchcache.graph.batches import make_symbolic
+from torchcache.graph.pending import pending_write
 from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
@@ -88,6 +89,10 @@ class MarkedCall:
         Canonical bytes of the non-tensor arguments.
     problem : str or None
         Why the call cannot be cached, if so.
+    source : torch._guards.Source or None
+        By which way Dynamo found the module.
+    written : str
+        What the frame wrote to the module before the call, if anything.
     """
 
     mark: Mark
@@ -95,6 +100,13 @@ class MarkedCall:
     path: str
     constants: bytes
     problem: str | None = None
+    source: Any = None
+    written: str = ""
+
+    @property
+    def subject(self) -> Any:
+        """What was called: equal for calls of one mark on one module."""
+        return self.mark, self.module
 
     @property
     def options(self) -> CacheOptions:
@@ -190,11 +202,11 @@ def _describe(mark: Mark, frame: Any) -> MarkedCall:
     symbols = frame.symbolic_locals
     arguments = list(symbols["args"].realize().items)
     named = {key.vt.as_python_constant(): value for key, value in symbols["kwargs"].realize().items.items()}
-    module, path = None, getattr(mark.function, "__qualname__", "function")
+    module, source, path = None, None, getattr(mark.function, "__qualname__", "function")
     if mark.of_module:
         tracker = arguments[0].realize()
-        module = tracker.value
-        path = _path(getattr(tracker, "source", None)) or type(module).__name__
+        module, source = tracker.value, getattr(tracker, "source", None)
+        path = _path(source) or type(module).__name__
     problem, constants = None, b""
     try:
         bound = mark.signature().bind(*arguments, **named)
@@ -207,7 +219,10 @@ def _describe(mark: Mark, frame: Any) -> MarkedCall:
         problem = str(error)
     except TypeError as error:
         problem = f"{path}: {error}"
-    return MarkedCall(mark, weakref.ref(module) if module is not None else None, path, constants, problem)
+    subject = mark.function if module is None else (module, mark.function)
+    written = pending_write(frame.output.side_effects, subject, path)
+    reference = weakref.ref(module) if module is not None else None
+    return MarkedCall(mark, reference, path, constants, problem, source, written)
 
 
 def _constants(value: Any, argument: str, where: str, frame: Any) -> Iterator[bytes]:

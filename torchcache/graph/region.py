@@ -115,22 +115,32 @@ class GraphRegion:
         self._size = BatchSymbol(plan.inputs, plan.sizes, self._rows[0])
         self._orders = [memory_order([*map(hint, leaf.shape)], [*map(hint, leaf.stride())]) for leaf in plan.outputs]
 
-    def take_state(self, taken: Sequence[int], sources: Sequence[int]) -> None:
-        """Expect the inputs at ``taken`` from ``feed``, which finds them at ``sources`` of the graph's inputs."""
-        self.given = [index for index in range(len(self.plan.roles)) if index not in set(taken)]
+    def take_state(self, node: Any, taken: Sequence[int], sources: Sequence[int] = ()) -> None:
+        """Expect the inputs at ``taken`` past the op, and leave them out of the lookup ``node`` of the graph.
+
+        They come from ``feed``, which finds them at ``sources`` of the graph's inputs, or from ``hold``.
+        """
+        apart = set(taken)
+        self.given = [index for index in range(len(self.plan.roles)) if index not in apart]
         places = {index: place for place, index in enumerate([*self.given, *taken])}
-        self._pick = operator.itemgetter(*sources, sources[0])
+        self._pick = operator.itemgetter(*sources, sources[0]) if sources else None
         self._arrange = operator.itemgetter(*(places[index] for index in range(len(places))), 0)
         self._missing = [self.plan.inputs[index] for index in taken]
+        tensors, *rest = node.args
+        node.args = ([tensors[index] for index in self.given], *rest)
 
     def feed(self, arguments: Sequence[Any]) -> None:
         """Take the state for this thread's next call from the inputs of the graph."""
         if self._pick is not None:
             self._latest = self._fed.state = self._pick(arguments)[:-1]
 
+    def hold(self, state: Sequence[torch.Tensor]) -> None:
+        """Use ``state`` for the calls that come."""
+        self._latest = tuple(state)
+
     def _whole(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All inputs of the region, in its order."""
-        return list(inputs) if self._pick is None else list(self._arrange((*inputs, *state))[:-1])
+        return list(self._arrange((*inputs, *state))[:-1]) if self._missing else list(inputs)
 
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""

@@ -63,6 +63,10 @@ class Encoder:
         """
         self._run(iter((("", value),)))
 
+    def met(self, identity: int) -> bool:
+        """Whether the object with this ``id`` is among what was encoded."""
+        return identity in self._known
+
     def global_hooks(self) -> None:
         """Encode the hooks that run with every module's forward, if there are any."""
         self._run(parts_of_global_hooks(self))

@@ -9,13 +9,17 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._dynamo import guards
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchcache.lookup.digest import digest_bytes, digest_tensor
 from torchcache.lookup.encode import Encoder
+from torchcache.lookup.stamps import Looks
 
 __all__ = ["Program", "State", "content_digest", "program_of"]
+
+
+# A program that is replaced so often by an equal one is not worth looking at in every call.
+FALSE_ALARMS = 16
 
 
 class Program:
@@ -57,6 +61,15 @@ class Program:
         """Every tensor the subject holds; only to be read after ``unchanged``."""
         return [tensor for reference in self._tensors if (tensor := reference()) is not None]
 
+    def at(self, place: int) -> torch.Tensor:
+        """The tensor at ``place``; programs with equal digests hold theirs at equal places."""
+        return cast(torch.Tensor, self._tensors[place]())
+
+    @property
+    def watched(self) -> bool:
+        """Whether ``program_of`` looks for changes in every call."""
+        return self.alarms <= FALSE_ALARMS
+
     def unchanged(self) -> bool:
         """Whether no attribute, container, class, function or global that was read has changed since."""
         return self._watch.unchanged()
@@ -67,10 +80,6 @@ class _Programs(dict[Any, Program]):
 
     def __reduce__(self) -> tuple[type[_Programs], tuple[()]]:
         return _Programs, ()
-
-
-# A program that is replaced so often by an equal one is not worth looking at in every call.
-FALSE_ALARMS = 16
 
 
 def program_of(module: nn.Module | None, function: Any, where: str) -> Program:
@@ -93,7 +102,7 @@ def program_of(module: nn.Module | None, function: Any, where: str) -> Program:
     subject = function if module is None else (module, function)
     programs = vars(function if module is None else module).setdefault("_torchcache_programs", _Programs())
     known = programs.get(function)
-    if known is not None and (known.alarms > FALSE_ALARMS or known.unchanged()):
+    if known is not None and (not known.watched or known.unchanged()):
         return cast(Program, known)
     fresh = Program(subject, where)
     if known is not None and fresh.digest == known.digest:
@@ -121,7 +130,7 @@ class State:
         self._gone: list[Any] = []
         self._pointers: list[int] = []
         self._versions: list[int] = []
-        self._layouts: guards.TensorGuards | None = None
+        self._looks: Looks | None = None
         self.digest = b""
 
     def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -133,7 +142,7 @@ class State:
                 and list(map(id, tensors)) == self._identities
                 # As long as tensors and storages live, nothing else has their identities and addresses.
                 and not self._gone
-                and (self._layouts is None or _outside_inference_mode(self._layouts.check, tensors))
+                and (self._looks is None or self._looks.hold(tensors))
             )
         except RuntimeError:  # inference tensors have no version: hash them every time
             return False
@@ -150,7 +159,7 @@ class State:
         self._versions = versions
         self._pointers = list(map(torch.Tensor.data_ptr, tensors))
         self._identities = list(map(id, tensors))
-        self._layouts = _outside_inference_mode(_layouts, tensors) if tensors and not self._guarded else None
+        self._looks = None if self._guarded else Looks(tensors)
         self.digest = digest_bytes(b"".join(_content(tensor) for tensor in tensors))
         return self.digest
 
@@ -161,23 +170,6 @@ _expired: Callable[[int], bool] = cast(Any, torch.UntypedStorage._expired)
 
 def _weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-
-
-def _outside_inference_mode(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
-    """Call ``function`` with ``tensors``: guards made in inference mode fail outside of it, and the other way."""
-    if not torch.is_inference_mode_enabled():
-        return function(*tensors)
-    with torch.inference_mode(False):
-        return function(*tensors)
-
-
-def _layouts(*tensors: torch.Tensor) -> guards.TensorGuards:
-    """Type, dtype, device, shape and stride of all tensors, compared in one call."""
-    return guards.TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
-    )
 
 
 _Known = tuple[Callable[[], torch.Tensor | None], StorageWeakRef, tuple[Any, ...], bytes]

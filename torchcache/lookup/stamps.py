@@ -1,6 +1,7 @@
-"""Whether any of many dicts was written to, or any of many objects given another class, in one call that runs in C.
+"""Whether any of many dicts, objects or tensors changed, in one call that runs in C.
 
-CPython gives every dict a new version when it is written to, and Dynamo's guards compare versions.
+CPython gives every dict a new version when it is written to; Dynamo's guards compare versions, and what tensors look
+like. Contents of tensors are not looked at here.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch._C._dynamo.guards import RootGuardManager
+import torch
+from torch._C._dynamo.guards import RootGuardManager, TensorGuards
 
-__all__ = ["Stamps"]
+__all__ = ["Looks", "Stamps"]
 
 
 class Stamps:
@@ -50,3 +52,36 @@ class Stamps:
     def hold(self) -> bool:
         """Whether all versions and classes are what they were."""
         return bool(self._check(self._watched))
+
+
+class Looks:
+    """What tensors look like: type, dtype, device, shape, strides, and whether they require gradients.
+
+    Parameters
+    ----------
+    tensors : sequence of torch.Tensor
+        Any number.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._check = self._outside_inference_mode(_guards, tensors).check if tensors else None
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether ``tensors``, as many as there were, look the same."""
+        return self._check is None or bool(self._outside_inference_mode(self._check, tensors))
+
+    @staticmethod
+    def _outside_inference_mode(function: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        """Call ``function``: guards made in inference mode fail outside of it, and the other way."""
+        if not torch.is_inference_mode_enabled():
+            return function(*tensors)
+        with torch.inference_mode(False):
+            return function(*tensors)
+
+
+def _guards(*tensors: torch.Tensor) -> TensorGuards:
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
+    )

@@ -87,6 +87,10 @@ class Watch:
         """Watch what ``read`` returns for ``value``."""
         self._other.contents.append((value, read, read(value)))
 
+    def reads_global(self, name: str) -> bool:
+        """Whether a global of this name is watched, of whichever module."""
+        return name in self._other.globals
+
     def unchanged(self) -> bool:
         """Whether everything watched is what it was."""
         try:
@@ -139,7 +143,7 @@ class _Ledger:
         self._names: list[str] = []
         self._values: list[Any] = []
         self._scopes: list[Mapping[str, Any]] = []
-        self._globals: list[str] = []
+        self.globals: list[str] = []
         self._bound: list[Any] = []
         self._kinds: list[type] = []
 
@@ -183,7 +187,7 @@ class _Ledger:
     def binding(self, scope: Mapping[str, Any], name: str) -> None:
         """One name."""
         self._scopes.append(scope)
-        self._globals.append(name)
+        self.globals.append(name)
         self._bound.append(scope.get(name, _ABSENT))
 
     def kind(self, value: Any) -> None:
@@ -220,7 +224,7 @@ class _Ledger:
         yield chain.from_iterable([pick(mapping) for pick, mapping in self._picks]), self._picked
         yield chain.from_iterable(self._groups), self._items
         yield map(getattr, self._owners, self._names, repeat(_ABSENT)), self._values
-        yield [scope.get(name, _ABSENT) for scope, name in zip(self._scopes, self._globals, strict=True)], self._bound
+        yield [scope.get(name, _ABSENT) for scope, name in zip(self._scopes, self.globals, strict=True)], self._bound
 
 
 def _confusable(name: str, value: Any) -> bool:
