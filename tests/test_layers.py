@@ -56,7 +56,7 @@ LAYERS = [
     {"graph.marked"},
     {"graph.frozen", "graph.region"},
     {"graph.partition", "graph.cut", "graph.feed"},
-    {"graph.rewrite", "graph.trust"},
+    {"graph.direct", "graph.rewrite", "graph.trust"},
     {"tracing", "backend", "stats", "prefetch", "audit"},
     {"eager", "warm", "summary", "plot"},
     {"integrations.progress"},

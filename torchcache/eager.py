@@ -123,12 +123,12 @@ class _EagerCache:
             warn_once(f"{self.name} got an input that needs a gradient: such calls bypass the cache")
             lookup.counters.count_bypass(batch_size(tensors, self.name))
             return mark.function(*args, **kwargs)
-        passed = _as_passed(args, kwargs, tensors, self.name, 1 if mark.of_module else 0)
         roles = self._roles.setdefault(tree.constants, _Roles(self.name))
 
         def compute(some: list[torch.Tensor]) -> list[torch.Tensor]:
             given = iter(some)
             leaves = [next(given) if row else tensor for tensor, row in zip(tensors, rows, strict=True)]
+            passed = _as_passed(args, kwargs, tensors, self.name, 1 if mark.of_module else 0)
             return self._original(module, passed(leaves), tree.constants, lookup)
 
         while True:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,8 @@ __all__ = ["THREADED_ROW", "in_parts", "yield_to_training"]
 
 # Rows shorter than this are done faster by one thread than handed to several.
 THREADED_ROW = 16 * 1024
+# What a thread takes at a time.
+PART_BYTES = 4 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -23,6 +26,9 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) -> list[T]:
     """What ``work(start, stop)`` returns for all ``count`` rows, in order; by several threads where rows are large.
+
+    The calling thread does its share, and what others do not come to: after an operator of torch, a thread of OpenMP
+    keeps a core busy for a while waiting for the next one.
 
     Parameters
     ----------
@@ -33,12 +39,30 @@ def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) ->
     work : callable
         Does the rows from ``start`` to ``stop``.
     """
-    threads = min(torch.get_num_threads(), count)
-    if row_bytes < THREADED_ROW or threads < 2:
+    rows = max(1, PART_BYTES // max(row_bytes, 1))
+    parts = -(-count // rows)
+    helpers = min(torch.get_num_threads(), parts) - 1
+    if row_bytes < THREADED_ROW or helpers < 1:
         return work(0, count)
-    bounds = [count * part // threads for part in range(threads + 1)]
-    parts = _pool(threads).map(work, bounds[:-1], bounds[1:])
-    return [item for part in parts for item in part]
+    done: list[list[T]] = [[] for _ in range(parts)]
+    turns = itertools.count()  # one step of it is never taken twice
+
+    def take_turns() -> None:
+        for part in turns:
+            if part >= parts:
+                return
+            done[part] = work(part * rows, min(count, (part + 1) * rows))
+
+    pool = _pool(helpers)
+    helping = [pool.submit(take_turns) for _ in range(helpers)]
+    try:
+        take_turns()
+    finally:
+        late = [helper for helper in helping if not helper.cancel()]
+        wait(late)
+    for helper in late:
+        helper.result()
+    return list(itertools.chain.from_iterable(done))
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

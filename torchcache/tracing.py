@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,14 +14,12 @@ from torch import fx, nn
 from torch.nn.modules import module as torch_module
 
 from torchcache.errors import TorchcacheError
-from torchcache.graph.feed import feed_state
+from torchcache.graph.direct import run_eagerly
 from torchcache.graph.marked import MarkedCall
 from torchcache.graph.region import GraphRegion, program_now
 from torchcache.graph.rewrite import cache_regions
-from torchcache.graph.trust import Owned, trust_programs
+from torchcache.graph.trust import Trust, trust_programs
 from torchcache.logging import logger, warn_once
-from torchcache.lookup.fingerprint import Program
-from torchcache.lookup.stamps import Looks
 
 __all__ = ["Traced", "start_tracer", "trace_with"]
 
@@ -66,20 +63,27 @@ class Traced:
         """What ``function`` returns."""
         if self._broken:
             return self._function(*args, **kwargs)
-        from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchRuntimeError
-
         try:
             return self._variant().compiled(*args, **kwargs)
-        except TorchRuntimeError as error:  # it does not run on fake tensors of these shapes, such as an empty batch
+        except Exception as error:
+            self._forgive(error)
+        return self._function(*args, **kwargs)
+
+    def _forgive(self, error: Exception) -> None:
+        """Raise ``error`` again, unless it says that Dynamo cannot trace the function."""
+        from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchRuntimeError
+
+        if isinstance(error, TorchRuntimeError):  # for fake tensors of these shapes, such as an empty batch
             logger.info("tracing %s failed for one call: %s", self._name, error)
-        except BackendCompilerFailed as error:
+        elif isinstance(error, BackendCompilerFailed):
             cause = error.inner_exception
             if isinstance(cause, TorchcacheError):
                 raise cause from None
             self._give_up(cause)
-        except InternalTorchDynamoError as error:
+        elif isinstance(error, InternalTorchDynamoError):
             self._give_up(error)
-        return self._function(*args, **kwargs)
+        else:
+            raise error
 
     def _variant(self) -> _Variant:
         """The trace that is right for the programs and hooks as they are now."""
@@ -123,59 +127,44 @@ class _Variant:
         self.compiled = trace_with(function, self._backend)
         self._trusting = trusting
         self._regions: list[GraphRegion] = []  # the graphs refer to them by name only
+        self._trusts: list[Trust] = []
         self._calls: dict[Any, MarkedCall] = {}
-        self._programs: dict[Any, Program] = {}
-        self._owned: list[Owned] = []
-        self._state: list[torch.Tensor] = []
-        self._looks = Looks(())
+        self._digests: list[bytes] = []
         self._module = weakref.ref(module) if module is not None else None
         self._note_hooks()
 
     def is_current(self) -> bool:
         """Whether tracing again would give the same."""
-        if any(self._unhooked) or [*map(tuple, self._hooked)] != self._hooks:
-            return False
-        known = self._programs
-        programs = {subject: program_now(call) for subject, call in self._calls.items()}
-        if not all(map(operator.is_, programs.values(), known.values())):
-            trusted = {call.subject for owned in self._owned for call in owned.region.plan.calls}
-            if any(programs[subject].digest != known[subject].digest for subject in known) or not all(
-                programs[subject].watched for subject in trusted
-            ):
-                return False
-            self._use(programs)
-        return self._looks.hold(self._state)
+        return (
+            not any(self._unhooked)
+            and [*map(tuple, self._hooked)] == self._hooks
+            and [program_now(call).digest for call in self._calls.values()] == self._digests
+            and all(trust.holds() for trust in self._trusts)
+        )
 
     def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         regions = cache_regions(graph)
-        owned = trust_programs(graph, regions) if self._trusting else []
+        trust = trust_programs(graph, regions) if self._trusting else None
+        if trust is not None:
+            self._trusts.append(trust)
         self.graphs.append(graph)
         self._regions.extend(regions)
-        self._owned.extend(owned)
         for call in itertools.chain.from_iterable(region.plan.calls for region in regions):
-            if call.options.persistent_module_hash is None:
+            if call.options.persistent_module_hash is None and (trust is None or call.subject not in trust.subjects):
                 self._calls.setdefault(call.subject, call)
-        self._use({subject: program_now(call) for subject, call in self._calls.items()})
-        self._looks = Looks(self._state)
+        self._digests = [program_now(call).digest for call in self._calls.values()]
         self._note_hooks()
-        feed, run = feed_state(graph, regions), graph.forward
-
-        def fed(*args: Any) -> Any:
-            feed(args)
-            return run(*args)
-
-        return fed
-
-    def _use(self, programs: dict[Any, Program]) -> None:
-        self._programs = programs
-        self._state = [tensor for owned in self._owned for tensor in owned.hand_over(programs)]
+        return run_eagerly(graph, regions)
 
     def _note_hooks(self) -> None:
         """Remember the keys of all hooks that run with a forward; a key is never used twice."""
         module = self._module() if self._module is not None else None
         groups: list[Any] = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
+        trusted = [call.subject_module for trust in self._trusts for call in trust.subjects.values()]
+        watched = {inner for marked in trusted if marked is not None for inner in marked.modules()}
         for inner in module.modules() if module is not None else ():
-            groups += (inner._forward_pre_hooks, inner._forward_hooks)
+            if inner not in watched:
+                groups += (inner._forward_pre_hooks, inner._forward_hooks)
         self._unhooked = [group for group in groups if not group]
         self._hooked = [group for group in groups if group]
         self._hooks = [*map(tuple, self._hooked)]

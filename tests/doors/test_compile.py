@@ -395,3 +395,31 @@ def test_dynamic_shapes_from_the_first_call(inner):
         torch.testing.assert_close(step(run, x[rows]), step(plain, x[rows]))
         torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
     assert torchcache.stats(net).misses == 12
+
+
+def test_a_module_that_changes_itself_is_not_compiled_for_each_change():
+    class Noting(Backbone):
+        def __init__(self):
+            super().__init__()
+            self.seen = 0
+
+        def forward(self, x, k=1):
+            self.seen = x.shape[0]
+            return super().forward(x, k)
+
+    graphs = []
+
+    def inner(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    net = Net()
+    net.backbone = Noting()
+    plain = copy.deepcopy(net)
+    torchcache.mark(net.backbone, freeze=True)
+    run = compiled(net, inner)
+    for count in (4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11):
+        x = torch.randn(count, 16)
+        torch.testing.assert_close(run(x), plain(x))
+        assert net.backbone.seen == count
+    assert len(graphs) <= torch._dynamo.config.recompile_limit

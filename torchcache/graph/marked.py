@@ -24,7 +24,7 @@ from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
 
-__all__ = ["Mark", "MarkedCall", "enter", "graph_break", "leave", "outermost", "register_door"]
+__all__ = ["Mark", "MarkedCall", "enter", "graph_break", "is_traced", "leave", "outermost", "register_door"]
 
 META = "torchcache"
 OPEN = "_torchcache_open"
@@ -53,16 +53,17 @@ class Mark:
         if module is None:
             return self.options
         members = vars(module)
-        return self.options.replace(
-            {name: members[key] for name, key in _OVERRIDES if key in members}  # almost always empty
-        )
+        if _OVERRIDING.isdisjoint(members):  # almost always
+            return self.options
+        return self.options.replace({name: members[key] for name, key in _OVERRIDES.items() if key in members})
 
     def signature(self) -> inspect.Signature:
         """The original's signature, the module included."""
         return _signature(self)
 
 
-_OVERRIDES = [(name, f"torchcache_{name}") for name in NAMES]
+_OVERRIDES = {name: f"torchcache_{name}" for name in NAMES}
+_OVERRIDING = frozenset(_OVERRIDES.values())
 _signatures: weakref.WeakKeyDictionary[Mark, inspect.Signature] = weakref.WeakKeyDictionary()
 
 
@@ -177,6 +178,11 @@ def leave(context: Any) -> None:
             break
         if node.op != "placeholder":
             node.meta[META] = [*node.meta.get(META, ()), call]
+
+
+def is_traced(graph: torch.fx.Graph) -> bool:
+    """Whether ``graph`` is the one that Dynamo wrote when it met marked calls, and no part or copy of it."""
+    return OPEN in vars(graph)
 
 
 def graph_break(mark: Mark) -> str | None:

@@ -99,9 +99,8 @@ class GraphRegion:
         self._missing: list[torch.Tensor] = []
         self.given = list(range(len(plan.inputs)))
         self._rows = plan.positions("row")
-        self._shared = plan.positions("shared")
         self._held = plan.positions("state")
-        self._scalars = plan.positions("scalar")
+        self._find_given()
         self._state = State(guarded=True)
         self._numbers: list[float] = []
         self._programs: dict[int, bytes] = {}
@@ -126,8 +125,16 @@ class GraphRegion:
         self._pick = operator.itemgetter(*sources, sources[0]) if sources else None
         self._arrange = operator.itemgetter(*(places[index] for index in range(len(places))), 0)
         self._missing = [self.plan.inputs[index] for index in taken]
+        self._find_given()
         tensors, *rest = node.args
         node.args = ([tensors[index] for index in self.given], *rest)
+
+    def _find_given(self) -> None:
+        """Note where the inputs of each role are among those that the op is given."""
+        roles = [self.plan.roles[index] for index in self.given]
+        self._places = {
+            role: [place for place, found in enumerate(roles) if found == role] for role in ("row", "shared", "scalar")
+        }
 
     def feed(self, arguments: Sequence[Any]) -> None:
         """Take the state for this thread's next call from the inputs of the graph."""
@@ -145,26 +152,34 @@ class GraphRegion:
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""
         # Backward passes that compute a region again may do so on threads of their own.
-        inputs = self._whole(inputs, getattr(self._fed, "state", self._latest))
-        rows = [inputs[position] for position in self._rows]
+        state = getattr(self._fed, "state", self._latest)
+        rows, shared, numbers = ([inputs[place] for place in places] for places in self._places.values())
         call = Call(
             b"",
             NumericMode.current(self._device, self._autocast),
             rows,
-            [inputs[position] for position in self._shared],
-            lambda some: self._compute(inputs, sizes, some),
-            lambda: self._layouts(inputs, sizes),
+            shared,
+            lambda some: self._compute(self._whole(inputs, state), sizes, some),
+            lambda: self._layouts(self._whole(inputs, state), sizes),
             # A graph of one row cannot show whether rows mix.
             probeable=rows[0].shape[0] > 1,
         )
         if bypassed() or not all(marked.options.enabled for marked in self.plan.calls):
             outputs = self.lookup.bypass(call)
         else:
-            held = [] if self._named else [inputs[position] for position in self._held]
-            call.region = self._region(held, inputs)
+            call.region = self._region(self._state_of(inputs, state), [number.item() for number in numbers])
             call.state = self._state.digest
             outputs = self.lookup(call)
-        return [dense(leaf, order) for leaf, order in zip(outputs, self._orders, strict=True)]
+        return list(map(dense, outputs, self._orders))
+
+    def _state_of(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The tensors that the fingerprint is of."""
+        if self._named:
+            return ()
+        if len(state) == len(self._held):
+            return state
+        whole = self._whole(inputs, state)
+        return [whole[position] for position in self._held]
 
     def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
         """Outputs without their contents: the traced ones, with this batch's size."""
@@ -181,9 +196,8 @@ class GraphRegion:
             for leaf, order in zip(outputs, self._orders, strict=True)
         ]
 
-    def _region(self, held: list[torch.Tensor], inputs: list[torch.Tensor]) -> bytes:
+    def _region(self, held: Sequence[torch.Tensor], numbers: list[float]) -> bytes:
         """The region's fingerprint, recomputed when weights or module numbers changed."""
-        numbers = [inputs[position].item() for position in self._scalars]
         if self._fingerprint and numbers == self._numbers and self._state.unchanged(held):
             return self._fingerprint
         started = time.perf_counter()

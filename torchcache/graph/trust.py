@@ -7,23 +7,30 @@ Regions then take their state from the program, and what only they read is no in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from torchcache.graph.feed import lookups_in, static_state
-from torchcache.graph.marked import MarkedCall
+from torchcache.graph.marked import MarkedCall, is_traced
 from torchcache.graph.region import GraphRegion, program_now
 from torchcache.lookup.fingerprint import Program
 from torchcache.lookup.parts import NOTES
+from torchcache.lookup.stamps import Looks
 
-__all__ = ["Owned", "trust_programs"]
+__all__ = ["Trust", "trust_programs"]
+
+# A module that was another one in so many traces changes itself: Dynamo knows better which changes matter.
+CHANGES = 4
+_digests: weakref.WeakKeyDictionary[nn.Module, set[bytes]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
-class Owned:
+class _Owned:
     """A region that takes its state from the programs of its marks.
 
     Parameters
@@ -37,18 +44,53 @@ class Owned:
     region: GraphRegion
     places: tuple[tuple[Any, int], ...]
 
-    def hand_over(self, programs: Mapping[Any, Program]) -> list[torch.Tensor]:
-        """Give the region its state out of ``programs``, by subject; returns it."""
-        state = [programs[subject].at(place) for subject, place in self.places]
-        self.region.hold(state)
-        return state
+
+class Trust:
+    """What a graph was traced with, as far as Dynamo does not guard it.
+
+    Parameters
+    ----------
+    owned : sequence of _Owned
+        The regions.
+
+    Attributes
+    ----------
+    subjects : dict of subject to MarkedCall
+        The marks that are watched, each with one of its calls.
+    """
+
+    def __init__(self, owned: Sequence[_Owned]) -> None:
+        self._owned = owned
+        self.subjects = {call.subject: call for part in owned for call in part.region.plan.calls}
+        self._use({subject: program_now(call) for subject, call in self.subjects.items()})
+        self._looks = Looks(self._state)
+
+    def holds(self) -> bool:
+        """Whether the graph is right for the marks as they are now; its regions have their state then."""
+        if any(call.subject_module is None for call in self.subjects.values()):
+            return False
+        known = self._programs
+        programs = {subject: program_now(call) for subject, call in self.subjects.items()}
+        if not all(map(operator.is_, programs.values(), known.values())):
+            if not all(program.watched and program.digest == known[key].digest for key, program in programs.items()):
+                return False
+            self._use(programs)
+        return self._looks.hold(self._state)
+
+    def _use(self, programs: dict[Any, Program]) -> None:
+        self._programs = programs
+        held: dict[int, torch.Tensor] = {}  # each tensor once, however many regions read it
+        for part in self._owned:
+            state = [programs[subject].at(place) for subject, place in part.places]
+            part.region.hold(state)
+            held.update((id(tensor), tensor) for tensor in state)
+        self._state = list(held.values())
 
 
-def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> list[Owned]:
+def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Trust | None:
     """Take the state of watched marks out of a graph, and what is in them out of what Dynamo is about to guard.
 
-    To be called while Dynamo waits for its backend. The caller hands the regions their state, and uses the graph only
-    as long as their programs, and what their state looks like, are what they were.
+    To be called while Dynamo waits for its backend. Whoever runs the graph asks before each call if the trust holds.
 
     Parameters
     ----------
@@ -59,54 +101,60 @@ def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> li
 
     Returns
     -------
-    list of Owned
-        The regions that get their state from the caller.
+    Trust or None
+        ``None`` where nothing can be trusted, and nothing is changed.
     """
+    inputs = {node: node.meta.get("grapharg") for node in module.graph.find_nodes(op="placeholder")}
+    if not is_traced(module.graph) or any(argument is None for argument in inputs.values()):
+        return None  # a part of what Dynamo traced, whose inputs others know
     if any(isinstance(child, fx.GraphModule) for child in module.children()):
-        return []  # bodies of higher-order operators have inputs of their own
-    inputs = {node: node.meta["grapharg"] for node in module.graph.find_nodes(op="placeholder")}
-    owned = []
-    for node, region in lookups_in(module, regions):
-        state = region.plan.positions("state")
-        taken = static_state(region, node, inputs)
-        places = _places(region.plan.calls, [inputs[node.args[0][index]].example for index in taken])
-        if places is not None and taken == state:
-            region.take_state(node, taken)
-            owned.append(Owned(region, places))
-    if owned:
-        for node in inputs:
-            if not node.users and isinstance(node.meta["example_value"], torch.Tensor):
-                module.graph.erase_node(node)
-        module.recompile()
-        sources = {call.source for owner in owned for call in owner.region.plan.calls}
-        read = {inputs[node].source for node in module.graph.find_nodes(op="placeholder")}
-        _trust(sources, read)
-    return owned
+        return None  # bodies of higher-order operators have inputs of their own
+    owned = [part for node, region in lookups_in(module, regions) if (part := _own(node, region, inputs)) is not None]
+    if not owned:
+        return None
+    for node in inputs:
+        if not node.users and isinstance(node.meta["example_value"], torch.Tensor):
+            module.graph.erase_node(node)
+    module.recompile()
+    trust = Trust(owned)
+    read = {inputs[node].source for node in module.graph.find_nodes(op="placeholder")}
+    _guard(trust, read)
+    return trust
 
 
-def _places(calls: Sequence[MarkedCall], state: Sequence[torch.Tensor]) -> tuple[tuple[Any, int], ...] | None:
-    """Where the programs of ``calls`` hold ``state``; ``None`` where they do not, or are not watched."""
-    if not all(map(_is_watched, calls)):
+def _own(node: Any, region: GraphRegion, inputs: dict[fx.Node, Any]) -> _Owned | None:
+    """Have ``region`` take all of its state from watched programs, if these hold it."""
+    if not all(map(_is_watched, region.plan.calls)):
+        return None
+    taken = static_state(region, node, inputs)
+    if taken != region.plan.positions("state"):
         return None
     found: dict[int, tuple[Any, int]] = {}
-    for call in calls:
+    for call in region.plan.calls:
         for place, tensor in enumerate(program_now(call).tensors):
             found.setdefault(id(tensor), (call.subject, place))
+    state = [inputs[node.args[0][index]].example for index in taken]
     if any(id(tensor) not in found for tensor in state):
         return None
-    return tuple(found[id(tensor)] for tensor in state)
+    region.take_state(node, taken)
+    return _Owned(region, tuple(found[id(tensor)] for tensor in state))
 
 
 def _is_watched(call: MarkedCall) -> bool:
-    if call.subject_module is None or call.source is None or call.options.persistent_module_hash is not None:
+    module = call.subject_module
+    if module is None or call.source is None or call.options.persistent_module_hash is not None:
         return False
-    return program_now(call).watched
+    program = program_now(call)
+    digests = _digests.setdefault(module, set())
+    digests.add(program.digest)
+    return program.watched and len(digests) <= CHANGES
 
 
-def _trust(sources: set[Any], read: set[Any]) -> None:
-    """Have Dynamo guard which modules lie at ``sources``, and of what is in them only what leads to ``read``."""
+def _guard(trust: Trust, read: set[Any]) -> None:
+    """Have Dynamo guard which modules are marked, and of what is in them only what leads to ``read``."""
     from torch._dynamo.guards import GuardBuilder
 
+    sources = {call.source for call in trust.subjects.values()}
     leading = {step for source in read for step in _way_to(source)}
     # The marks themselves, and notes of other tools, are not part of a program.
     doors = tuple(door for source in sources for door in (f"{source.name}.forward", f"type({source.name})"))

@@ -120,6 +120,8 @@ _lock = threading.Lock()
 
 def prepared(owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:
     """What any look-ahead did for this call."""
+    if not _active:
+        return None
     return next((done for ahead in _active if (done := ahead.prepared(owner, rows)) is not None), None)
 
 

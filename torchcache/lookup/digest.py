@@ -55,6 +55,8 @@ def digest_tensor(tensor: torch.Tensor) -> bytes:
 
 def host_rows(leaf: torch.Tensor) -> torch.Tensor:
     """``leaf`` as a contiguous CPU tensor of plain elements, itself where it is one."""
+    if leaf.is_cpu and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg():
+        return leaf
     leaf = leaf.detach()
     if leaf.is_conj() or leaf.is_neg():
         leaf = leaf.resolve_conj().resolve_neg()
@@ -71,13 +73,7 @@ def _hasher(algorithm: str) -> Callable[[Any], bytes]:
 
 
 def _one_input(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: int, algorithm: str) -> list[bytes]:
-    array = arrays[0]
-    width = array.shape[1]
-    flat = memoryview(array.reshape(-1))  # type: ignore[arg-type]  # numpy arrays are buffers
-    one_shot = _hasher(algorithm)
-    if not width:
-        return [one_shot(b"")] * (stop - start)
-    return [one_shot(flat[at : at + width]) for at in range(start * width, stop * width, width)]
+    return list(map(_hasher(algorithm), arrays[0][start:stop]))
 
 
 def _several_inputs(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: int, algorithm: str) -> list[bytes]:

@@ -5,10 +5,10 @@ A key is 32 bytes: the fingerprint of the call (16) and the digest of the row (1
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,7 @@ from torchcache.store.blob import FORMAT_VERSION
 __all__ = ["NumericMode", "call_fingerprint"]
 
 
-@dataclasses.dataclass(frozen=True)
-class NumericMode:
+class NumericMode(NamedTuple):
     """The ambient settings that change what the same program computes.
 
     Parameters

@@ -236,13 +236,16 @@ class Layout:
 
     def apply(self, leaf: torch.Tensor, near: torch.device) -> torch.Tensor:
         """``leaf``, row-major, for a call with inputs on ``near``, in this dtype and memory order."""
-        return dense(leaf.to(self.place(near), self.dtype), self.order)
+        place = self.place(near)
+        if leaf.dtype != self.dtype or leaf.device != place:
+            leaf = leaf.to(place, self.dtype)
+        return dense(leaf, self.order)
 
 
-def dense(leaf: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+def dense(leaf: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """``leaf`` without gaps, its dimensions in this memory order; itself where it is so already."""
-    if leaf.is_contiguous() and list(order) == sorted(order):
-        return leaf
+    if order == tuple(range(len(order))):
+        return leaf.contiguous()
     return leaf.permute(*order).contiguous().permute(*inverted(order))
 
 

@@ -57,6 +57,19 @@ _DTYPES = """
     float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu
     """.split()
 _CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
+_OF_NUMPY = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+}
 
 
 class BlobError(ValueError):
@@ -117,7 +130,10 @@ def unpack_head(head: bytes) -> tuple[bool, bool, int, int]:
 def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
     count = leaf.shape[0]
-    flat = element_bytes(leaf.detach()).numpy()
+    if leaf.dtype in _OF_NUMPY:
+        flat = leaf.detach().numpy().reshape(-1).view(np.uint8)
+    else:
+        flat = element_bytes(leaf.detach()).numpy()
     return flat.reshape(count, flat.size // count if count else 0)
 
 

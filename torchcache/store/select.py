@@ -29,6 +29,8 @@ _INDEXABLE = {
 def select_rows(leaf: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """A fresh tensor of ``rows`` of ``leaf``."""
     index = _index(rows, leaf.device)
+    if leaf.dtype in _INDEXABLE:
+        return leaf.index_select(0, index)
     return _carried(leaf).index_select(0, index).view(leaf.dtype)
 
 
@@ -52,7 +54,7 @@ def element_bytes(leaf: torch.Tensor) -> torch.Tensor:
 
 def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
     # torch.tensor takes several times as long to find out that a list holds integers.
-    index = torch.from_numpy(np.array(rows, dtype=np.int64))
+    index = torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
     return index if device.type == "cpu" else index.to(device)
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import torch
 
@@ -61,8 +62,7 @@ class Slab:
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """The slot of each digest, ``ABSENT`` where it has none."""
-        get = self.slots.get
-        return [get(digest, ABSENT) for digest in digests]
+        return list(map(self.slots.get, digests, repeat(ABSENT)))
 
     def gather(self, slots: Sequence[int]) -> list[torch.Tensor]:
         """Fresh tensors of shape ``(len(slots), *)``, one a leaf."""
