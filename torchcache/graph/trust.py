@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from torchcache.graph.feed import lookups_in, static_state
 from torchcache.graph.marked import MarkedCall, is_traced
@@ -23,10 +22,6 @@ from torchcache.lookup.parts import NOTES
 from torchcache.lookup.stamps import Looks
 
 __all__ = ["Trust", "trust_programs"]
-
-# A module that was another one in so many traces changes itself: Dynamo knows better which changes matter.
-CHANGES = 4
-_digests: weakref.WeakKeyDictionary[nn.Module, set[bytes]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +136,9 @@ def _own(node: Any, region: GraphRegion, inputs: dict[fx.Node, Any]) -> _Owned |
 
 
 def _is_watched(call: MarkedCall) -> bool:
-    module = call.subject_module
-    if module is None or call.source is None or call.options.persistent_module_hash is not None:
+    if call.subject_module is None or call.source is None or call.options.persistent_module_hash is not None:
         return False
-    program = program_now(call)
-    digests = _digests.setdefault(module, set())
-    digests.add(program.digest)
-    return program.watched and len(digests) <= CHANGES
+    return program_now(call).watched
 
 
 def _guard(trust: Trust, read: set[Any]) -> None:
