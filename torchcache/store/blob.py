@@ -36,7 +36,7 @@ import xxhash
 import zstandard
 
 from torchcache.store.file import SCATTERS, BlobFile, BlobFileError
-from torchcache.store.select import element_bytes, select_rows
+from torchcache.store.select import INDEXABLE, element_bytes, select_rows
 from torchcache.threads import THREADED_ROW, in_parts
 
 __all__ = ["FORMAT_VERSION", "BlobError", "Codec", "RowSpec", "row_bytes", "storable"]
@@ -57,19 +57,7 @@ _DTYPES = """
     float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu
     """.split()
 _CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
-_OF_NUMPY = {
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-}
+_OF_NUMPY = INDEXABLE - {torch.bfloat16}
 
 
 class BlobError(ValueError):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-__all__ = ["concatenate", "element_bytes", "place_rows", "select_rows"]
+__all__ = ["INDEXABLE", "concatenate", "element_bytes", "place_rows", "select_rows"]
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INDEXABLE = {
+# Dtypes with indexing kernels.
+INDEXABLE = {
     torch.float32,
     torch.float64,
     torch.float16,
@@ -29,7 +30,7 @@ _INDEXABLE = {
 def select_rows(leaf: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """A fresh tensor of ``rows`` of ``leaf``."""
     index = _index(rows, leaf.device)
-    if leaf.dtype in _INDEXABLE:
+    if leaf.dtype in INDEXABLE:
         return leaf.index_select(0, index)
     return _carried(leaf).index_select(0, index).view(leaf.dtype)
 
@@ -59,4 +60,4 @@ def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 def _carried(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf if leaf.dtype in _INDEXABLE else leaf.view(_CARRIERS[leaf.dtype.itemsize])
+    return leaf if leaf.dtype in INDEXABLE else leaf.view(_CARRIERS[leaf.dtype.itemsize])
