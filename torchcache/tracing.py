@@ -124,7 +124,9 @@ class _Variant:
 
     def __init__(self, function: Callable[..., Any], module: nn.Module | None, trusting: bool) -> None:
         self.graphs: list[fx.GraphModule] = []
-        self.compiled = trace_with(function, self._backend)
+        own = _own_frame(function)
+        self._code = own.__code__
+        self.compiled = torch.compile(own, backend=self._backend)
         self._trusting = trusting
         self._regions: list[GraphRegion] = []  # the graphs refer to them by name only
         self._trusts: list[Trust] = []
@@ -144,7 +146,7 @@ class _Variant:
 
     def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         regions = cache_regions(graph)
-        trust = trust_programs(graph, regions) if self._trusting else None
+        trust = trust_programs(graph, regions, self._code) if self._trusting else None
         if trust is not None:
             self._trusts.append(trust)
         self.graphs.append(graph)
@@ -181,7 +183,7 @@ def trace_with(function: Callable[..., Any], backend: Callable[..., Any]) -> Cal
     return torch.compile(_own_frame(function), backend=backend)
 
 
-def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_frame(function: Callable[..., Any]) -> types.FunctionType:
     """A function that calls ``function`` and has a code object of its own, by which Dynamo keeps its caches."""
 
     def traced(*args: Any, **kwargs: Any) -> Any:

@@ -147,3 +147,35 @@ def test_explain_says_what_was_written():
     model = Setting("attribute")
     torchcache.mark(model.backbone, freeze=True)
     assert "scale of a Scaled" in str(torchcache.explain(model, torch.randn(3, 2), 2.0))
+
+
+class Broken(nn.Module):
+    """Writes the number, leaves the graph, then calls the module that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Scaled("attribute")
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, x, scale):
+        self.backbone.scale = scale
+        torch._dynamo.graph_break()
+        features = self.backbone(x)
+        return features, self.head(features)
+
+
+@pytest.mark.parametrize("door", ["transform", "compile"])
+def test_writes_before_a_graph_break_are_seen(door):
+    model = Broken()
+    torchcache.mark(model.backbone, freeze=True)
+    run = (
+        torchcache.transform(model)
+        if door == "transform"
+        else torch.compile(model, backend="torchcache", options={"inner": "eager"})
+    )
+    x = torch.randn(3, 2)
+    for scale in (2.0, 3.0, 2.0, 1.0, 3.0):
+        torch.testing.assert_close(run(x, scale)[0], x * scale)
+    before = torchcache.stats(model).misses
+    torch.testing.assert_close(run(x, 3.0)[0], x * 3)
+    assert torchcache.stats(model).misses == before

@@ -24,10 +24,11 @@ from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
 from torchcache.options import NAMES, CacheOptions
 
-__all__ = ["Mark", "MarkedCall", "enter", "graph_break", "is_traced", "leave", "outermost", "register_door"]
+__all__ = ["Mark", "MarkedCall", "enter", "graph_break", "leave", "outermost", "register_door", "traced_from"]
 
 META = "torchcache"
 OPEN = "_torchcache_open"
+ROOT = "_torchcache_root"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,6 +160,7 @@ def enter(context: Any) -> None:
     make_symbolic(frame)
     graph = frame.output.current_tracer.graph
     call = _describe(mark, frame) if mark is not None else None
+    vars(graph)[ROOT] = frame.output.root_tx.f_code
     opened = graph.__dict__.setdefault(OPEN, [])
     opened.append((call, next(iter(reversed(graph.nodes)), None)))
 
@@ -180,9 +182,9 @@ def leave(context: Any) -> None:
             node.meta[META] = [*node.meta.get(META, ()), call]
 
 
-def is_traced(graph: torch.fx.Graph) -> bool:
-    """Whether ``graph`` is the one that Dynamo wrote when it met marked calls, and no part or copy of it."""
-    return OPEN in vars(graph)
+def traced_from(graph: torch.fx.Graph) -> types.CodeType | None:
+    """The code of the frame that Dynamo wrote ``graph`` for, as it met marked calls; ``None`` for parts and copies."""
+    return vars(graph).get(ROOT)
 
 
 def graph_break(mark: Mark) -> str | None:

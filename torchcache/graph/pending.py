@@ -28,7 +28,8 @@ def pending_write(effects: Any, subject: Any, where: str) -> str:
     """
     from torch._dynamo.variables.misc import NewGlobalVariable, PythonModuleVariable
 
-    written = {key: held for key, held in effects.id_to_variable.items() if effects.is_modified(held)}
+    existing = effects.id_to_variable.items()
+    written = {key: held for key, held in existing if held.mutation_type is not None and effects.is_modified(held)}
     attributes = effects.store_attr_mutations
     scopes = [held for held in attributes if isinstance(held, (NewGlobalVariable, PythonModuleVariable))]
     if not written and not scopes:
@@ -41,6 +42,13 @@ def pending_write(effects: Any, subject: Any, where: str) -> str:
     for key, held in written.items():
         if encoder.met(key):
             members = ", ".join(attributes.get(held, ()))
-            return f"{members or 'content'} of a {held.python_type().__name__}"
+            return f"{members or 'content'} of a {_kind(held)}"
     names = [name for held in scopes for name in attributes[held]]
     return next((f"the global {name}" for name in names if encoder.watch.reads_global(name)), "")
+
+
+def _kind(held: Any) -> str:
+    try:
+        return str(held.python_type().__name__)
+    except NotImplementedError:  # Dynamo does not know
+        return type(held).__name__.removesuffix("Variable").lower()

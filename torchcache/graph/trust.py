@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from torchcache.graph.feed import lookups_in, static_state
-from torchcache.graph.marked import MarkedCall, is_traced
+from torchcache.graph.marked import MarkedCall, traced_from
 from torchcache.graph.region import GraphRegion, program_now
 from torchcache.lookup.fingerprint import Program
 from torchcache.lookup.parts import NOTES
@@ -82,10 +83,10 @@ class Trust:
         self._state = list(held.values())
 
 
-def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Trust | None:
+def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion], code: types.CodeType) -> Trust | None:
     """Take the state of watched marks out of a graph, and what is in them out of what Dynamo is about to guard.
 
-    To be called while Dynamo waits for its backend. Whoever runs the graph asks before each call if the trust holds.
+    To be called while Dynamo waits for its backend. Whoever calls ``code`` asks before each call if the trust holds.
 
     Parameters
     ----------
@@ -93,6 +94,9 @@ def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Tr
         A graph with lookups, changed in place.
     regions : sequence of GraphRegion
         What they call.
+    code : code
+        Of the function that is traced. Graphs of other frames, as after a graph break, run when more may have changed
+        since it was called: these are left alone.
 
     Returns
     -------
@@ -100,8 +104,8 @@ def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion]) -> Tr
         ``None`` where nothing can be trusted, and nothing is changed.
     """
     inputs = {node: node.meta.get("grapharg") for node in module.graph.find_nodes(op="placeholder")}
-    if not is_traced(module.graph) or any(argument is None for argument in inputs.values()):
-        return None  # a part of what Dynamo traced, whose inputs others know
+    if traced_from(module.graph) != code or any(argument is None for argument in inputs.values()):
+        return None
     if any(isinstance(child, fx.GraphModule) for child in module.children()):
         return None  # bodies of higher-order operators have inputs of their own
     owned = [part for node, region in lookups_in(module, regions) if (part := _own(node, region, inputs)) is not None]
