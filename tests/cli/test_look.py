@@ -1,5 +1,6 @@
 """info, stats and verify, on a cache that a real model filled."""
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -202,3 +203,14 @@ def test_commands_work_while_a_model_fills_the_directory(cache, torchcache_json)
     assert run(cache, data(seed=2), model)[1] == 2 * ROWS
     found = torchcache_json("info", cache)["regions"]
     assert sorted(held["region"]["name"] for held in found if held["rows"]) == ["text (Sequential)", "vision (Linear)"]
+
+
+@pytest.mark.parametrize("moment", ["9e999", "-9e999", "-1e308", "1e308", "NULL", "'soon'", "x'00'"])
+def test_times_that_are_none_are_unknown(cache, torchcache_command, moment):
+    with contextlib.closing(database(cache)) as connection:
+        connection.execute(f"UPDATE Cache SET store_time = {moment}")
+    for record in (cache / "regions").iterdir():
+        record.unlink()
+    code, out, err = torchcache_command("info", cache)
+    assert code == 0, err
+    assert "unknown" in out or "in the future" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import re
 import time
 
@@ -56,8 +57,8 @@ def span_text(seconds: float) -> str:
 
 
 def ago(moment: float) -> str:
-    """How long ago something was."""
-    if not moment:
+    """How long ago something was; what a damaged or forged database has for a time may be none."""
+    if not (math.isfinite(moment) and moment > 0):
         return "unknown"
     passed = time.time() - moment
     for unit in ("d", "h", "m"):
