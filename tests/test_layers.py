@@ -11,7 +11,8 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest; modules on one line may not import each other.
 LAYERS = [
-    {"errors", "forks", "logging", "options", "modes", "threads", "table", "sharing", "version"},
+    {"errors", "forks", "logging", "options", "modes", "openmp", "table", "sharing", "version"},
+    {"threads"},
     {
         "store.select",
         "store.file",

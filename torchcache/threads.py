@@ -12,12 +12,14 @@ from typing import TypeVar
 
 import torch
 
+from torchcache.openmp import call_in_team
+
 __all__ = ["THREADED_ROW", "in_parts", "yield_to_training"]
 
 # Rows shorter than this are done faster by one thread than handed to several.
 THREADED_ROW = 16 * 1024
 # What a thread takes at a time.
-PART_BYTES = 4 * 1024 * 1024
+PART_BYTES = 2 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -27,8 +29,8 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) -> list[T]:
     """What ``work(start, stop)`` returns for all ``count`` rows, in order; by several threads where rows are large.
 
-    The calling thread does its share, and what others do not come to: after an operator of torch, a thread of OpenMP
-    keeps a core busy for a while waiting for the next one.
+    The calling thread does its share, and what others do not come to. The others are those of OpenMP right after an
+    operator of torch, when these keep the cores busy anyway.
 
     Parameters
     ----------
@@ -41,8 +43,8 @@ def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) ->
     """
     rows = max(1, PART_BYTES // max(row_bytes, 1))
     parts = -(-count // rows)
-    helpers = min(torch.get_num_threads(), parts) - 1
-    if row_bytes < THREADED_ROW or helpers < 1:
+    threads = torch.get_num_threads()
+    if row_bytes < THREADED_ROW or min(threads, parts) < 2:
         return work(0, count)
     done: list[list[T]] = [[] for _ in range(parts)]
     turns = itertools.count()  # one step of it is never taken twice
@@ -53,6 +55,12 @@ def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) ->
                 return
             done[part] = work(part * rows, min(count, (part + 1) * rows))
 
+    if threads > parts or not call_in_team(take_turns, threads):
+        _with_helpers(take_turns, min(threads, parts) - 1)
+    return list(itertools.chain.from_iterable(done))
+
+
+def _with_helpers(take_turns: Callable[[], None], helpers: int) -> None:
     pool = _pool(helpers)
     helping = [pool.submit(take_turns) for _ in range(helpers)]
     try:
@@ -62,7 +70,6 @@ def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) ->
         wait(late)
     for helper in late:
         helper.result()
-    return list(itertools.chain.from_iterable(done))
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
