@@ -14,12 +14,11 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
+from bare import bare_hash
 from peers import PEERS
 from rich.console import Console
 from rich.table import Table
@@ -151,16 +150,6 @@ def call(backbone: nn.Module, data: torch.Tensor, repeats: int) -> dict[str, flo
     x = data[:256].contiguous()
     outputs = marked(x)
     slab, index = outputs.clone(), torch.arange(len(x))
-    width = x[0].numel() * x.itemsize
-    flat = memoryview(x.reshape(-1).view(torch.uint8).numpy())
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads)
-    bounds = [len(x) * part // threads for part in range(threads + 1)]
-
-    def hash_range(part: int) -> None:
-        for row in range(bounds[part], bounds[part + 1]):
-            xxhash.xxh3_128_digest(flat[row * width : (row + 1) * width])
-
     start = stats(marked).regions[0]
     calls = 0
 
@@ -171,7 +160,7 @@ def call(backbone: nn.Module, data: torch.Tensor, repeats: int) -> dict[str, flo
 
     runs = {
         "all-hit call": timed(lookup),
-        "bare hash": timed(lambda: list(pool.map(hash_range, range(threads)))),
+        "bare hash": timed(bare_hash(x)),
         "bare index_select": timed(lambda: slab.index_select(0, index)),
     }
     found = {name: 1e3 * value for name, value in measure(runs, 5 * repeats).items()}
