@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +29,31 @@ _bypass: ContextVar[bool] = ContextVar("torchcache_bypass", default=False)
 _computing: ContextVar[bool] = ContextVar("torchcache_computing", default=False)
 
 
-@dataclasses.dataclass
 class _Ids:
-    """Ids of a block's rows, and how often each region was called within the block."""
+    """A block with ids for its rows, and how often each region was called within it."""
 
-    ids: list[bytes]
-    calls: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    # A step between others finds no code in the processor's caches: this is a third of a ``contextmanager``.
+    __slots__ = ("_token", "calls", "ids")
+
+    def __init__(self, ids: list[bytes]) -> None:
+        self.ids = ids
+        self.calls: dict[int, int] = {}
+
+    def __enter__(self) -> None:
+        self._token = _ids.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        _ids.reset(self._token)
+
+    def count(self, owner: object) -> int:
+        """Which call of ``owner`` in this block this is, from 1."""
+        number = self.calls[id(owner)] = self.calls.get(id(owner), 0) + 1
+        return number
 
 
 _ids: ContextVar[_Ids | None] = ContextVar("torchcache_ids", default=None)
+# Up to so many ids are encoded faster one by one than by several operations on an array.
+FEW_IDS = 256
 
 
 @contextlib.contextmanager
@@ -52,8 +66,7 @@ def bypass() -> Iterator[None]:
         _bypass.reset(token)
 
 
-@contextlib.contextmanager
-def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[None]:
+def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Use ``ids`` instead of hashes of the inputs inside this block.
 
     Weights, code, arguments, row shapes and dtypes still count; the inputs' contents do not, so an id must name
@@ -71,23 +84,21 @@ def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[N
         When an id is neither an integer of up to 127 bits nor a string, or when their number is not that of
         the rows of a marked call inside the block.
     """
-    token = _ids.set(_Ids(_encode_ids(ids)))
-    try:
-        yield
-    finally:
-        _ids.reset(token)
+    return _Ids(_encode_ids(ids))
 
 
 def _encode_ids(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> list[bytes]:
     if isinstance(ids, torch.Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise SampleKeyError(f"sample_keys takes a 1-D integer tensor, not {ids.dtype} of shape {tuple(ids.shape)}")
-        if ids.dtype != torch.uint64:
+        if len(ids) > FEW_IDS and ids.dtype != torch.uint64:
             return _encode_integers(ids.numpy(force=True))
         ids = ids.tolist()
     if set(map(type, ids)) == {int}:
         with contextlib.suppress(OverflowError):
-            return _encode_integers(np.array(ids, dtype=np.int64))
+            if len(ids) > FEW_IDS:
+                return _encode_integers(np.array(ids, dtype=np.int64))
+            return [value.to_bytes(16, "big", signed=True) for value in cast(Sequence[int], ids)]
     return [_encode_id(position, value) for position, value in enumerate(ids)]
 
 
@@ -134,8 +145,7 @@ def current_ids(owner: object, rows: int, name: str) -> tuple[list[bytes] | None
         return None, 0
     if len(given.ids) != rows:
         raise SampleKeyError(f"sample_keys got {len(given.ids)} ids, but {name} is called with a batch of {rows} rows")
-    given.calls[id(owner)] += 1
-    return given.ids, given.calls[id(owner)]
+    return given.ids, given.count(owner)
 
 
 def inside_region() -> bool:

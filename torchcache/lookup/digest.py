@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from torchcache.store.blob import row_bytes
-from torchcache.threads import in_parts
+from torchcache.threads import THREADED_ROW, in_parts
 
 __all__ = ["digest_bytes", "digest_rows"]
 
@@ -35,12 +35,13 @@ def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
         ``B`` digests of 16 bytes.
     """
     arrays = [row_bytes(host_rows(leaf)) for leaf in rows]
-    width = sum(array.shape[1] for array in arrays)
+    width = sum([array.shape[1] for array in arrays])
     if len(arrays) > 1 and width <= JOINED_ROW:
         arrays = [np.concatenate(arrays, axis=1)]
-    count = arrays[0].shape[0]
+    if len(arrays) == 1 and width < THREADED_ROW:
+        return [*map(_hasher(algorithm), arrays[0])]
     hash_range = _one_input if len(arrays) == 1 else _several_inputs
-    return in_parts(count, width, lambda start, stop: hash_range(arrays, start, stop, algorithm))
+    return in_parts(len(arrays[0]), width, lambda start, stop: hash_range(arrays, start, stop, algorithm))
 
 
 def digest_bytes(data: bytes) -> bytes:

@@ -119,7 +119,10 @@ def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
     count = leaf.shape[0]
     if leaf.dtype in _OF_NUMPY:
-        flat = leaf.detach().numpy().reshape(-1).view(np.uint8)
+        array = (leaf.detach() if leaf.requires_grad else leaf).numpy()
+        if array.ndim == 2 and array.size:
+            return array.view(np.uint8)
+        flat = array.reshape(-1).view(np.uint8)
     else:
         flat = element_bytes(leaf.detach()).numpy()
     return flat.reshape(count, flat.size // count if count else 0)
