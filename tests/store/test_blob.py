@@ -139,6 +139,22 @@ def forged(body, key=KEYS[0]):
     return body + xxhash.xxh3_64_digest(key + body)
 
 
+@pytest.mark.parametrize(
+    ("zeros", "shrinks"),
+    [
+        (slice(0, 40_000), False),
+        (slice(360_000, None), False),
+        (slice(40_000, None), True),
+        (slice(0, 360_000), True),
+    ],
+)
+def test_what_is_done_to_a_long_row_is_chosen_by_all_of_it(zeros, shrinks):
+    row = torch.randint(0, 256, (1, 400_000), dtype=torch.uint8)
+    row[:, zeros] = 0
+    blob = Codec(RowSpec(((torch.uint8, (400_000,)),)), 1).encode(KEYS[:1], [row])[0]
+    assert (len(blob) < 400_000) == shrinks
+
+
 def test_forged_headers_and_payloads_with_a_right_checksum_are_refused():
     codec = Codec(SPEC, 3)
     blob = codec.encode(KEYS, rows_of(SPEC, smooth=True))[0]

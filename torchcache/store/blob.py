@@ -28,6 +28,7 @@ import dataclasses
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,8 @@ CHECKSUM_SIZE = 8
 WORTHWHILE = 0.80
 # And shuffled ones take twice as long to decode (tools/bench/compression.py).
 SHUFFLE_GAIN = 0.90
+# What filters are tried on: blocks of a multiple of every element's size.
+SAMPLE_BYTES, BLOCK = 64 * 1024, 4 * 1024
 
 _HEAD = struct.Struct("<4sBBHQ")
 # A dtype's code is its place in this table: append only.
@@ -128,6 +131,12 @@ def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
     return flat.reshape(count, flat.size // count if count else 0)
 
 
+def _sample(leaf: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Bytes from all over a long leaf, whole elements of it, enough to try filters on."""
+    every = leaf.size // SAMPLE_BYTES
+    return leaf if every < 2 else leaf[: -(leaf.size % BLOCK) or None].reshape(-1, BLOCK)[::every].reshape(-1)
+
+
 def _checksum(key: bytes, *parts: bytes | bytearray | memoryview) -> bytes:
     hasher = xxhash.xxh3_64(key)
     for part in parts:
@@ -170,12 +179,10 @@ class Codec:
         compressor = zstandard.ZstdCompressor(level=self._level or 0, write_checksum=False) if flags else None
         prefix, blobs = self._prefixes[flags], []
         for index, key in enumerate(keys):
-            row = [leaf[index] for leaf in leaves]
-            payload = self._payload(row, flags)
+            parts: list[Any] = [leaf[index] for leaf in leaves]
             if compressor is not None:
-                payload = compressor.compress(payload)
-            body = prefix + payload
-            blobs.append(body + _checksum(key, body))
+                parts = [compressor.compress(self._payload(parts, flags))]
+            blobs.append(b"".join((prefix, *parts, _checksum(key, prefix, *parts))))
         return blobs
 
     def decode(self, keys: Sequence[bytes], blobs: Sequence[bytes | BlobFile]) -> tuple[list[int], list[torch.Tensor]]:
@@ -303,12 +310,13 @@ class Codec:
         """What to do to rows like this one: the smallest of raw, zstd and shuffled zstd, raw unless it gains."""
         if self._level is None or not self.spec.size:
             return 0
+        row = [*map(_sample, row)]
         compressor = zstandard.ZstdCompressor(level=self._level, write_checksum=False)
         options = (COMPRESSED, COMPRESSED | SHUFFLED)
         sizes = {flags: len(compressor.compress(self._payload(row, flags))) for flags in options}
         shuffled = sizes[COMPRESSED | SHUFFLED] < SHUFFLE_GAIN * sizes[COMPRESSED]
         best = COMPRESSED | SHUFFLED if shuffled else COMPRESSED
-        return best if sizes[best] < WORTHWHILE * self.spec.size else 0
+        return best if sizes[best] < WORTHWHILE * sum(leaf.size for leaf in row) else 0
 
     def _payload(self, row: Sequence[npt.NDArray[np.uint8]], flags: int) -> bytes:
         if flags & SHUFFLED:

@@ -17,6 +17,8 @@ __all__ = ["BlobDisk", "open_private"]
 
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
+# A folder takes as long to make as a file, and a block of the disk.
+FILES_PER_FOLDER = 256
 
 
 class BlobDisk(diskcache.Disk):  # type: ignore[misc]
@@ -25,6 +27,16 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
     def __init__(self, directory: str, **settings: Any) -> None:
         super().__init__(directory, **settings)
         self.uncommitted: list[str] = []
+        self._folder = ""
+        self._room = 0
+
+    def filename(self, key: object = None, value: object = None) -> tuple[str, str]:
+        """A name for a new file, within the directory and as a path; some hundred in a row share a folder."""
+        if self._room <= 0:
+            self._folder, self._room = os.path.join(os.urandom(1).hex(), os.urandom(1).hex()), FILES_PER_FOLDER
+        self._room -= 1
+        name = os.path.join(self._folder, f"{os.urandom(14).hex()}.val")
+        return name, os.path.join(self._directory, name)
 
     def put(self, key: object) -> tuple[memoryview, bool]:
         """The database form of ``key``, which must be bytes."""
