@@ -15,6 +15,7 @@ LAYERS = [
     {"threads"},
     {
         "store.select",
+        "store.buffers",
         "store.file",
         "store.pause",
         "store.vet",

@@ -20,6 +20,7 @@ from torchcache.lookup.probe import probe
 from torchcache.lookup.rows import Layout
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
+from torchcache.store.buffers import Buffers
 from torchcache.store.select import concatenate, place_rows, select_rows
 from torchcache.store.slab import ABSENT, Slab
 from torchcache.store.tiers import Found, Tiers
@@ -273,12 +274,12 @@ class CacheLookup:
             return computed
         layouts = self._layouts_of(call, split.fingerprint)
         near = call.rows[0].device
-        slab, slots = split.found.slab, split.found.slots
+        slab, slots, buffers = split.found.slab, split.found.slots, self.tiers.memory.buffers
         if slab is not None and ABSENT not in slots:
             merged = slab.gather(slots)
         else:
-            merged = _assemble(split, slab, computed, layouts, near)
-        merged = [layout.apply(leaf, near) for layout, leaf in zip(layouts, merged, strict=True)]
+            merged = _assemble(split, slab, computed, layouts, near, buffers)
+        merged = [layout.apply(leaf, near, buffers) for layout, leaf in zip(layouts, merged, strict=True)]
         self.counters.merge_seconds += time.perf_counter() - start
         return merged
 
@@ -319,7 +320,12 @@ def _select(tensors: Tensors, rows: list[int]) -> Tensors:
 
 
 def _assemble(
-    split: Split, slab: Slab | None, computed: Tensors, layouts: Sequence[Layout], near: torch.device
+    split: Split,
+    slab: Slab | None,
+    computed: Tensors,
+    layouts: Sequence[Layout],
+    near: torch.device,
+    buffers: Buffers,
 ) -> Tensors:
     """A batch from up to three sources: the slab, rows read from disk, rows just computed."""
     order = {digest: row for row, digest in enumerate(split.missing)}
@@ -337,10 +343,7 @@ def _assemble(
         which = 0 if digest in split.found.extra else 1
         sources[which][1].append(row)
         sources[which][2].append(split.found.extra[digest] if which == 0 else order[digest])
-    merged = [
-        torch.empty((len(split.digests), *layout.shape), dtype=layout.dtype, device=layout.place(near))
-        for layout in layouts
-    ]
+    merged = [layout.empty(len(split.digests), near, buffers) for layout in layouts]
     parts = [(held, slab.gather(slots))] if slab is not None and held else []
     parts += [(rows, [select_rows(leaf, taken) for leaf in source]) for source, rows, taken in sources if rows]
     for rows, leaves in parts:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchcache.errors import ArgumentError, OutputError
 from torchcache.lookup.constants import constant_bytes
+from torchcache.store.buffers import Buffers
 
 __all__ = ["Layout", "Tree", "batch_size", "flatten_arguments", "flatten_outputs"]
 
@@ -234,12 +235,21 @@ class Layout:
         """Where a leaf goes whose inputs are on ``near``: keys are shared between the devices of one kind."""
         return near if near.type == self.device.type else self.device
 
-    def apply(self, leaf: torch.Tensor, near: torch.device) -> torch.Tensor:
+    def empty(self, count: int, near: torch.device, buffers: Buffers) -> torch.Tensor:
+        """A row-major tensor for ``count`` rows of a call with inputs on ``near``, its contents undefined."""
+        return _empty((count, *self.shape), self.dtype, self.place(near), buffers)
+
+    def apply(self, leaf: torch.Tensor, near: torch.device, buffers: Buffers) -> torch.Tensor:
         """``leaf``, row-major, for a call with inputs on ``near``, in this dtype and memory order."""
         place = self.place(near)
-        if leaf.dtype != self.dtype or leaf.device != place:
-            leaf = leaf.to(place, self.dtype)
-        return dense(leaf, self.order)
+        if leaf.dtype == self.dtype and leaf.device == place and self.order == tuple(range(leaf.ndim)):
+            return leaf
+        turned = leaf.permute(*self.order)
+        return _empty(turned.shape, self.dtype, place, buffers).copy_(turned).permute(*inverted(self.order))
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, buffers: Buffers) -> torch.Tensor:
+    return buffers.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 
 def dense(leaf: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

@@ -27,9 +27,12 @@ INDEXABLE = {
 }
 
 
-def select_rows(leaf: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """A fresh tensor of ``rows`` of ``leaf``."""
+def select_rows(leaf: torch.Tensor, rows: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+    """``rows`` of ``leaf`` in a fresh tensor, or in ``out``, which has their shape and dtype."""
     index = _index(rows, leaf.device)
+    if out is not None:
+        torch.index_select(_carried(leaf), 0, index, out=_carried(out))
+        return out
     if leaf.dtype in INDEXABLE:
         return leaf.index_select(0, index)
     return _carried(leaf).index_select(0, index).view(leaf.dtype)

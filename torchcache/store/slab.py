@@ -15,6 +15,7 @@ import torch
 
 from torchcache.forks import without_forks
 from torchcache.store.blob import RowSpec
+from torchcache.store.buffers import Buffers
 from torchcache.store.select import select_rows
 
 __all__ = ["MemoryTier", "Slab"]
@@ -44,12 +45,23 @@ class Slab:
         Whether unwritten memory of ``device`` costs nothing.
     state : bytes
         Digest of the weights that computed the rows.
+    buffers : Buffers or None
+        Where batches on the CPU are made.
     """
 
     FIRST_SLOTS = 1024
 
-    def __init__(self, spec: RowSpec, device: torch.device, capacity: int, lazy: bool, state: bytes = b"") -> None:
+    def __init__(
+        self,
+        spec: RowSpec,
+        device: torch.device,
+        capacity: int,
+        lazy: bool,
+        state: bytes = b"",
+        buffers: Buffers | None = None,
+    ) -> None:
         self.spec = spec
+        self._buffers = buffers if buffers is not None else Buffers()
         self.state = state
         self.lazy = lazy
         self.capacity = capacity
@@ -66,7 +78,10 @@ class Slab:
 
     def gather(self, slots: Sequence[int]) -> list[torch.Tensor]:
         """Fresh tensors of shape ``(len(slots), *)``, one a leaf."""
-        return [select_rows(leaf, slots) for leaf in self._leaves]
+        if self._leaves[0].device.type != "cpu":
+            return [select_rows(leaf, slots) for leaf in self._leaves]
+        empty, count = self._buffers.empty, len(slots)
+        return [select_rows(leaf, slots, empty((count, *leaf.shape[1:]), leaf.dtype)) for leaf in self._leaves]
 
     def view(self, start: int, stop: int) -> list[torch.Tensor]:
         """The written slots from ``start`` to ``stop``, shared; slots never change once written."""
@@ -101,11 +116,17 @@ class MemoryTier:
     ----------
     budget : int
         Bytes of rows over all slabs.
+
+    Attributes
+    ----------
+    buffers : Buffers
+        Where batches on the CPU are made.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.used = 0
+        self.buffers = Buffers()
         self._slabs: dict[bytes, Slab] = {}
         self._lock = threading.Lock()
 
@@ -214,11 +235,12 @@ class MemoryTier:
 
     def _new_slab(self, spec: RowSpec, device: torch.device, state: bytes) -> Slab:
         capacity = self.budget // max(spec.size, 1)
+        self.buffers.kept = 2 * len(spec.leaves)
         if device.type == "cpu" and os.name == "posix":
             # Any slab may come to have the whole budget, when others are dropped.
             with contextlib.suppress(OSError, RuntimeError):  # a system that promises no more memory than it has
-                return Slab(spec, device, capacity, True, state)
-        return Slab(spec, device, capacity, False, state)
+                return Slab(spec, device, capacity, True, state, self.buffers)
+        return Slab(spec, device, capacity, False, state, self.buffers)
 
     def _drop_other_states(self, state: bytes) -> None:
         for fingerprint, slab in list(self._slabs.items()):

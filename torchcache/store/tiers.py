@@ -204,7 +204,9 @@ class Tiers:
         )
         attempted = len(keys) if extra else tried
         if tried < attempted:
-            more, found.extra_rows = codec.decode(keys[tried:], read[tried:])
+            rows = [self.memory.buffers.empty((attempted - tried, *shape), dtype) for dtype, shape in stored.leaves]
+            more = codec.decode_into(keys[tried:], read[tried:], rows)
+            found.extra_rows = [leaf[: len(more)] for leaf in rows]
             found.extra = {digests[tried + index]: row for row, index in enumerate(more)}
             sound += [tried + index for index in more]
         found.from_disk |= frozenset(digests[index] for index in sound)
