@@ -13,6 +13,7 @@ from torchcache.errors import TorchcacheError
 from torchcache.graph.feed import feed_state
 from torchcache.graph.frozen import is_number
 from torchcache.graph.rewrite import cache_regions
+from torchcache.graph.trust import trust_programs
 
 __all__ = ["torchcache_backend"]
 
@@ -70,12 +71,18 @@ def torchcache_backend(
     compile_graph = functools.partial(_compile, inner=inner, mode=mode, options=given)
     # A region's original is compiled when it first runs, for any number of rows.
     regions = cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
+    inputs = module.graph.find_nodes(op="placeholder")
+    trust = trust_programs(module, regions)
+    left = set(module.graph.find_nodes(op="placeholder"))
+    example_inputs = [value for node, value in zip(inputs, example_inputs, strict=True) if node in left]
     feed = feed_state(module, regions)
     smaller, kept = _without_unused_inputs(module)
     compiled = compile_graph(smaller, [example_inputs[position] for position in kept])
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
+        if trust is not None:
+            trust.raise_interrupt()
         feed(args)
         return compiled(*[args[position] for position in kept])
 

@@ -530,6 +530,20 @@ def test_modules_and_their_rows_are_freed(door):
     assert gone() is None
 
 
+@pytest.mark.parametrize("asking", [0, 3], ids=["guarded by Dynamo", "watched"])
+def test_models_that_were_compiled_are_freed(asking, monkeypatch):
+    monkeypatch.setattr("torchcache.graph.trust.ASKING", asking)
+    model = nn.Sequential(torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), freeze=True))
+    compiled = torch.compile(model, backend="torchcache", options={"inner": "eager"})
+    for _ in range(2):
+        compiled(torch.randn(3, 4))
+    parts = [model, model[0], model[0][1], *model.parameters()]
+    gone = [weakref.ref(part) for part in parts]
+    del model, compiled, parts
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
+
+
 @pytest.mark.parametrize("door", ["eager", "transform"])
 def test_rows_of_old_weights_make_room_when_memory_is_full(door):
     module = torchcache.mark(nn.Linear(4, 4), freeze=True, max_memory_cache_size=16 * 10)

@@ -7,13 +7,15 @@ Regions then take their state from the program, and what only they read is no in
 from __future__ import annotations
 
 import dataclasses
+import gc
 import operator
 import types
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from torchcache.graph.feed import lookups_in, static_state
 from torchcache.graph.marked import MarkedCall, traced_from
@@ -23,6 +25,11 @@ from torchcache.lookup.parts import NOTES
 from torchcache.lookup.stamps import Looks
 
 __all__ = ["Trust", "trust_programs"]
+
+# Such a trace is right for one module, and for one that keeps changing only until it changes: Dynamo limits how often
+# code is traced, and the rest of its traces are right for any.
+ASKING = 3
+_asking: weakref.WeakKeyDictionary[types.CodeType, int] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +65,57 @@ class Trust:
     def __init__(self, owned: Sequence[_Owned]) -> None:
         self._owned = owned
         self.subjects = {call.subject: call for part in owned for call in part.region.plan.calls}
+        self._interrupted = False
         self._use({subject: program_now(call) for subject, call in self.subjects.items()})
         self._looks = Looks(self._state)
+        # Compiled code outlives the models that it was compiled for.
+        modules = [call.subject_module for call in self.subjects.values()]
+        self._ends = [weakref.ref(module, self._release) for module in modules if module is not None]
 
     def holds(self) -> bool:
         """Whether the graph is right for the marks as they are now; its regions have their state then."""
         if any(call.subject_module is None for call in self.subjects.values()):
             return False
-        known = self._programs
         programs = {subject: program_now(call) for subject, call in self.subjects.items()}
-        if not all(map(operator.is_, programs.values(), known.values())):
-            if not all(program.watched and program.digest == known[key].digest for key, program in programs.items()):
+        if not all(program is known() for program, known in zip(programs.values(), self._programs, strict=True)):
+            if not all(map(operator.attrgetter("watched"), programs.values())):
+                return False
+            if [program.digest for program in programs.values()] != self._digests:
                 return False
             self._use(programs)
         return self._looks.hold(self._state)
 
+    def holds_in_guard(self, _: object) -> bool:
+        """``holds``, for Dynamo to ask.
+
+        Dynamo ends the process when an object that it guards by identity dies while it evaluates guards, and takes any
+        exception for a guard that fails.
+        """
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self.holds()
+        except KeyboardInterrupt:
+            self._interrupted = True
+            return True
+        finally:
+            if collecting:
+                gc.enable()
+
+    def raise_interrupt(self) -> None:
+        """Raise what came while Dynamo asked."""
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+
+    def _release(self, _: object) -> None:
+        self._state.clear()
+        for part in self._owned:
+            part.region.hold(())
+
     def _use(self, programs: dict[Any, Program]) -> None:
-        self._programs = programs
+        self._programs = [weakref.ref(program) for program in programs.values()]
+        self._digests = [program.digest for program in programs.values()]
         held: dict[int, torch.Tensor] = {}  # each tensor once, however many regions read it
         for part in self._owned:
             state = [programs[subject].at(place) for subject, place in part.places]
@@ -83,10 +124,12 @@ class Trust:
         self._state = list(held.values())
 
 
-def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion], code: types.CodeType) -> Trust | None:
+def trust_programs(
+    module: fx.GraphModule, regions: Sequence[GraphRegion], code: types.CodeType | None = None
+) -> Trust | None:
     """Take the state of watched marks out of a graph, and what is in them out of what Dynamo is about to guard.
 
-    To be called while Dynamo waits for its backend. Whoever calls ``code`` asks before each call if the trust holds.
+    To be called while Dynamo waits for its backend.
 
     Parameters
     ----------
@@ -94,17 +137,21 @@ def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion], code:
         A graph with lookups, changed in place.
     regions : sequence of GraphRegion
         What they call.
-    code : code
-        Of the function that is traced. Graphs of other frames, as after a graph break, run when more may have changed
-        since it was called: these are left alone.
+    code : code or None
+        Of the function that is traced, where its caller asks before each call if the trust holds. Graphs of other
+        frames, as after a graph break, run when more may have changed since it was called: these are left alone.
+        ``None`` has Dynamo ask.
 
     Returns
     -------
     Trust or None
         ``None`` where nothing can be trusted, and nothing is changed.
     """
+    root = traced_from(module.graph)
+    if root is None or root != (code or root) or (code is None and _asking.get(root, 0) >= ASKING):
+        return None
     inputs = {node: node.meta.get("grapharg") for node in module.graph.find_nodes(op="placeholder")}
-    if traced_from(module.graph) != code or any(argument is None for argument in inputs.values()):
+    if any(argument is None for argument in inputs.values()):
         return None
     if any(isinstance(child, fx.GraphModule) for child in module.children()):
         return None  # bodies of higher-order operators have inputs of their own
@@ -117,7 +164,9 @@ def trust_programs(module: fx.GraphModule, regions: Sequence[GraphRegion], code:
     module.recompile()
     trust = Trust(owned)
     read = {inputs[node].source for node in module.graph.find_nodes(op="placeholder")}
-    _guard(trust, read)
+    _guard(trust, read, asking=code is None)
+    if code is None:
+        _asking[root] = _asking.get(root, 0) + 1
     return trust
 
 
@@ -145,11 +194,10 @@ def _is_watched(call: MarkedCall) -> bool:
     return program_now(call).watched
 
 
-def _guard(trust: Trust, read: set[Any]) -> None:
+def _guard(trust: Trust, read: set[Any], asking: bool) -> None:
     """Have Dynamo guard which modules are marked, and of what is in them only what leads to ``read``."""
-    from torch._dynamo.guards import GuardBuilder
-
-    sources = {call.source for call in trust.subjects.values()}
+    marked = {call.source: call.subject_module for call in trust.subjects.values()}
+    sources = set(marked)
     leading = {step for source in read for step in _way_to(source)}
     # The marks themselves, and notes of other tools, are not part of a program.
     doors = tuple(door for source in sources for door in (f"{source.name}.forward", f"type({source.name})"))
@@ -163,8 +211,32 @@ def _guard(trust: Trust, read: set[Any]) -> None:
     guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
     kept = [guard for guard in guards if is_kept(guard)]
     guards.clear()
-    for guard in [*kept, *(source.make_guard(GuardBuilder.ID_MATCH) for source in sources)]:
+    for guard in kept:
         guards.add(guard)
+    for source, module in marked.items():
+        guards.add(source.make_guard(_is_module(module)))
+    if asking:
+        guards.add(source.make_guard(_asks(trust)))
+
+
+def _is_module(module: nn.Module | None) -> Callable[[Any, Any], None]:
+    """A guard on which module there is. Dynamo's own also notes when it dies, which whoever trusts sees anyway."""
+
+    def create(builder: Any, guard: Any) -> None:
+        said = [f"{guard.name} is the marked module that was traced"]
+        builder.get_guard_manager(guard).add_id_match_guard(id(module), said, guard.user_stack)
+
+    return create
+
+
+def _asks(trust: Trust) -> Callable[[Any, Any], None]:
+    """A guard that asks whether ``trust`` holds."""
+
+    def create(builder: Any, guard: Any) -> None:
+        said = ["marked modules are as they were traced"]
+        builder.get_guard_manager(guard).add_lambda_guard(trust.holds_in_guard, said, guard.user_stack)
+
+    return create
 
 
 def _way_to(source: Any) -> Iterator[Any]:
