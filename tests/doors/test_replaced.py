@@ -38,6 +38,13 @@ class Model(nn.Module):
         return self.head(features)
 
 
+def through(door, model):
+    """What runs a marked model."""
+    if door == "compile":
+        return torch.compile(model, backend="torchcache", options={"inner": "eager"})
+    return torchcache.transform(model) if door == "transform" else model
+
+
 class Twins:
     """A cached model and an uncached one that undergo the same changes."""
 
@@ -45,11 +52,7 @@ class Twins:
         self.cached = Model(reads).eval()
         self.plain = copy.deepcopy(self.cached)
         torchcache.mark(self.cached.backbone, freeze=True)
-        self.run = self.cached
-        if door == "transform":
-            torchcache.transform(self.cached)
-        elif door == "compile":
-            self.run = torch.compile(self.cached, backend="torchcache", options={"inner": "eager"})
+        self.run = through(door, self.cached)
         self.ids = torch.randint(50, (6, 5))
         for _ in range(3):  # the third call is checked by the quickest look
             self.agree()
@@ -172,6 +175,36 @@ def test_a_copy_of_a_transformed_model_uses_its_own_weights():
         expected.backbone.embedding.weight.add_(1)
         torch.testing.assert_close(copied(twins.ids), expected(twins.ids))
     twins.agree()
+
+
+@pytest.mark.parametrize("door", ["transform", "compile"])
+@pytest.mark.parametrize("asking", [0, 3], ids=["guarded by Dynamo", "watched"])
+def test_copies_whose_numbers_change_have_rows_of_their_own(door, asking, monkeypatch):
+    monkeypatch.setattr("torchcache.graph.trust.ASKING", asking)
+    torch._dynamo.reset()
+    marked = torchcache.torchcache(type("Marked", (Backbone,), {}))
+
+    def build():
+        model = Model().eval()
+        model.backbone = marked().requires_grad_(False)
+        return model
+
+    def answers(model, run):
+        backbone = model.backbone
+        features = backbone.linear(backbone.embedding(ids)).mean(1) * backbone.scale
+        torch.testing.assert_close(run(ids), model.head(features))
+
+    ids = torch.randint(50, (6, 5))
+    first = build()
+    second = copy.deepcopy(first)
+    runs = [(model, through(door, model)) for model in (first, second)]
+    for scale in (1.0, 3.0, 2.0, 3.0, 1.0, 5.0):
+        second.backbone.scale = scale  # Dynamo takes a number that changes for an input of its graph
+        for model, run in [*runs, *reversed(runs)]:
+            answers(model, run)
+    first.backbone, second.backbone = second.backbone, first.backbone
+    for model, run in runs:
+        answers(model, run)
 
 
 @pytest.mark.parametrize("door", ["eager", "transform"])

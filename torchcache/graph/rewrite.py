@@ -69,10 +69,24 @@ def cache_regions(
             if not node.users and (node not in analysis.written or node in cut.nodes):
                 graph.erase_node(node)
     _tell(graph, analysis, regions)
+    _pin_numbers(regions)
     if regions:
         graph.lint()
         module.recompile()
     return regions
+
+
+def _pin_numbers(regions: Sequence[GraphRegion]) -> None:
+    """Have Dynamo run graphs with numbers from attributes for the modules that they were traced with alone.
+
+    Such a graph is right for any value, but when it changes it is this module that the fingerprint asks.
+    """
+    from torch._dynamo.guards import GuardBuilder
+
+    tracing = torch._guards.TracingContext.try_get()
+    for call in (call for region in regions if region.plan.positions("scalar") for call in region.plan.calls):
+        if tracing is not None and call.source is not None:
+            tracing.guards_context.dynamo_guards.add(call.source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def _replace(
