@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import torchcache
+from torchcache.graph import trust
 
 
 class Backbone(nn.Module):
@@ -423,3 +425,90 @@ def test_a_module_that_changes_itself_is_not_compiled_for_each_change():
         torch.testing.assert_close(run(x), plain(x))
         assert net.backbone.seen == count
     assert len(graphs) <= torch._dynamo.config.recompile_limit
+
+
+DYING = """
+import copy, gc, torch, torchcache
+from torch import nn
+from torchcache.graph.trust import Trust
+
+holds = Trust.holds
+
+def collect_and_hold(self):
+    gc.collect()
+    return holds(self)
+
+Trust.holds = collect_and_hold
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.itself = [self]
+
+    def forward(self, x):
+        return self.linear(x)
+
+def compiled():
+    return torch.compile(model, backend="torchcache", options={"inner": "eager"})
+
+gc.disable()
+x = torch.randn(3, 4)
+model = nn.Sequential(torchcache.mark(Backbone(), freeze=True), nn.Linear(4, 2))
+run = compiled()
+for number in range(6):
+    run(x), run(x)
+    if number % 3 == 0:
+        torchcache.unmark(model[0])
+        torchcache.mark(model[0], freeze=True)
+    elif number % 3 == 1:
+        model[0] = torchcache.mark(Backbone(), freeze=True)
+    else:
+        model = copy.deepcopy(model)
+        run = compiled()
+    torch.testing.assert_close(run(x), model[1](model[0].linear(x)))
+"""
+
+
+def test_what_dies_while_guards_are_evaluated_does_not_end_the_process():
+    done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupt_while_guards_are_evaluated_is_raised(monkeypatch):
+    net = Net()
+    torchcache.mark(net.backbone, freeze=True)
+    run, x = compiled(net), torch.randn(4, 16)
+    expected = run(x)
+    torch.testing.assert_close(run(x), expected)
+    holds = trust.Trust.holds
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trust.Trust, "holds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(x)
+    monkeypatch.setattr(trust.Trust, "holds", holds)
+    torch.testing.assert_close(run(x), expected)
+    assert torchcache.stats(net).misses == 4
+    assert gc.isenabled()
+
+
+def test_a_few_models_are_watched_and_more_run_the_same_code():
+    graphs = []
+
+    def inner(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    marked = torchcache.torchcache(type("Marked", (Backbone,), {}))
+    for number in range(12):
+        net = Net()
+        plain = copy.deepcopy(net)
+        net.backbone = marked().requires_grad_(False).eval()
+        net.backbone.load_state_dict(plain.backbone.state_dict())
+        run, x = compiled(net, inner), torch.randn(4 + number % 3, 16)
+        for _ in range(2):
+            torch.testing.assert_close(run(x), plain(x))
+    assert len(graphs) < torch._dynamo.config.recompile_limit

@@ -230,11 +230,11 @@ def _is_module(module: nn.Module | None) -> Callable[[Any, Any], None]:
 
 
 def _asks(trust: Trust) -> Callable[[Any, Any], None]:
-    """A guard that asks whether ``trust`` holds."""
+    """A guard that asks whether ``trust`` holds, after all others: none of what these compare can be dead by then."""
 
     def create(builder: Any, guard: Any) -> None:
         said = ["marked modules are as they were traced"]
-        builder.get_guard_manager(guard).add_lambda_guard(trust.holds_in_guard, said, guard.user_stack)
+        builder.guard_manager.root.add_epilogue_lambda_guard(trust.holds_in_guard, said, guard.user_stack)
 
     return create
 
