@@ -5,6 +5,7 @@ import functools
 import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -475,6 +476,12 @@ def test_what_dies_while_guards_are_evaluated_does_not_end_the_process():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def _none_watched(monkeypatch):
+    monkeypatch.setattr(trust, "_asking", weakref.WeakKeyDictionary())
+
+
+@pytest.mark.usefixtures("_none_watched")
 def test_an_interrupt_while_guards_are_evaluated_is_raised(monkeypatch):
     net = Net()
     torchcache.mark(net.backbone, freeze=True)
@@ -495,6 +502,7 @@ def test_an_interrupt_while_guards_are_evaluated_is_raised(monkeypatch):
     assert gc.isenabled()
 
 
+@pytest.mark.usefixtures("_none_watched")
 def test_a_few_models_are_watched_and_more_run_the_same_code():
     graphs = []
 

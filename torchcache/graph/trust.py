@@ -29,7 +29,7 @@ __all__ = ["Trust", "trust_programs"]
 # Such a trace is right for one module, and for one that keeps changing only until it changes: Dynamo limits how often
 # code is traced, and the rest of its traces are right for any.
 ASKING = 3
-_asking: weakref.WeakKeyDictionary[types.CodeType, int] = weakref.WeakKeyDictionary()
+_asking: weakref.WeakKeyDictionary[types.CodeType, weakref.WeakSet[Trust]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def trust_programs(
         ``None`` where nothing can be trusted, and nothing is changed.
     """
     root = traced_from(module.graph)
-    if root is None or root != (code or root) or (code is None and _asking.get(root, 0) >= ASKING):
+    if root is None or root != (code or root) or (code is None and len(_asking.get(root, ())) >= ASKING):
         return None
     inputs = {node: node.meta.get("grapharg") for node in module.graph.find_nodes(op="placeholder")}
     if any(argument is None for argument in inputs.values()):
@@ -166,7 +166,7 @@ def trust_programs(
     read = {inputs[node].source for node in module.graph.find_nodes(op="placeholder")}
     _guard(trust, read, asking=code is None)
     if code is None:
-        _asking[root] = _asking.get(root, 0) + 1
+        _asking.setdefault(root, weakref.WeakSet()).add(trust)
     return trust
 
 
