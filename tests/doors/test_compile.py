@@ -520,3 +520,31 @@ def test_a_few_models_are_watched_and_more_run_the_same_code():
         for _ in range(2):
             torch.testing.assert_close(run(x), plain(x))
     assert len(graphs) < torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.parametrize("asking", [0, 3], ids=["guarded by Dynamo", "watched"])
+@pytest.mark.parametrize("first", [True, False])
+def test_instances_of_a_class_have_their_own_options(asking, first, monkeypatch, tmp_path):
+    monkeypatch.setattr(trust, "ASKING", asking)
+    marked = torchcache.torchcache(type("Marked", (Backbone,), {}))
+    x = torch.randn(4, 16)
+    nets = []
+    for number, enabled in enumerate((first, not first, first, not first)):
+        net = Net()
+        net.backbone = marked().requires_grad_(False).eval()
+        net.backbone.torchcache_enabled = enabled
+        net.backbone.torchcache_persistent = True
+        net.backbone.torchcache_persistent_cache_dir = str(tmp_path / str(number))
+        nets.append((net, enabled, compiled(net)))
+    for _ in range(2):
+        for _, _, run in nets:
+            run(x)
+    torchcache.flush()
+    for number, (net, enabled, _) in enumerate(nets):
+        assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == ((4, 4) if enabled else (0, 0))
+        assert (tmp_path / str(number)).exists() == enabled
+    net, enabled, run = nets[0]
+    net.backbone.torchcache_enabled = not enabled
+    run(x)
+    assert torchcache.stats(net).hits == (4 if enabled else 0)
+    assert torchcache.stats(net).misses == 4

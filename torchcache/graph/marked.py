@@ -29,6 +29,7 @@ __all__ = ["Mark", "MarkedCall", "enter", "graph_break", "leave", "outermost", "
 META = "torchcache"
 OPEN = "_torchcache_open"
 ROOT = "_torchcache_root"
+GUARDED = "_torchcache_guarded"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,7 +231,28 @@ def _describe(mark: Mark, frame: Any) -> MarkedCall:
     subject = mark.function if module is None else (module, mark.function)
     written = pending_write(frame.output.side_effects, subject, path)
     reference = weakref.ref(module) if module is not None else None
+    guarded = vars(frame.output.current_tracer.graph).setdefault(GUARDED, set())
+    if source is not None and (mark, source) not in guarded:
+        guarded.add((mark, source))
+        _guard_options(mark, module, source)
     return MarkedCall(mark, reference, path, constants, problem, source, written)
+
+
+def _guard_options(mark: Mark, module: Any, source: Any) -> None:
+    """Have Dynamo trace again for a module with other options: instances of a class share its traces."""
+    from torch._dynamo.guards import install_guard
+
+    reference, options = weakref.ref(mark), mark.options_for(module)
+
+    def has_same(value: nn.Module) -> bool:
+        live = reference()
+        return live is not None and live.options_for(value) == options
+
+    def create(builder: Any, guard: Any) -> None:
+        said = [f"{guard.name} has the options that were traced"]
+        builder.get_guard_manager(guard).add_lambda_guard(has_same, said, guard.user_stack)
+
+    install_guard(source.make_guard(create))
 
 
 def _constants(value: Any, argument: str, where: str, frame: Any) -> Iterator[bytes]:
