@@ -216,7 +216,7 @@ def _guard(trust: Trust, read: set[Any], asking: bool) -> None:
     for source, module in marked.items():
         guards.add(source.make_guard(_is_module(module)))
     if asking:
-        guards.add(source.make_guard(_asks(trust)))
+        guards.add(next(iter(marked)).make_guard(_asks(trust)))
 
 
 def _is_module(module: nn.Module | None) -> Callable[[Any, Any], None]:
