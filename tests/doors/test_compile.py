@@ -387,8 +387,8 @@ def test_under_distributed_data_parallel(wrap):
             torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
         assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == (4, 7)
     finally:
-        # Gloo's thread takes the interpreter's lock to let go of the last reduction, and who lets go of the reducer waits
-        # for that thread with the lock held.
+        # Gloo's thread takes the interpreter's lock to let go of the last reduction, and whoever lets go of the reducer
+        # waits for that thread with the lock held.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
