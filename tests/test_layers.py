@@ -54,7 +54,7 @@ LAYERS = [
     {"lookup.fingerprint"},
     {"lookup.ahead"},
     {"lookup.cache_lookup"},
-    {"graph.batches", "graph.pending", "graph.sizes"},
+    {"graph.batches", "graph.guards", "graph.pending", "graph.sizes"},
     {"graph.marked"},
     {"graph.frozen", "graph.region"},
     {"graph.partition", "graph.cut", "graph.feed"},

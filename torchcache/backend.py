@@ -17,8 +17,6 @@ from torchcache.graph.trust import trust_programs
 
 __all__ = ["torchcache_backend"]
 
-OPTIONS = ("inner", "inner_options", "compile_misses")
-
 
 def torchcache_backend(
     module: fx.GraphModule,

@@ -94,6 +94,11 @@ def _as_before():
 def cached(place, door, directory):
     model = Setting(place)
     torchcache.mark(model.backbone, freeze=True, persistent=True, persistent_cache_dir=directory)
+    return through(door, model)
+
+
+def through(door, model):
+    """What runs a marked model."""
     if door == "transform":
         return torchcache.transform(model)
     return torch.compile(model, backend="torchcache", options={"inner": "eager"})
@@ -131,11 +136,7 @@ class Counting(nn.Module):
 def test_what_is_written_elsewhere_does_not_matter(door):
     model = Counting()
     torchcache.mark(model.backbone, freeze=True)
-    run = (
-        torchcache.transform(model)
-        if door == "transform"
-        else torch.compile(model, backend="torchcache", options={"inner": "eager"})
-    )
+    run = through(door, model)
     x = torch.randn(3, 2)
     for _ in range(3):
         run(x)
@@ -168,11 +169,7 @@ class Broken(nn.Module):
 def test_writes_before_a_graph_break_are_seen(door):
     model = Broken()
     torchcache.mark(model.backbone, freeze=True)
-    run = (
-        torchcache.transform(model)
-        if door == "transform"
-        else torch.compile(model, backend="torchcache", options={"inner": "eager"})
-    )
+    run = through(door, model)
     x = torch.randn(3, 2)
     for scale in (2.0, 3.0, 2.0, 1.0, 3.0):
         torch.testing.assert_close(run(x, scale)[0], x * scale)

@@ -19,6 +19,7 @@ from torch import nn
 
 from torchcache.errors import ArgumentError
 from torchcache.graph.batches import make_symbolic
+from torchcache.graph.guards import asked_of
 from torchcache.graph.pending import pending_write
 from torchcache.lookup.constants import constant_bytes
 from torchcache.lookup.rows import flatten_arguments
@@ -248,11 +249,7 @@ def _guard_options(mark: Mark, module: Any, source: Any) -> None:
         live = reference()
         return live is not None and live.options_for(value) == options
 
-    def create(builder: Any, guard: Any) -> None:
-        said = [f"{guard.name} has the options that were traced"]
-        builder.get_guard_manager(guard).add_lambda_guard(has_same, said, guard.user_stack)
-
-    install_guard(source.make_guard(create))
+    install_guard(source.make_guard(asked_of(has_same, "has the options that were traced")))
 
 
 def _constants(value: Any, argument: str, where: str, frame: Any) -> Iterator[bytes]:

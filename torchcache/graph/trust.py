@@ -7,17 +7,17 @@ Regions then take their state from the program, and what only they read is no in
 from __future__ import annotations
 
 import dataclasses
-import gc
 import operator
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from torchcache.graph.feed import lookups_in, static_state
+from torchcache.graph.guards import asked_last, is_object
 from torchcache.graph.marked import MarkedCall, traced_from
 from torchcache.graph.region import GraphRegion, program_now
 from torchcache.lookup.fingerprint import Program
@@ -86,21 +86,12 @@ class Trust:
         return self._looks.hold(self._state)
 
     def holds_in_guard(self, _: object) -> bool:
-        """``holds``, for Dynamo to ask.
-
-        Dynamo ends the process when an object that it guards by identity dies while it evaluates guards, and takes any
-        exception for a guard that fails.
-        """
-        collecting = gc.isenabled()
-        gc.disable()
+        """``holds``, for Dynamo to ask, which takes any exception for a guard that fails."""
         try:
             return self.holds()
         except KeyboardInterrupt:
             self._interrupted = True
             return True
-        finally:
-            if collecting:
-                gc.enable()
 
     def raise_interrupt(self) -> None:
         """Raise what came while Dynamo asked."""
@@ -214,29 +205,10 @@ def _guard(trust: Trust, read: set[Any], asking: bool) -> None:
     for guard in kept:
         guards.add(guard)
     for source, module in marked.items():
-        guards.add(source.make_guard(_is_module(module)))
+        guards.add(source.make_guard(is_object(module)))  # whoever trusts sees when it dies
     if asking:
-        guards.add(next(iter(marked)).make_guard(_asks(trust)))
-
-
-def _is_module(module: nn.Module | None) -> Callable[[Any, Any], None]:
-    """A guard on which module there is. Dynamo's own also notes when it dies, which whoever trusts sees anyway."""
-
-    def create(builder: Any, guard: Any) -> None:
-        said = [f"{guard.name} is the marked module that was traced"]
-        builder.get_guard_manager(guard).add_id_match_guard(id(module), said, guard.user_stack)
-
-    return create
-
-
-def _asks(trust: Trust) -> Callable[[Any, Any], None]:
-    """A guard that asks whether ``trust`` holds, after all others: none of what these compare can be dead by then."""
-
-    def create(builder: Any, guard: Any) -> None:
-        said = ["marked modules are as they were traced"]
-        builder.guard_manager.root.add_epilogue_lambda_guard(trust.holds_in_guard, said, guard.user_stack)
-
-    return create
+        said = "marked modules are as they were traced"
+        guards.add(next(iter(marked)).make_guard(asked_last(trust.holds_in_guard, said)))
 
 
 def _way_to(source: Any) -> Iterator[Any]:

@@ -39,7 +39,7 @@ def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
     if len(arrays) > 1 and width <= JOINED_ROW:
         arrays = [np.concatenate(arrays, axis=1)]
     if len(arrays) == 1 and width < THREADED_ROW:
-        return [*map(_hasher(algorithm), arrays[0])]
+        return _one_input(arrays, 0, len(arrays[0]), algorithm)
     hash_range = _one_input if len(arrays) == 1 else _several_inputs
     return in_parts(len(arrays[0]), width, lambda start, stop: hash_range(arrays, start, stop, algorithm))
 
