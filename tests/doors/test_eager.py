@@ -531,9 +531,15 @@ def test_modules_and_their_rows_are_freed(door):
 
 
 @pytest.mark.parametrize("asking", [0, 3], ids=["guarded by Dynamo", "watched"])
-def test_models_that_were_compiled_are_freed(asking, monkeypatch):
+@pytest.mark.parametrize("by_class", [False, True])
+def test_models_that_were_compiled_are_freed(asking, by_class, monkeypatch):
     monkeypatch.setattr("torchcache.graph.trust.ASKING", asking)
-    model = nn.Sequential(torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), freeze=True))
+    if by_class:
+        marked = cached(type("Marked", (nn.Sequential,), {}))(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    else:
+        marked = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), freeze=True)
+    model = nn.Sequential(marked)
+    del marked
     compiled = torch.compile(model, backend="torchcache", options={"inner": "eager"})
     for _ in range(2):
         compiled(torch.randn(3, 4))

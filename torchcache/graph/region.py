@@ -95,7 +95,7 @@ class GraphRegion:
         self._pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
         self._arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = tuple
         self._fed = threading.local()
-        self._latest: tuple[torch.Tensor, ...] = ()
+        self._latest: Callable[[], Sequence[Any]] = tuple
         self._missing: list[torch.Tensor] = []
         self.given = list(range(len(plan.inputs)))
         self._rows = plan.positions("row")
@@ -139,11 +139,14 @@ class GraphRegion:
     def feed(self, arguments: Sequence[Any]) -> None:
         """Take the state for this thread's next call from the inputs of the graph."""
         if self._pick is not None:
-            self._latest = self._fed.state = self._pick(arguments)[:-1]
+            # Compiled code outlives the model whose tensors these are.
+            references = [*map(weakref.ref, self._pick(arguments)[:-1])]
+            self._latest = self._fed.state = lambda: [reference() for reference in references]
 
     def hold(self, state: Sequence[torch.Tensor]) -> None:
         """Use ``state`` for the calls that come."""
-        self._latest = tuple(state)
+        kept = tuple(state)
+        self._latest = lambda: kept
 
     def _whole(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All inputs of the region, in its order."""
@@ -152,7 +155,7 @@ class GraphRegion:
     def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""
         # Backward passes that compute a region again may do so on threads of their own.
-        state = getattr(self._fed, "state", self._latest)
+        state = getattr(self._fed, "state", self._latest)()
         rows, shared, numbers = ([inputs[place] for place in places] for places in self._places.values())
         call = Call(
             b"",
