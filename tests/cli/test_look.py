@@ -174,6 +174,8 @@ def test_a_small_blob_that_expands_without_end_is_refused_in_little_memory(cache
 
 def test_a_damaged_database_is_told_of_and_cleared(cache, torchcache_command, torchcache_json):
     path = cache / "rows-1" / "cache.db"
+    with contextlib.closing(database(cache)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     path.write_bytes(b"no database" * 1000)
     found = torchcache_json("verify", cache, code=1)
     assert not found["sound"]

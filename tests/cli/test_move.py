@@ -1,6 +1,7 @@
 """export, import and merge, on caches that a real model filled."""
 
 import json
+import os
 import shutil
 import sqlite3
 import struct
@@ -11,6 +12,7 @@ from filled import ROWS, Model, data, run
 from torch import nn
 
 import torchcache
+from torchcache.digest.cpu import digest_rows
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
@@ -30,9 +32,7 @@ def test_what_is_exported_are_the_features_and_the_digests_of_their_inputs(cache
     assert done["rows"] == ROWS
     tensors = load_file(out)
     assert set(tensors) == {"leaf0", "digests"}
-    expected = dict(
-        zip(torchcache.lookup.digest.digest_rows([data()], "xxh3_128"), Model(cache).text(data()), strict=True)
-    )
+    expected = dict(zip(digest_rows([data()], "xxh3_128"), Model(cache).text(data()), strict=True))
     digests = [row.numpy().tobytes() for row in tensors["digests"]]
     assert digests == sorted(expected)
     torch.testing.assert_close(tensors["leaf0"], torch.stack([expected[digest] for digest in digests]))
@@ -102,7 +102,51 @@ def test_damaged_rows_are_not_exported(cache, tmp_path, torchcache_json):
     assert load_file(tmp_path / "out")["leaf0"].shape == (ROWS - 1, 800)
 
 
-@pytest.mark.parametrize("harm", ["cut", "length", "offsets", "dtype", "prefix", "call", "tag", "digests", "text"])
+def lies(header, about):
+    """Each way in which a header can lie, done to it."""
+    leaf, call = header["leaf0"], about["calls"][0]
+    start, stop = leaf["data_offsets"]
+    return {
+        "no header": lambda: None,
+        "offsets": lambda: leaf.update(data_offsets=[0, 2**62]),
+        "offsets backwards": lambda: leaf.update(data_offsets=[stop, start]),
+        "negative offsets": lambda: leaf.update(data_offsets=[-8, stop - start - 8]),
+        "one offset": lambda: leaf.update(data_offsets=[start]),
+        "texts for offsets": lambda: leaf.update(data_offsets="ab"),
+        "dtype": lambda: leaf.update(dtype="I32"),
+        "no dtype": lambda: leaf.pop("dtype"),
+        "a list for a dtype": lambda: leaf.update(dtype=["F32"]),
+        "a scalar": lambda: leaf.update(shape=[]),
+        "a wide shape": lambda: leaf.update(shape=[ROWS, 0, 2**62, 2**62], data_offsets=[start, start]),
+        "a deep shape": lambda: leaf.update(shape=[ROWS, *[1] * 100, 800]),
+        "many empty rows": lambda: leaf.update(shape=[2**62, 0], data_offsets=[start, start]),
+        "a number for a tensor": lambda: header.update(leaf0=7),
+        "shared bytes": lambda: header.update(more=dict(leaf)),
+        "a list of metadata": lambda: header.update(__metadata__=["torchcache"]),
+        "a number in metadata": lambda: header["__metadata__"].update(more=7),
+        "digests": lambda: header.pop("digests"),
+        "prefix": lambda: call.update(prefix=7),
+        "call": lambda: call.update(call="12"),
+        "a number for a call": lambda: call.update(call=12),
+        "no leaves": lambda: call.update(leaves=[]),
+        "a text for leaves": lambda: call.update(leaves="float32"),
+        "many leaves": lambda: call.update(leaves=["float32"] * 300),
+        "a foreign dtype": lambda: call.update(leaves=["float99 (800,)"]),
+        "a quantized dtype": lambda: call.update(leaves=["qint8 (800,)"]),
+        "another width": lambda: call.update(leaves=["complex128 (800,)"]),
+        "a function for a dtype": lambda: call.update(leaves=["load (800,)"]),
+        "one call many times": lambda: about.update(calls=[call] * 20_000),
+        "no calls": lambda: about.pop("calls"),
+        "a number for calls": lambda: about.update(calls=7),
+        "a list for options": lambda: about.update(options=[]),
+        "tag": lambda: about.update(tag="../../../../tmp/escaped"),
+    }
+
+
+LIES = [*lies({"leaf0": {"data_offsets": [0, 0]}}, {"calls": [{}]}), "cut", "length", "text", "deep metadata", "sparse"]
+
+
+@pytest.mark.parametrize("harm", LIES)
 def test_a_file_that_export_did_not_write_is_refused(cache, tmp_path, torchcache_command, harm):
     path = tmp_path / "file"
     torchcache_command("export", cache, path, "--region", "text")
@@ -110,26 +154,28 @@ def test_a_file_that_export_did_not_write_is_refused(cache, tmp_path, torchcache
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     about = json.loads(header["__metadata__"]["torchcache"])
-    if harm == "offsets":
-        header["leaf0"]["data_offsets"] = [0, 2**62]
-    if harm == "dtype":
-        header["leaf0"]["dtype"] = "I32"
-    if harm == "digests":
-        del header["digests"]
-    if harm == "prefix":
-        about["calls"][0]["prefix"] = 7
-    if harm == "call":
-        about["calls"][0]["call"] = "12"
-    if harm == "tag":
-        about["tag"] = "../../../../tmp/escaped"
-    header["__metadata__"]["torchcache"] = json.dumps(about)
-    text = json.dumps(header).encode() if harm != "text" else b"[" * 100_000
+    lies(header, about).get(harm, lambda: None)()
+    if isinstance(header["__metadata__"], dict):
+        header["__metadata__"]["torchcache"] = json.dumps(about) if harm != "deep metadata" else "[" * 100_000
+    text = json.dumps(header).encode() if harm not in ("text", "no header") else b"[" * 100_000
+    text = b'"__metadata__"' if harm == "no header" else text
     start = struct.pack("<Q", 2**63 if harm == "length" else len(text))
     path.write_bytes((start + text + content[8 + length :])[: -1000 if harm == "cut" else None])
+    if harm == "sparse":
+        with open(path, "r+b") as file:
+            file.truncate(2**40)
     code, out, err = torchcache_command("import", path, tmp_path / "new")
     assert code == 2, out
     assert "Traceback" not in err
+    assert "tells more" not in err  # it was foreseen
     assert not list((tmp_path / "new").rglob("escaped*"))
+
+
+def test_import_waits_for_no_pipe(tmp_path, torchcache_command):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = torchcache_command("import", tmp_path / "pipe", tmp_path / "new")
+    assert code == 2
+    assert "no regular file" in err
 
 
 def test_merging_joins_what_two_machines_filled(tmp_path, torchcache_json):

@@ -15,7 +15,6 @@ import time
 
 import pytest
 
-from torchcache.errors import StoreVersionError
 from torchcache.store import connect
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.connect import MIN_FILE_SIZE
@@ -285,11 +284,15 @@ def test_pickled_keys_and_values_are_refused(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_newer_format_is_refused_and_untouched(tmp_path):
+def test_a_newer_format_is_left_alone_and_said_once(tmp_path, warnings):
     (tmp_path / "torchcache.json").write_text(json.dumps({**json.loads(connect.marker(2)), "more": 1}))
-    with pytest.raises(StoreVersionError, match="upgrade"):
-        DiskTier(tmp_path).read([key(1)])
+    tier = DiskTier(tmp_path)
+    for _ in range(3):
+        assert tier.read([key(1)]) == {}
+        assert tier.write(entries([1]), "tag", LIMIT) == (0, 0)
     assert os.listdir(tmp_path) == ["torchcache.json"]
+    assert len(warnings) == 1
+    assert "upgrade" in warnings[0]
 
 
 @pytest.mark.parametrize("harm", ["garbage", "file", "directory"])

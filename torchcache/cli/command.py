@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torchcache.cli.screen import Screen
-from torchcache.options import default_cache_dir
+from torchcache.options import absolute, default_cache_dir
 
 __all__ = ["Command", "Run", "add_directory", "directory_of", "why_directory"]
 
@@ -32,6 +32,8 @@ class Command:
         More for ``torchcache name --help``.
     examples : sequence of str
         Commands to show at its end.
+    runs_user_code : bool
+        Whether errors may be those of the user's own code, which keep their tracebacks.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Command:
     run: Run
     description: str = ""
     examples: Sequence[str] = ()
+    runs_user_code: bool = False
 
 
 def add_directory(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +58,7 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
 
 def directory_of(arguments: argparse.Namespace) -> Path:
     """The directory that is meant, absolute."""
-    return Path(arguments.directory or default_cache_dir()).expanduser().absolute()
+    return absolute(arguments.directory) if arguments.directory else default_cache_dir()
 
 
 def why_directory(arguments: argparse.Namespace) -> str:

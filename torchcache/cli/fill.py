@@ -19,10 +19,10 @@ from torchcache.cli.command import Command
 from torchcache.cli.quantity import size_text, span_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import ArgumentError
+from torchcache.loading.warm import warm
 from torchcache.marks import marked_modules
-from torchcache.stats import lookups_in
+from torchcache.regions import regions_in
 from torchcache.transform import transform
-from torchcache.warm import warm
 
 __all__ = ["COMMANDS"]
 
@@ -47,7 +47,7 @@ def _warm(arguments: argparse.Namespace, screen: Screen) -> int:
             model.to(device)
         _check_persistent(arguments.model, model)
         warmed = warm(model, loader, device=device, progress=not screen.json)
-        held = {str(lookup.tiers.disk.directory) for lookup in lookups_in(model) if lookup.tiers.disk is not None}
+        held = {str(region.tiers.disk.directory) for region in regions_in(model) if region.tiers.disk is not None}
         if rank:
             return 0
         screen.result({**dataclasses.asdict(warmed), "directories": sorted(held)})
@@ -133,5 +133,6 @@ COMMANDS = (
             "torchcache warm training.models:make_model training.data:make_loader",
             "torchrun --nproc-per-node 2 -m torchcache warm training.models:make_model training.data:make_loader",
         ),
+        runs_user_code=True,
     ),
 )

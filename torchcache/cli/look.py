@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 
 from torchcache.cli.command import Command, add_directory, directory_of
 from torchcache.cli.quantity import ago, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError
+from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
 from torchcache.store.records import Records
 from torchcache.store.survey import Holding, survey, survey_calls
@@ -66,12 +68,11 @@ def _stats(arguments: argparse.Namespace, screen: Screen) -> int:
         ]
     )
     columns = ("outputs of a row", "region", "call", ">rows", ">in files", ">size", ">smallest", ">largest")
-    lines = []
+    lines: list[Sequence[Cell]] = []
     for group in stats.groups:
         sizes = (size_text(group.bytes), size_text(group.smallest), size_text(group.largest))
         name = names.get(group.tag, group.tag[:12])
-        leaves = "\n".join(group.leaves)
-        lines.append((leaves, name, group.call[:12], f"{group.rows:,}", f"{group.in_files:,}", *sizes))
+        lines.append((group.leaves, name, group.call[:12], f"{group.rows:,}", f"{group.in_files:,}", *sizes))
     screen.table(columns, lines)
     return 0
 

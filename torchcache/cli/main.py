@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from torchcache.cli import fill, look, machine, move, remove
 from torchcache.cli.command import Command
-from torchcache.cli.screen import Screen, clean
+from torchcache.cli.screen import Screen
 from torchcache.errors import TorchcacheError
+from torchcache.logging import logger
+from torchcache.printable import printable
 from torchcache.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -37,16 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = parsed.command
     try:
         return command.run(parsed, Screen(parsed.json))
+    except BrokenPipeError:
+        # The reader left; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (TorchcacheError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader left; what is still buffered has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        print(f"torchcache {command.name}: {clean(str(error))}", file=sys.stderr)
-        return 2
+        return _not_done(command, str(error))
+    except Exception as error:  # whatever a directory or a file from anybody makes of the libraries that read it
+        if command.runs_user_code:
+            raise
+        logger.debug("command failed", exc_info=True)
+        return _not_done(command, f"{type(error).__name__}: {error}; TORCHCACHE_LOG_LEVEL=DEBUG tells more")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _not_done(command: Command, why: str) -> int:
+    print(f"torchcache {command.name}: {printable(why)}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchcache.cli.command import Command
 from torchcache.cli.quantity import size, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreError
+from torchcache.options import absolute
+from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
 from torchcache.store.deposit import Deposit, merge
 from torchcache.store.records import Records
@@ -20,7 +23,7 @@ __all__ = ["COMMANDS"]
 
 
 def _export(arguments: argparse.Namespace, screen: Screen) -> int:
-    with Records(_path(arguments.directory)) as records:
+    with Records(absolute(arguments.directory)) as records:
         found = [held for held in _wanted(records, arguments.region) if held[1]]
         if len(found) != 1:
             tags = ", ".join(region.tag for region, _ in found)
@@ -29,15 +32,15 @@ def _export(arguments: argparse.Namespace, screen: Screen) -> int:
             )
         region, rows = found[0]
         with screen.progress("exporting", 2 * rows) as progress:
-            done = export_region(records, region, _path(arguments.out), call=arguments.call, progress=progress)
+            done = export_region(records, region, absolute(arguments.out), call=arguments.call, progress=progress)
     screen.result(done)
     screen.say(f"{done.rows:,} rows of {region.name or region.tag} written to {done.path}")
-    lines = []
+    lines: list[Sequence[Cell]] = []
     for call in done.calls:
         prefix, leaves = str(call["prefix"]), call["leaves"]
         assert isinstance(leaves, list)
         names = [f"{prefix}leaf{index}  {leaf}" for index, leaf in enumerate(leaves)]
-        lines.append(("\n".join([*names, f"{prefix}digests  uint8 (16,)"]), str(call["call"]), f"{call['rows']:,}"))
+        lines.append(([*names, f"{prefix}digests  uint8 (16,)"], str(call["call"]), f"{call['rows']:,}"))
     screen.table(("tensors, a row each", "call", ">rows"), lines)
     if done.damaged:
         screen.say(f"{done.damaged:,} damaged rows were left out; torchcache verify drops them", "red")
@@ -62,8 +65,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace, screen: Screen) -> int:
-    with Deposit(_path(arguments.directory), arguments.max_size) as deposit:
-        region = import_region(_path(arguments.file), deposit)
+    with Deposit(absolute(arguments.directory), arguments.max_size) as deposit:
+        region = import_region(absolute(arguments.file), deposit)
     return _stored(deposit, 0, screen, {"region": dataclasses.asdict(region)})
 
 
@@ -74,8 +77,8 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(arguments: argparse.Namespace, screen: Screen) -> int:
-    target = _path(arguments.target)
-    sources = [_path(source) for source in arguments.sources]
+    target = absolute(arguments.target)
+    sources = [absolute(source) for source in arguments.sources]
     if any(source.resolve() == target.resolve() for source in sources):
         raise StoreError(f"{target} is a source and the target at once")
     damaged = 0
@@ -122,10 +125,6 @@ def _stored(deposit: Deposit, damaged: int, screen: Screen, more: dict[str, obje
     if deposit.left_out:
         screen.say(f"{deposit.left_out:,} rows did not fit in; --max-size allows more", "red")
     return 1 if damaged or deposit.left_out else 0
-
-
-def _path(path: Path) -> Path:
-    return path.expanduser().absolute()
 
 
 COMMANDS = (

@@ -11,6 +11,7 @@ from torchcache.cli.command import Command, add_directory, directory_of
 from torchcache.cli.quantity import age, date, size, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError, StoreError
+from torchcache.printable import printable
 from torchcache.store.prune import Removal, clear, discard_database, prune
 from torchcache.store.records import Records
 from torchcache.store.survey import find_region, survey
@@ -51,7 +52,7 @@ def _confirm(arguments: argparse.Namespace, question: str) -> None:
         raise StoreError("nothing was removed: give --yes where there is no terminal to ask on")
     answer = ""
     with contextlib.suppress(EOFError):
-        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
         answer = input()
     if answer.strip().lower() not in ("y", "yes"):
         raise StoreError("nothing was removed")
@@ -97,7 +98,8 @@ def _report(removal: Removal, names: dict[str, str], done: str, screen: Screen) 
     screen.say(f"{removal.rows:,} rows ({size_text(removal.bytes)}) {done} from {removal.directory}")
     lines = [(names.get(tag, "(not in the catalogue)"), tag, f"{rows:,}") for tag, rows in removal.regions.items()]
     screen.table(("region", "fingerprint", ">rows"), lines)
-    screen.say(f"\nsize: {size_text(removal.before)} -> {size_text(removal.after)}")
+    screen.say("")
+    screen.say(f"size: {size_text(removal.before)} -> {size_text(removal.after)}")
     if not removal.compacted:
         screen.say("other processes are at work: the freed space stays in the database, where new rows fill it")
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["Screen", "clean"]
+from torchcache.printable import printable
+from torchcache.reports.table import Cell, shown
 
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+__all__ = ["Screen"]
+
+# Of a table: nobody reads more, and thousands take seconds to lay out.
+MOST_ROWS = 500
 
 
 class Screen:
@@ -42,17 +45,20 @@ class Screen:
     def say(self, text: str, style: str = "") -> None:
         """One line for people."""
         if not self.json:
-            self._console.print(escape(clean(text)), style=style, soft_wrap=True)
+            self._console.print(shown(text), style=style, soft_wrap=True)
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
         """Names and values for people, one a line."""
         width = max(len(name) for name, _ in facts) + 2
         for name, value in facts:
             if not self.json:
-                self._console.print(f"[bold]{name:<{width}}[/bold]{escape(clean(value))}", soft_wrap=True)
+                self._console.print(Text(f"{name:<{width}}", "bold").append_text(shown(value)), soft_wrap=True)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table for people; a column whose name begins with ``>`` is set to the right."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table for people; a column whose name begins with ``>`` is set to the right.
+
+        A cell of several lines is a list: no newline within a text is one on the screen.
+        """
         if self.json or not rows:
             return
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -62,10 +68,12 @@ class Screen:
             table.add_column(
                 name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
             )
-        for row in rows:
-            table.add_row(*(escape(clean(cell)) for cell in row))
+        for row in rows[:MOST_ROWS]:
+            table.add_row(*map(shown, row))
         self._console.print()
         self._console.print(table)
+        if len(rows) > MOST_ROWS:
+            self.say(f"... and {len(rows) - MOST_ROWS:,} more: --json tells all")
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], object]]:
@@ -73,12 +81,12 @@ class Screen:
         if self.json or not sys.stderr.isatty():
             yield lambda done: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task(what, total=total)
+            task = bars.add_task(printable(what), total=total)
             yield lambda done: bars.advance(task, done)
-
-
-def clean(text: str) -> str:
-    """``text`` without what a terminal could take for a command: names in a cache directory are not trusted."""
-    return _CONTROL.sub("?", text)

@@ -7,13 +7,15 @@ import os
 import re
 import sqlite3
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diskcache
 
 from torchcache.store.file import BlobFile
+from torchcache.store.gate import open_private
 
-__all__ = ["BlobDisk", "open_private"]
+__all__ = ["BlobDisk"]
 
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
@@ -61,7 +63,7 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
         folder = os.path.dirname(path)
         for made in (os.path.dirname(folder), folder):  # makedirs gives its mode to the last one alone
             os.makedirs(made, mode=0o700, exist_ok=True)
-        self._check(filename)
+        self.path_of(filename)
         with open(path, "xb", opener=open_private) as file:
             file.write(value)
         return len(value), _BINARY, filename, None
@@ -77,16 +79,35 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
             return value
         if mode != _BINARY:
             raise ValueError("refused a value that is not plain bytes")
-        return BlobFile(self._check(filename))
+        return BlobFile(self.path_of(filename))
 
     def remove(self, file_path: str) -> None:
-        """Delete the file of a database row, if it is one of ours."""
+        """Delete the file of a database row, if it is one of ours, and its two folders where they are empty then."""
         with contextlib.suppress(OSError, ValueError):
-            path = self._check(file_path)
+            path = self.path_of(file_path)
             os.remove(path)
-            os.removedirs(os.path.dirname(path))  # stops at the first that is not empty
+            for folder in (os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
+                os.rmdir(folder)
 
-    def _check(self, filename: object) -> str:
+    def files(self) -> Iterator[str]:
+        """Names of all files that could be values, relative to the directory, folder by folder."""
+        for outer in _folders(self._directory):
+            for inner in _folders(os.path.join(self._directory, outer)):
+                folder = os.path.join(outer, inner)
+                for name in _names(os.path.join(self._directory, folder), _is_file):
+                    name = os.path.join(folder, name)
+                    if _FILENAME.fullmatch(name):
+                        yield name
+
+    def volume(self) -> int:
+        """Bytes of all files that could be values, as the file system has them."""
+        size = 0
+        for name in self.files():
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(self._directory, name)).st_size
+        return size
+
+    def path_of(self, filename: object) -> str:
         """The path of a value's file; no name in a database and no link leads out of the directory."""
         if not isinstance(filename, str) or not _FILENAME.fullmatch(filename):
             raise ValueError("refused a file name that is not of the store")
@@ -97,6 +118,19 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
         return path
 
 
-def open_private(path: str, flags: int) -> int:
-    """An opener of files for their owner alone."""
-    return os.open(path, flags, 0o600)
+def _folders(folder: str) -> list[str]:
+    return [name for name in _names(folder, _is_folder) if len(name) == 2]
+
+
+def _names(folder: str, chosen: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    with contextlib.suppress(OSError), os.scandir(folder) as files:
+        return sorted(file.name for file in files if chosen(file))
+    return []
+
+
+def _is_file(file: os.DirEntry[str]) -> bool:
+    return file.is_file(follow_symlinks=False)
+
+
+def _is_folder(file: os.DirEntry[str]) -> bool:
+    return file.is_dir(follow_symlinks=False)

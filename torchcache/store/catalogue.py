@@ -19,6 +19,7 @@ import torch
 
 from torchcache.logging import logger
 from torchcache.options import CacheOptions
+from torchcache.store.gate import open_private, read_file
 from torchcache.version import __version__
 
 __all__ = ["Catalogue", "Region", "is_tag"]
@@ -27,9 +28,9 @@ FOLDER = "regions"
 LARGEST = 64 * 1024
 MOST = 100_000
 LATEST = 1e11
+LARGEST_NUMBER = 2**63
 LONGEST_NAME = 1000
 _TAG = re.compile(r"[0-9a-f]{32}")
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 # What a region's rows, or the room for them, depend on.
 _OPTIONS = ("persistent_module_hash", "max_persistent_cache_size", "cache_dtype", "zstd_compression_level", "digest")
 
@@ -91,6 +92,8 @@ class Region:
             raise ValueError("an unknown option")
         for value in options.values():
             _text(str(value))
+            if isinstance(value, (int, float)) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+                raise ValueError("a number is out of range")
         return cls(tag, name, ours, theirs, options, created, last_used)
 
 
@@ -112,6 +115,10 @@ class Catalogue:
     def noted(self, tag: str) -> bool:
         """Whether this process told of the region's use."""
         return tag in self._noted
+
+    def has(self, tag: str) -> bool:
+        """Whether any process told of region ``tag``."""
+        return tag in self._noted or os.path.lexists(self.folder / f"{tag}.json")
 
     def note(self, region: Region) -> None:
         """Record that ``region`` is used: once a process, and again if its file was removed meanwhile."""
@@ -137,7 +144,7 @@ class Catalogue:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         try:
-            with open(temporary, "xb", opener=_private) as file:
+            with open(temporary, "xb", opener=open_private) as file:
                 file.write(json.dumps(fields, indent=1).encode())
             os.replace(temporary, self.folder / f"{tag}.json")
         finally:
@@ -169,9 +176,7 @@ class Catalogue:
 
     def _read(self, path: Path) -> Region | None:
         try:
-            with open(path, "rb", opener=_no_link) as file:
-                data = file.read(LARGEST + 1)
-            return Region.parse(path.stem, data) if len(data) <= LARGEST else None
+            return Region.parse(path.stem, read_file(path, LARGEST))
         except (OSError, ValueError):
             return None
 
@@ -190,11 +195,3 @@ def _time(value: object) -> float:
 
 def _plain(value: Any) -> Scalar:
     return value if isinstance(value, Scalar) else str(value)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, _FLAGS)

@@ -1,8 +1,8 @@
-"""A cache directory made and opened: the version it says, the database's layout and settings.
+"""A cache directory made and opened to be written to: the version it says, and the database.
 
 A cache directory holds ``torchcache.json`` (the format version and its checksum), ``regions/`` (the catalogue) and
-``rows-<version>/``, a ``diskcache.Cache`` whose keys are 32 bytes (fingerprint and digest), whose values are blobs
-and whose tag is the region's fingerprint.
+``rows-<version>/``, a directory of ``diskcache.Cache`` whose keys are 32 bytes (fingerprint and digest), whose values
+are blobs and whose tag is the region's fingerprint.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -19,15 +20,24 @@ from typing import Any
 
 import diskcache
 import xxhash
-from diskcache.core import DEFAULT_SETTINGS
+from diskcache.core import DEFAULT_SETTINGS, METADATA
 
 from torchcache.errors import StoreVersionError
 from torchcache.store.blob import FORMAT_VERSION
-from torchcache.store.blob_disk import BlobDisk, open_private
+from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.connections import Connections
-from torchcache.store.vet import DATABASE, vet_database, vet_files
+from torchcache.store.gate import (
+    DATABASE,
+    SCHEMA,
+    SIDES,
+    Connection,
+    check_names,
+    open_database,
+    open_private,
+    read_file,
+)
 
-__all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "check_version", "connect", "is_locked", "marker"]
+__all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "Rows", "check_version", "connect", "is_locked", "marker"]
 
 MARKER = "torchcache.json"
 ROWS = f"rows-{FORMAT_VERSION}"
@@ -37,50 +47,88 @@ MIN_FILE_SIZE = 128 * 1024
 # pages are slower to write.
 PAGE_SIZE = 16 * 1024
 
-# All of them, so that none is taken from the database.
+_LARGEST_MARKER = 4096
+# What diskcache finds where it opens the directory by itself; here none of it is read.
 SETTINGS = {
     **DEFAULT_SETTINGS,
     "disk_min_file_size": MIN_FILE_SIZE,
-    "sqlite_mmap_size": 0,  # a mapped file that another process cuts short would kill this one
+    "sqlite_mmap_size": 0,
     "eviction_policy": "none",
     "cull_limit": 0,
 }
-# Those that SQLite forgets with each connection.
-_PRAGMAS = ("cache_size", "mmap_size", "synchronous")
 
 
-class _Cache(diskcache.Cache):  # type: ignore[misc]
-    """A ``diskcache.Cache`` that keeps our settings on every thread, and no files open when it is gone.
+class Rows(diskcache.Cache):  # type: ignore[misc]
+    """A ``diskcache.Cache`` with our settings and connections, one a thread and process.
 
-    Its base gives each new connection whatever settings the database says by that time.
+    Parameters
+    ----------
+    rows : Path
+        The directory of the database, used as it is given.
+    lock_seconds : float
+        How long to wait for a lock.
+
+    Raises
+    ------
+    StoreError, OSError, sqlite3.Error
+        As ``open_database`` does.
     """
 
-    def __init__(self, directory: str, **settings: Any) -> None:
+    def __init__(self, rows: Path, lock_seconds: float) -> None:
+        # Not its base's: that expands $NAMES in the path, and obeys whatever settings the database says.
         self._connections = Connections()
-        super().__init__(directory, **settings)
+        self._rows = rows
+        self._directory, self._timeout, self._txn_id = str(rows), lock_seconds, None
+        self._disk = BlobDisk(self._directory, min_file_size=MIN_FILE_SIZE)
+        self.cull_limit = SETTINGS["cull_limit"]
+        self._measured = False
+        self._con  # noqa: B018
 
     @property
-    def _con(self) -> sqlite3.Connection:
-        return self._connections.get(self._connect)
+    def _con(self) -> Connection:
+        return self._connections.get(lambda: open_database(self._rows, "rw", self._timeout))
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            os.path.join(self._directory, DATABASE), self._timeout, isolation_level=None, check_same_thread=False
-        )
-        for name in _PRAGMAS:
-            connection.execute(f"PRAGMA {name} = {SETTINGS[f'sqlite_{name}']}")
-        return connection
+    def fetch(self, query: str, parameters: Any = (), most: int = 1000) -> list[Any]:
+        """The first ``most`` rows of a query."""
+        return self._con.fetch(query, parameters, most)
+
+    def volume(self) -> int:
+        """Bytes of the directory: pages of the database and files of values."""
+        size, pages = (self.fetch(f"PRAGMA {name}")[0][0] for name in ("page_size", "page_count"))
+        return int(max(size * pages, os.lstat(self._rows / DATABASE).st_size)) + (self._file_bytes() or 0)
+
+    def measure(self) -> None:
+        """Count the bytes of files anew where what the database says of them may be wrong; within a transaction."""
+        if not self._measured or self._file_bytes() is None:
+            self.execute("INSERT OR REPLACE INTO Settings VALUES ('size', ?)", (self._disk.volume(),))
+            self._measured = True
+
+    def doubt(self) -> None:
+        """What the database says of the bytes of files may be wrong: rows are gone whose own claims were counted."""
+        self._measured = False
+
+    def execute(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
+        """Run a statement."""
+        return self._con.execute(query, parameters)
 
     def close(self) -> None:
         """Close this thread's connection."""
         self._connections.close()
 
+    def _row_update(self, rowid: int, now: float, columns: Any) -> None:
+        self.doubt()
+        super()._row_update(rowid, now, columns)
+
+    def _file_bytes(self) -> int | None:
+        """Bytes of files as triggers count them; ``None`` where that is no count."""
+        found = self.fetch("SELECT value FROM Settings WHERE key = 'size' AND typeof(value) = 'integer' AND value >= 0")
+        return int(found[0][0]) if found else None
+
 
 def check_version(directory: Path) -> None:
     """Raise ``StoreVersionError`` for a directory that a newer torchcache wrote; leave it untouched."""
     try:
-        with open(directory / MARKER, "rb") as file:
-            content = json.loads(file.read(4096))
+        content = json.loads(read_file(directory / MARKER, _LARGEST_MARKER))
         found, check = content["format"], content["check"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
@@ -99,31 +147,31 @@ def marker(version: int) -> bytes:
     return json.dumps({"format": version, "check": _check(version)}).encode()
 
 
-def connect(directory: Path, lock_seconds: float) -> Any:
-    """Open the ``diskcache.Cache`` of ``directory``, both made for their owner alone where they are missing.
+def connect(directory: Path, lock_seconds: float) -> Rows:
+    """Open the rows of ``directory``, both made for their owner alone where they are missing.
 
     Raises
     ------
     StoreVersionError
         When a newer torchcache wrote the directory.
-    ForeignDatabaseError
-        When diskcache did not make the database as it is.
-    OSError, sqlite3.Error, diskcache.Timeout
+    StoreError
+        When what lies there is not the store's.
+    OSError, sqlite3.Error
         When it cannot be opened, or is locked for longer than ``lock_seconds``.
     """
     rows = directory / ROWS
     check_version(directory)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     _write_marker(directory)
+    check_names(rows, own=True)
+    if not os.path.lexists(rows / DATABASE):
+        _create(rows)
     deadline = time.monotonic() + lock_seconds
     while True:
         try:
-            vet_files(rows)
-            _lay_out(rows, lock_seconds)
-            vet_database(rows, lock_seconds)
-            return _Cache(str(rows), timeout=lock_seconds, disk=BlobDisk, **SETTINGS)
-        except (sqlite3.OperationalError, diskcache.Timeout) as error:
-            # Processes that create the same database at once collide on its journal mode.
+            return Rows(rows, lock_seconds)
+        except sqlite3.OperationalError as error:
+            # A connection that opens or closes at the same time recovers or removes the log.
             if not is_locked(error) or time.monotonic() > deadline:
                 raise
             time.sleep(random.uniform(0.01, 0.1))
@@ -141,8 +189,8 @@ def _check(version: int) -> str:
 def _write_marker(directory: Path) -> None:
     path = directory / MARKER
     wanted = marker(FORMAT_VERSION)
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(4096) == wanted:
+    with contextlib.suppress(OSError):
+        if read_file(path, _LARGEST_MARKER) == wanted:
             return
     temporary = path.with_name(f"{MARKER}.{secrets.token_hex(8)}")
     try:
@@ -155,16 +203,35 @@ def _write_marker(directory: Path) -> None:
         raise
 
 
-def _lay_out(rows: Path, lock_seconds: float) -> None:
-    """Create the database with our page size, which nothing can change later."""
-    database = rows / DATABASE
-    with contextlib.suppress(FileNotFoundError):
-        if database.stat().st_size:
-            return
-    os.makedirs(rows, mode=0o700, exist_ok=True)
-    # SQLite gives its files the mode that the first one has.
-    os.close(os.open(database, os.O_CREAT | os.O_WRONLY, 0o600))
-    with contextlib.closing(sqlite3.connect(database, timeout=lock_seconds)) as connection:
-        connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-        connection.execute("PRAGMA journal_mode = wal")
-        connection.execute("PRAGMA user_version = 1")  # the first write
+def _create(rows: Path) -> None:
+    """Put a database in ``rows``, whole at once: no process finds half of one, and none has a rollback journal."""
+    made = rows.with_name(f".{rows.name}.{secrets.token_hex(8)}")
+    os.mkdir(made, 0o700)
+    try:
+        # SQLite gives its files the mode that the first one has.
+        os.close(os.open(made / DATABASE, os.O_CREAT | os.O_WRONLY, 0o600))
+        with contextlib.closing(sqlite3.connect(made / DATABASE, isolation_level=None)) as connection:
+            connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+            connection.execute("PRAGMA journal_mode = wal")
+            connection.execute("BEGIN")
+            for statement in SCHEMA:
+                connection.execute(statement)
+            connection.executemany("INSERT INTO Settings VALUES (?, ?)", {**SETTINGS, **METADATA}.items())
+            connection.execute("COMMIT")
+        try:
+            os.rename(made, rows)
+        except OSError:
+            if not rows.is_dir():
+                raise
+            _put_back(made, rows)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _put_back(made: Path, rows: Path) -> None:
+    """Move a new database where one was lost, or where another process has just put its own."""
+    if os.path.lexists(rows / DATABASE):
+        return
+    for name in SIDES:  # the log of the lost one
+        (rows / name).unlink(missing_ok=True)
+    os.rename(made / DATABASE, rows / DATABASE)

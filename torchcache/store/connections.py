@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 from collections.abc import Callable
 
 from torchcache.forks import without_forks
+from torchcache.store.gate import Connection
 
 __all__ = ["Connections"]
 
@@ -22,7 +22,7 @@ class Connections:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def get(self, connect: Callable[[], sqlite3.Connection]) -> sqlite3.Connection:
+    def get(self, connect: Callable[[], Connection]) -> Connection:
         """The connection of the calling thread; ``connect`` opens it, without ``check_same_thread``."""
         held: _Held | None = getattr(self._local, "held", None)
         if held is None or held.process != os.getpid():
@@ -37,7 +37,7 @@ class Connections:
 class _Held:
     """A connection that is closed when this object goes, by whichever thread lets it go."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.process = os.getpid()
 

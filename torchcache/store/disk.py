@@ -20,11 +20,11 @@ from torchcache.errors import StoreVersionError, brief
 from torchcache.forks import without_forks
 from torchcache.logging import logger, warn_once
 from torchcache.store.catalogue import Catalogue
-from torchcache.store.connect import MIN_FILE_SIZE, ROWS, connect, is_locked
+from torchcache.store.connect import MIN_FILE_SIZE, ROWS, Rows, connect, is_locked
 from torchcache.store.file import BlobFile
+from torchcache.store.gate import DATABASE, is_over_budget
 from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
-from torchcache.store.vet import DATABASE, vet_files
 
 __all__ = ["DiskTier", "Places", "disk_tier"]
 
@@ -36,7 +36,7 @@ ROW_OVERHEAD = 160
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
 SELECT, SELECT_WITHOUT_VALUES = (
     f"SELECT key, mode, substr(filename, 1, 64), CASE WHEN typeof(value) = 'blob' AND length(value) <= {MIN_FILE_SIZE}"
-    f" THEN {value} END FROM Cache WHERE raw = 1 AND typeof(mode) = 'integer'"
+    f" THEN {value} END FROM Cache WHERE raw = 1 AND typeof(mode) = 'integer' AND length(key) = 32"
     for value in ("value", "x''")
 )
 Row = tuple[bytes, int, str | None, Any]
@@ -49,7 +49,7 @@ class DiskTier:
     """Blobs in a cache directory, shared by threads and processes.
 
     Nothing here raises on behalf of the store: a failure is counted in ``errors``, warned of once, and reads as
-    absence. ``StoreVersionError`` alone passes, from ``open``.
+    absence.
 
     Parameters
     ----------
@@ -64,10 +64,9 @@ class DiskTier:
         self.full = False
         self._complained = False
         self.catalogue = Catalogue(directory)
-        self._cache: Any = None
+        self._cache: Rows | Reader | None = None
         self._failed = False
         self._identity: tuple[int, int] | None = None
-        self._replaced = False
         self._reading = Pause()
         self._writing = Pause()
         self._lock = threading.Lock()
@@ -82,7 +81,7 @@ class DiskTier:
         return not isinstance(self._opened(), Reader | None)
 
     @without_forks
-    def _opened(self) -> Any:
+    def _opened(self) -> Rows | Reader | None:
         """What reads the directory: a ``diskcache.Cache`` or, where nothing can be written, a ``Reader``."""
         cache = self._cache
         if cache is not None or self._failed:
@@ -92,9 +91,10 @@ class DiskTier:
                 try:
                     self._cache = connect(self.directory, LOCK_SECONDS)
                     self._identity = self._identify()
-                except Exception as error:  # whatever a damaged database makes of diskcache
-                    if isinstance(error, StoreVersionError) and not self._replaced:
-                        raise
+                except StoreVersionError as error:
+                    self._failed = True
+                    self.complain(f"is left alone, and training goes on without it: {error}")
+                except Exception as error:  # whatever lies there
                     if is_locked(error):
                         self._reading.begin()
                         self._blame("opened", error)
@@ -105,11 +105,10 @@ class DiskTier:
     def _open_to_read(self, error: Exception) -> None:
         """Do with what can be read where ``error`` says that a database there cannot be written."""
         try:
-            if not isinstance(error, (OSError, sqlite3.OperationalError)):
+            if not isinstance(error, (OSError, sqlite3.OperationalError)) or is_over_budget(error):
                 raise error
-            vet_files(self._folder)
             self._cache = Reader(self._folder, LOCK_SECONDS)
-        except (OSError, ValueError, sqlite3.Error):
+        except Exception:  # whatever lies there
             self._failed = True
             self._blame("opened", error)
         else:
@@ -128,6 +127,8 @@ class DiskTier:
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             found.update(self._blobs(cache, self._rows(cache, part)))
+            if self._failed:
+                break
         return found
 
     @without_forks
@@ -135,13 +136,13 @@ class DiskTier:
         """Where the entries with keys beyond ``after`` and up to ``last`` are, in the order in which they lie."""
         query = "SELECT rowid FROM Cache WHERE key > ? AND key <= ?"  # the index answers it
 
-        def places() -> Places:
-            return np.sort(np.fromiter((place for (place,) in cache._sql(query, (after, last))), np.int64))
+        def places(cache: Rows | Reader) -> Places:
+            return np.unique(np.fromiter((place for (place,) in cache.execute(query, (after, last))), np.int64))
 
         none: Places = np.empty(0, np.int64)
         if not self._reading.over or (cache := self._opened()) is None:
             return none
-        return self._guard("read", places, none)
+        return self._guard("read", lambda: places(cache), none)
 
     @without_forks
     def read_at(self, places: Places, after: bytes, last: bytes) -> dict[bytes, bytes | BlobFile]:
@@ -153,7 +154,7 @@ class DiskTier:
             return {}
         query = f"{SELECT} AND rowid IN ({','.join('?' * len(places))}) AND key > ? AND key <= ?"
         arguments = (*places.tolist(), after, last)
-        return self._blobs(cache, self._guard("read", lambda: list(cache._sql(query, arguments)), []))
+        return self._blobs(cache, self._guard("read", lambda: cache.fetch(query, arguments, len(places)), []))
 
     @without_forks
     def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
@@ -180,6 +181,7 @@ class DiskTier:
         def store() -> tuple[int, int]:
             stored = size = 0
             with self._transact() as cache:
+                cache.measure()
                 room = limit - cache.volume()
                 present = self._present(cache, [key for key, _ in entries])
                 for key, blob in entries:
@@ -208,6 +210,7 @@ class DiskTier:
                 for key, blob in damaged.items():
                     if not self._is_gone(cache, key, blob):
                         cache.delete(key, retry=False)
+                        cache.doubt()
                         dropped += 1
             return dropped
 
@@ -218,23 +221,33 @@ class DiskTier:
             self.complain("held damaged rows, which were dropped and are computed anew", count)
 
     @without_forks
+    def evict(self, tag: str) -> int:
+        """Remove every entry of region ``tag``; how many there were."""
+        if not (self._writing.over and self.writable):
+            return 0
+        cache: Any = self._cache
+        return int(self._guard("emptied", lambda: cache.evict(tag, retry=False), 0))
+
+    @without_forks
     def volume(self) -> int:
         """Bytes of the directory, as diskcache counts them."""
-        return int(self._guard("measured", lambda: self._cache.volume(), 0)) if self.open() else 0
+        cache = self._opened()
+        return self._guard("measured", cache.volume, 0) if cache is not None else 0
 
     @without_forks
     def close(self) -> None:
         """Close this thread's connection."""
         if self._cache is not None:
-            self._guard("closed", lambda: self._cache.close(), None)
+            self._guard("closed", self._cache.close, None)
 
     @contextlib.contextmanager
-    def _transact(self) -> Iterator[Any]:
+    def _transact(self) -> Iterator[Rows]:
         """A transaction that leaves no lock and no file behind when it fails, be it at its very end."""
-        cache, files = self._cache, []
+        cache, files = self._cache, list[str]()
+        assert isinstance(cache, Rows)
         try:
             with cache.transact(retry=False):
-                files = cache.disk.uncommitted = []
+                cache.disk.uncommitted = files
                 yield cache
         except BaseException as error:
             if "cannot rollback" in str(error) and error.__context__ is not None:
@@ -249,18 +262,17 @@ class DiskTier:
             raise error from None
         self._writing.end()
 
-    def _rows(self, cache: Any, keys: Sequence[bytes]) -> list[Row]:
+    def _rows(self, cache: Rows | Reader, keys: Sequence[bytes]) -> list[Row]:
         """The rows of ``keys``; where a damaged page spoils the query, those that can still be read."""
         marks = ",".join("?" * len(keys))
         try:
-            # diskcache has no public batch read; its own connection is per thread and survives a fork.
-            rows = list(cache._sql(f"{SELECT} AND key IN ({marks})", keys))
-        except Exception as error:  # whatever a damaged database makes of diskcache
-            if not self._reading.over:
+            rows = cache.fetch(f"{SELECT} AND key IN ({marks})", keys, len(keys))
+        except Exception as error:  # whatever a damaged database makes of SQLite
+            if not self._reading.over or self._failed:
                 return []
             if is_locked(error):
                 self._reading.begin()
-            elif len(keys) > 1:
+            elif len(keys) > 1 and not is_over_budget(error):
                 half = len(keys) // 2
                 return self._rows(cache, keys[:half]) + self._rows(cache, keys[half:])
             self._blame("read", error)
@@ -268,23 +280,24 @@ class DiskTier:
         self._reading.end()
         return rows
 
-    def _present(self, cache: Any, keys: Sequence[bytes]) -> set[bytes]:
+    def _present(self, cache: Rows, keys: Sequence[bytes]) -> set[bytes]:
         """Which of ``keys`` have an entry that a reader would try."""
         present: set[bytes] = set()
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            present.update(self._blobs(cache, list(cache._sql(f"{SELECT_WITHOUT_VALUES} AND key IN ({marks})", part))))
+            rows = cache.fetch(f"{SELECT_WITHOUT_VALUES} AND key IN ({marks})", part, len(part))
+            present.update(self._blobs(cache, rows))
         return present
 
-    def _is_gone(self, cache: Any, key: bytes, blob: bytes | BlobFile) -> bool:
+    def _is_gone(self, cache: Rows, key: bytes, blob: bytes | BlobFile) -> bool:
         """Whether the entry that named the file ``blob`` is there no more."""
         if not isinstance(blob, BlobFile):
             return False
-        row = cache._sql("SELECT substr(filename, 1, 64) FROM Cache WHERE raw = 1 AND key = ?", (key,)).fetchone()
-        return row is None or os.path.join(cache.directory, str(row[0])) != blob.path
+        rows = cache.fetch("SELECT substr(filename, 1, 64) FROM Cache WHERE raw = 1 AND key = ?", (key,), 1)
+        return not rows or os.path.join(cache.directory, str(rows[0][0])) != blob.path
 
-    def _blobs(self, cache: Any, rows: Sequence[Row]) -> dict[bytes, bytes | BlobFile]:
+    def _blobs(self, cache: Rows | Reader, rows: Sequence[Row]) -> dict[bytes, bytes | BlobFile]:
         found: dict[bytes, bytes | BlobFile] = {}
         for key, mode, filename, value in rows:
             try:
@@ -296,7 +309,7 @@ class DiskTier:
     def _identify(self) -> tuple[int, int] | None:
         """Which file the database is; ``None`` where there is none."""
         try:
-            found = os.stat(self._folder / DATABASE)
+            found = os.lstat(self._folder / DATABASE)
         except OSError:
             return None
         return found.st_dev, found.st_ino
@@ -305,7 +318,6 @@ class DiskTier:
         """Start anew where the directory was deleted or replaced: SQLite would go on in files without a name."""
         with self._lock:
             self._cache = None
-            self._replaced = True
         self.complain("was deleted or replaced while in use and is filled anew")
 
     def _fill(self, limit: int) -> None:
@@ -315,12 +327,15 @@ class DiskTier:
     def _guard(self, done: str, action: Callable[[], T], otherwise: T) -> T:
         try:
             return action()
-        except Exception as error:  # whatever a damaged database makes of diskcache
+        except Exception as error:  # whatever a damaged database makes of SQLite
             self._blame(done, error)
             return otherwise
 
     def _blame(self, done: str, error: BaseException, rest: str = "training goes on without it") -> None:
         reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
+        if is_over_budget(error):  # the next query could take as long
+            self._failed, self._cache = True, None
+            reason = "a query took too long for its size, or met too large a value; torchcache clear starts it anew"
         self.complain(f"cannot be {done} ({reason}); {rest}")
 
     def complain(self, what: str, count: int = 1) -> None:

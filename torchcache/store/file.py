@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
 from collections.abc import Sequence
 from typing import BinaryIO
 
-__all__ = ["BlobFile", "BlobFileError"]
+from torchcache.store.gate import open_regular
+
+__all__ = ["SCATTERS", "BlobFile", "BlobFileError", "check_whole", "is_plausible"]
 
 SCATTERS = hasattr(os, "preadv")
-_READ_FLAGS = os.O_RDONLY
-for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
-    _READ_FLAGS |= getattr(os, _name, 0)
+# What claims to be longer than this may be so many times as long as what is there of it.
+CLAIMED_BYTES = 256 * 1024
+CLAIMED_RATIO = 100
 
 
 class BlobFileError(ValueError):
@@ -38,7 +40,7 @@ class BlobFile:
 
     def open(self) -> BinaryIO:
         """The file, open for reading."""
-        return open(self._descriptor(), "rb")
+        return open(open_regular(self.path), "rb")
 
     def read(self, limit: int) -> bytes:
         """The whole file, if it is no longer than ``limit`` bytes."""
@@ -53,15 +55,36 @@ class BlobFile:
 
         Only where ``SCATTERS``.
         """
-        descriptor = self._descriptor()
+        descriptor = open_regular(self.path)
         try:
             return os.preadv(descriptor, buffers, 0)
         finally:
             os.close(descriptor)
 
-    def _descriptor(self) -> int:
-        descriptor = os.open(self.path, _READ_FLAGS)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise BlobFileError("no regular file")
-        return descriptor
+
+def is_plausible(claimed: int, there: int, most: int = CLAIMED_BYTES) -> bool:
+    """Whether ``there`` bytes are enough for what claims to be ``claimed`` bytes long; ``most`` need no proof."""
+    return claimed <= max(most, CLAIMED_RATIO * there)
+
+
+def check_whole(descriptor: int) -> None:
+    """Raise ``BlobFileError`` for a file most of which is a hole: reading it takes as long as if it were there."""
+    size = os.fstat(descriptor).st_size
+    if not is_plausible(size, _bytes_there(descriptor, size)):
+        raise BlobFileError("most of the file is not there")
+
+
+def _bytes_there(descriptor: int, size: int) -> int:
+    there = at = 0
+    try:
+        while at < size:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+            at = os.lseek(descriptor, start, os.SEEK_HOLE)
+            there += at - start
+    except OSError as error:
+        return there if error.errno == errno.ENXIO else size
+    except AttributeError:  # a system that does not tell
+        return size
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return there

@@ -15,6 +15,7 @@ import xxhash
 import zstandard
 
 from torchcache.store.blob import BlobError, RowSpec, dtype_of_code, unpack_head
+from torchcache.store.file import is_plausible
 
 __all__ = ["HEAD_BYTES", "LARGEST_ROW", "Header", "check_blob", "read_header"]
 
@@ -39,12 +40,15 @@ class Header:
         How its payload is stored.
     payload_at : int
         Bytes before the payload.
+    stored : int
+        Bytes of the payload as it is stored; 0 where only the header was read.
     """
 
     spec: RowSpec
     compressed: bool
     shuffled: bool
     payload_at: int
+    stored: int = 0
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -65,6 +69,8 @@ def read_header(file: BinaryIO) -> Header:
 
 def check_blob(key: bytes, file: BinaryIO, length: int) -> Header:
     """Check header, lengths, checksum and zstd frame of the blob of ``length`` bytes in ``file``.
+
+    A frame that expands beyond what is plausible is not decoded; its checksum and the length that it tells are right.
 
     Returns
     -------
@@ -93,16 +99,18 @@ def check_blob(key: bytes, file: BinaryIO, length: int) -> Header:
         raise BlobError("wrong checksum")
     if header.compressed:
         file.seek(header.payload_at)
-        _check_frame(file, size)
-    return header
+        _check_frame(file, size, stored)
+    return dataclasses.replace(header, stored=stored)
 
 
-def _check_frame(file: BinaryIO, size: int) -> None:
+def _check_frame(file: BinaryIO, size: int, stored: int) -> None:
     decoded = 0
     try:
         start = file.tell()
         if zstandard.frame_content_size(file.read(_FRAME_HEAD)) != size:
             raise BlobError("wrong length")
+        if not is_plausible(size, stored):
+            return
         file.seek(start)
         # Read, not fed: a reader gives out what it is asked for, however much a few bytes of input expand to.
         reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(file, closefd=False)

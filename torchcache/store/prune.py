@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.connect import ROWS
 from torchcache.store.disk import ROW_OVERHEAD
-from torchcache.store.records import BATCH, TAG, UNKNOWN, Entry, Records
+from torchcache.store.gate import DATABASE, JOURNAL, SIDES
+from torchcache.store.records import BATCH, Entry, Records
 from torchcache.store.survey import Holding, survey
 
 __all__ = ["Removal", "clear", "discard_database", "prune"]
@@ -47,21 +48,23 @@ class Removal:
 def clear(records: Records, regions: list[Holding] | None = None) -> Removal:
     """Remove the rows of ``regions``, or all there are, with their records; no other file is touched."""
     removal = Removal(str(records.directory), before=records.volume())
-    every = survey(records).regions if regions is None else regions
-    for held in every:
-        _take(records, _entries_of(records, held.tag), removal)
-        records.catalogue.remove(held.tag)
-    if regions is None:
+    if regions is not None:
+        _take(records, records.queue(held.tag for held in regions), removal)
+        gone = {held.tag for held in regions}
+    else:
         _take(records, records.entries(whole=False), removal)
         for name in records.files():
             records.remove_file(name)
+        gone = {*removal.regions, *records.catalogue.read()}
+    for tag in gone:
+        records.catalogue.remove(tag)
     return _finish(records, removal)
 
 
 def discard_database(directory: Path) -> None:
     """Remove a database that cannot be opened; its rows are lost, their files are orphans."""
-    for name in ("cache.db-wal", "cache.db-shm", "cache.db"):
-        (directory / f"rows-{FORMAT_VERSION}" / name).unlink(missing_ok=True)
+    for name in (JOURNAL, *SIDES, DATABASE):
+        (directory / ROWS / name).unlink(missing_ok=True)
 
 
 def prune(
@@ -93,19 +96,16 @@ def prune(
     """
     removal = Removal(str(records.directory), before=records.volume())
     regions = sorted(survey(records).regions, key=lambda held: held.last_used)
-    kept = []
-    for held in regions:
-        if unused_since is not None and held.last_used < unused_since:
-            _take(records, _entries_of(records, held.tag), removal, dry_run=dry_run)
-            if not dry_run:
-                records.catalogue.remove(held.tag)
-        else:
-            kept.append(held)
+    kept = [held.tag for held in regions if unused_since is None or held.last_used >= unused_since]
+    unused = [held.tag for held in regions[: len(regions) - len(kept)]]
+    _take(records, records.queue(unused), removal, dry_run=dry_run)
+    if not dry_run:
+        for tag in unused:
+            records.catalogue.remove(tag)
     condition = "1"
     if stored_before is not None:
         gone = f"store_time < {float(stored_before)!r}"
-        for held in kept:
-            _take(records, _entries_of(records, held.tag, gone), removal, dry_run=dry_run)
+        _take(records, records.queue(kept, gone), removal, dry_run=dry_run)
         condition = f"NOT ({gone})"
     if max_size is not None:
         _shrink(records, kept, max_size, condition if dry_run else "1", removal, dry_run)
@@ -115,39 +115,19 @@ def prune(
     return _finish(records, removal)
 
 
-def _shrink(
-    records: Records, kept: list[Holding], max_size: int, condition: str, removal: Removal, dry_run: bool
-) -> None:
+def _shrink(records: Records, kept: list[str], max_size: int, condition: str, removal: Removal, dry_run: bool) -> None:
     if dry_run:
         excess = removal.before - removal.bytes - ROW_OVERHEAD * removal.rows - max_size
-        _take_excess(records, kept, excess, condition, removal, dry_run)
+        _take(records, records.queue(kept, condition), removal, excess, dry_run=True)
         return
     for _ in range(ROUNDS):  # what a row takes in the database is known only once it is gone
         removal.compacted = records.compact()
         free = records.pragma("freelist_count") * records.pragma("page_size")
         excess = records.volume() - free - max_size
-        if excess <= 0 or not _take_excess(records, kept, excess, condition, removal, dry_run):
+        before = removal.rows
+        _take(records, records.queue(kept, condition), removal, excess)
+        if removal.rows == before:
             return
-
-
-def _take_excess(
-    records: Records, kept: list[Holding], excess: int, condition: str, removal: Removal, dry_run: bool
-) -> int:
-    taken = 0
-    for held in kept:
-        if excess <= 0:
-            break
-        before = removal.bytes, removal.rows
-        _take(records, _entries_of(records, held.tag, condition), removal, excess, dry_run=dry_run)
-        rows = removal.rows - before[1]
-        excess -= removal.bytes - before[0] + ROW_OVERHEAD * rows
-        taken += rows
-    return taken
-
-
-def _entries_of(records: Records, tag: str, condition: str = "1") -> Iterable[Entry]:
-    where = f"{TAG} IS ? AND ({condition})"
-    return records.entries(where, (None if tag == UNKNOWN else tag,), whole=False)
 
 
 def _take(

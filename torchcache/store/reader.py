@@ -9,13 +9,13 @@ from typing import Any
 
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.connections import Connections
-from torchcache.store.vet import DATABASE, vet_schema
+from torchcache.store.gate import Connection, open_database
 
 __all__ = ["Reader"]
 
 # The second takes no locks and leaves the log out: where SQLite cannot make the log's index, nothing else opens. What
 # another process changes meanwhile may look damaged to it, which checksums tell.
-_WAYS = ("mode=ro", "mode=ro&immutable=1")
+_WAYS = ("ro", "ro&immutable=1")
 
 
 class Reader:
@@ -30,50 +30,40 @@ class Reader:
 
     Raises
     ------
-    ForeignDatabaseError
+    StoreError, OSError
         It is not the store's.
     sqlite3.Error
         It cannot be read.
     """
 
     def __init__(self, rows: Path, timeout: float) -> None:
-        self.disk = BlobDisk(str(rows))
-        self._path = (rows / DATABASE).absolute()
+        self.directory = str(rows)
+        self.disk = BlobDisk(self.directory)
+        self._rows = rows
         self._timeout = timeout
         self._connections = Connections()
-        vet_schema(self._connection)
+        self._connections.get(self._connect)
 
-    def _sql(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return self._connection.execute(query, parameters)
+    def fetch(self, query: str, parameters: Any = (), most: int = 1000) -> list[Any]:
+        """The first ``most`` rows of a query."""
+        return self._connections.get(self._connect).fetch(query, parameters, most)
+
+    def execute(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
+        """Run a statement."""
+        return self._connections.get(self._connect).execute(query, parameters)
 
     def volume(self) -> int:
-        """Bytes of the directory, as diskcache counts them."""
-        ((pages,),), ((size,),) = self._sql("PRAGMA page_count"), self._sql("PRAGMA page_size")
-        ((files,),) = self._sql("SELECT value FROM Settings WHERE key = 'size'")
-        return int(pages) * int(size) + int(files)
+        """Bytes of the directory, as the size limit counts them."""
+        size, pages = (self.fetch(f"PRAGMA {name}")[0][0] for name in ("page_size", "page_count"))
+        return int(size * pages) + self.disk.volume()
 
     def close(self) -> None:
         """Close this thread's connection."""
         self._connections.close()
 
-    @property
-    def _connection(self) -> sqlite3.Connection:
-        return self._connections.get(self._connect)
-
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> Connection:
         *ways, last = _WAYS
         for way in ways:
             with contextlib.suppress(sqlite3.OperationalError):
-                return self._open(way)
-        return self._open(last)
-
-    def _open(self, way: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            f"{self._path.as_uri()}?{way}", self._timeout, isolation_level=None, check_same_thread=False, uri=True
-        )
-        try:
-            connection.execute("SELECT 1 FROM Cache LIMIT 1")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+                return open_database(self._rows, way, self._timeout)
+        return open_database(self._rows, last, self._timeout)

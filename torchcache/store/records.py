@@ -11,40 +11,38 @@ import dataclasses
 import io
 import os
 import sqlite3
-import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torchcache.errors import StoreDamagedError, StoreError, brief
-from torchcache.store.blob import FORMAT_VERSION, BlobError
+from torchcache.store.blob import BlobError
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.catalogue import Catalogue, is_tag
-from torchcache.store.connect import MARKER, MIN_FILE_SIZE, check_version
+from torchcache.store.connect import MARKER, MIN_FILE_SIZE, ROWS, check_version
 from torchcache.store.disk import LOCK_SECONDS
-from torchcache.store.file import BlobFile, BlobFileError
+from torchcache.store.file import BlobFile, BlobFileError, check_whole
+from torchcache.store.gate import DATABASE, Connection, check_names, is_over_budget, open_database
 from torchcache.store.header import LARGEST_ROW, Header, check_blob, read_header
 
 __all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
 
 BATCH = 500
 UNKNOWN = "unknown"
+START_ANEW = "torchcache clear starts the directory anew"
 _RAW, _BINARY = 1, 2
 # The tag of a row where it is one.
 TAG = "CASE WHEN typeof(tag) = 'text' AND length(tag) = 32 AND tag NOT GLOB '*[^0-9a-f]*' THEN tag END"
 # SQLite holds a row's blob below this size itself; a larger value is not of the store.
 _LARGEST_VALUE = MIN_FILE_SIZE + 1024
 
-# Bytes of an entry's blob, whatever a database claims: sums of them stay integers that SQLite can add.
-LENGTH = (
-    "CASE WHEN filename IS NULL THEN length(value) WHEN typeof(size) = 'integer' THEN min(max(size, 0), 1 << 40) "
-    "ELSE 0 END"
-)
+# Bytes of an entry's blob: of its file as it lies there, never the size that the database claims.
+LENGTH = f"CASE WHEN filename IS NULL THEN min(length(value), {_LARGEST_VALUE}) ELSE file_bytes(filename) END"
 
 
 def is_cache(directory: Path) -> bool:
     """Whether ``directory`` holds what torchcache writes."""
-    return (directory / MARKER).is_file() or (directory / f"rows-{FORMAT_VERSION}").is_dir()
+    return any(os.path.lexists(directory / name) for name in (MARKER, ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Entry:
     path : str or None
         The checked path of its file.
     length : int
-        Bytes of the blob, as the database has it.
+        Bytes of the blob.
     """
 
     rowid: int
@@ -90,6 +88,7 @@ class Entry:
             yield io.BytesIO(self.value), len(self.value)
             return
         with BlobFile(self.path).open() as file:
+            check_whole(file.fileno())
             yield file, os.fstat(file.fileno()).st_size
 
     def check(self) -> tuple[Header | None, str | None]:
@@ -116,7 +115,8 @@ class Entry:
 
     def read(self) -> bytes:
         """The blob's bytes."""
-        return self.value if self.path is None else BlobFile(self.path).read(LARGEST_ROW + 2**16)
+        with self.open() as (file, length):
+            return file.read(min(length, LARGEST_ROW + 2**16))  # Python allocates what it is asked to read
 
 
 class Records:
@@ -140,12 +140,12 @@ class Records:
             raise StoreError(f"{directory} holds no cache: give the directory, or set TORCHCACHE_DIR")
         check_version(directory)
         self.directory = directory
-        self.rows = directory / f"rows-{FORMAT_VERSION}"
+        self.rows = directory / ROWS
         self.catalogue = Catalogue(directory)
-        self.database = self.rows / "cache.db"
-        self._connection = self._connect() if self.database.exists() else None
-        # Its name checks and its removal of files; no database is opened by it.
+        self.database = self.rows / DATABASE
+        check_names(self.rows)
         self._disk = BlobDisk(str(self.rows))
+        self._connection = self._connect() if os.path.lexists(self.database) else None
 
     def __enter__(self) -> Records:
         return self
@@ -154,14 +154,18 @@ class Records:
         if self._connection is not None:
             self._connection.close()
 
-    def sql(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a query; none where nothing was ever stored."""
+    def sql(self, statement: str, parameters: Sequence[Any] = (), most: int = 1000) -> list[tuple[Any, ...]]:
+        """The first ``most`` rows of a query; none where nothing was ever stored."""
         if self._connection is None:
             return []
-        try:
-            return self._connection.execute(statement, parameters).fetchall()
-        except sqlite3.Error as error:
-            raise _failure(f"the database {self.database} cannot be used", error) from None
+        with self._told():
+            return self._connection.fetch(statement, parameters, most)
+
+    def each(self, query: str, parameters: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """All rows of a query, one by one."""
+        if self._connection is not None:
+            with self._told():
+                yield from self._connection.execute(query, parameters)
 
     def entries(self, where: str = "1", parameters: Sequence[Any] = (), whole: bool = True) -> Iterator[Entry]:
         """The entries in the order they were stored, a few hundred a query, so that writers get in between.
@@ -177,31 +181,70 @@ class Records:
         last = -(2**63)
         while found := self.sql(query, (last, *parameters)):
             for row in found:
+                if row[0] <= last:
+                    raise StoreDamagedError(f"the pages of {self.database} are out of order: {START_ANEW}")
                 last = row[0]
                 yield self._entry(*row)
+
+    def at(self, places: Sequence[int]) -> Iterator[Entry]:
+        """The entries with these rowids, as far as they are there, without all of their blobs."""
+        for start in range(0, len(places), BATCH):
+            part = places[start : start + BATCH]
+            marks = ",".join("?" * len(part))
+            query = f"SELECT {_columns(False)} FROM Cache WHERE rowid IN ({marks})"
+            for row in self.sql(query, part, len(part)):
+                yield self._entry(*row)
+
+    def queue(self, tags: Iterable[str], condition: str = "1") -> Iterator[Entry]:
+        """The entries of the regions ``tags``, one region after the other, each in the order they were stored.
+
+        Parameters
+        ----------
+        tags : iterable of str
+            Fingerprints, ``"unknown"`` for entries without one.
+        condition : str
+            An SQL condition on the columns.
+        """
+        # Temporary tables, which SQLite keeps on disk where they grow.
+        self.sql("CREATE TEMP TABLE IF NOT EXISTS turns (region PRIMARY KEY, turn) WITHOUT ROWID")
+        self.sql("DROP TABLE IF EXISTS temp.queue")
+        self.sql("DELETE FROM turns")
+        for turn, tag in enumerate(tags):
+            self.sql("INSERT OR IGNORE INTO turns VALUES (?, ?)", (tag, turn))
+        self.sql(
+            "CREATE TEMP TABLE queue AS SELECT Cache.rowid AS place FROM Cache CROSS JOIN turns "
+            f"ON region = ifnull({TAG}, '{UNKNOWN}') WHERE {condition} ORDER BY turn, Cache.rowid"
+        )
+        last = 0
+        while part := self.sql(
+            f"SELECT rowid, place FROM temp.queue WHERE rowid > ? ORDER BY rowid LIMIT {BATCH}", (last,)
+        ):
+            last = part[-1][0]
+            found = {entry.rowid: entry for entry in self.at([place for _, place in part])}
+            yield from (found[place] for _, place in part if place in found)
 
     def find(self, keys: Sequence[bytes]) -> Iterator[Entry]:
         """The entries of those ``keys`` that are here, by the index."""
         for start in range(0, len(keys), BATCH):
             part = keys[start : start + BATCH]
             marks = ",".join("?" * len(part))
-            for row in self.sql(f"SELECT {_columns(True)} FROM Cache WHERE raw = 1 AND key IN ({marks})", part):
+            query = f"SELECT {_columns(True)} FROM Cache WHERE raw = 1 AND key IN ({marks})"
+            for row in self.sql(query, part, len(part)):
                 yield self._entry(*row)
 
     def remove(self, entries: Sequence[Entry]) -> None:
         """Delete ``entries``, unless they were stored anew meanwhile, then their files."""
         assert self._connection is not None
-        self.sql("BEGIN IMMEDIATE")
+        query = "DELETE FROM Cache WHERE rowid = ? AND (? OR (filename IS ? AND store_time IS ?))"
         gone = []
-        try:
-            for entry in entries:
-                deleted = self._connection.execute(
-                    "DELETE FROM Cache WHERE rowid = ? AND (? OR (filename IS ? AND store_time IS ?))",
-                    (entry.rowid, entry.problem is not None, entry.filename, entry.stored),
-                )
-                gone += [entry] if deleted.rowcount else []
-        finally:
-            self.sql("COMMIT")
+        with self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                for entry in entries:
+                    which = (entry.rowid, entry.problem is not None, entry.filename, entry.stored)
+                    gone += [entry] if self._connection.execute(query, which).rowcount else []
+            finally:
+                self._connection.execute("COMMIT")
         for entry in gone:
             if entry.path is not None and entry.filename is not None:
                 self._disk.remove(entry.filename)
@@ -212,17 +255,12 @@ class Records:
 
     def files(self) -> Iterator[str]:
         """Names of all files that could be blobs, relative to the rows, folder by folder."""
-        for outer in _folders(self.rows):
-            for inner in _folders(self.rows / outer):
-                for name in _names(self.rows / outer / inner, lambda file: file.is_file(follow_symlinks=False)):
-                    name = os.path.join(outer, inner, name)
-                    if self.path_of(name) is not None:
-                        yield name
+        return self._disk.files()
 
     def path_of(self, filename: object) -> str | None:
         """The path of a blob's file; ``None`` for a name that is not the store's, or that leads elsewhere."""
         try:
-            return self._disk._check(filename)
+            return self._disk.path_of(filename)
         except ValueError:
             return None
 
@@ -233,8 +271,11 @@ class Records:
 
     def volume(self) -> int:
         """Bytes of the directory as the size limit counts them: database pages and files."""
-        files = self.sql(f"SELECT sum({LENGTH}) FROM Cache WHERE filename IS NOT NULL")
-        return self.pragma("page_count") * self.pragma("page_size") + (_number(files[0][0]) if files else 0)
+        return self.pragma("page_count") * self.pragma("page_size") + self.file_bytes()
+
+    def file_bytes(self) -> int:
+        """Bytes of the files of blobs, as the file system has them."""
+        return self._disk.volume()
 
     def compact(self) -> bool:
         """Give free pages back to the file system; ``False`` where other processes are in the way."""
@@ -243,31 +284,41 @@ class Records:
         try:
             self._connection.execute("VACUUM")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.OperationalError:
+        except (sqlite3.OperationalError, sqlite3.DataError):
             return False
         return True
 
-    def _connect(self) -> sqlite3.Connection:
-        for path in (self.rows, self.database):
-            if path.is_symlink():
-                raise StoreError(f"{path} is a link, which is not followed")
-        if not self.database.is_file():
-            raise StoreError(f"{self.database} is no file")
+    def _connect(self) -> Connection:
         writable = os.access(self.database, os.W_OK) and os.access(self.rows, os.W_OK)
-        errors: list[sqlite3.Error] = []
+        errors: list[Exception] = []
         # A database in a directory that may not be written to has no place for its shared memory.
-        for mode in ("mode=rw",) if writable else ("mode=ro", "mode=ro&immutable=1"):
-            uri = f"file:{urllib.parse.quote(str(self.database))}?{mode}"
+        for mode in ("rw", "ro") if writable else ("ro", "ro&immutable=1"):
             try:
-                connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SECONDS, isolation_level=None)
-                connection.text_factory = lambda text: text.decode("utf-8", "replace")
-                connection.execute("PRAGMA trusted_schema = OFF")
-                connection.execute("PRAGMA mmap_size = 0")
-                connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+                connection = open_database(self.rows, mode, LOCK_SECONDS)
+                connection.create_function("file_bytes", 1, self._bytes_of)
                 return connection
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OSError) as error:
                 errors.append(error)
-        raise _failure(f"the database {self.database} cannot be opened", errors[-1])
+        raise self._failure(errors[0])
+
+    def _bytes_of(self, filename: object) -> int:
+        try:
+            return os.lstat(self._disk.path_of(filename)).st_size
+        except (OSError, ValueError):
+            return 0
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> StoreError:
+        # SQLite tells damage apart from a lock, a full disk and a missing table by the class alone.
+        if type(error) is sqlite3.DatabaseError or is_over_budget(error):
+            return StoreDamagedError(f"the database {self.database} cannot be read ({brief(error)}): {START_ANEW}")
+        return StoreError(f"the database {self.database} cannot be used: {brief(error)}")
 
     def _entry(
         self,
@@ -307,17 +358,13 @@ class Records:
         )
 
 
-def _failure(what: str, error: sqlite3.Error) -> StoreError:
-    # SQLite tells damage apart from a lock, a full disk and a missing table by the class alone.
-    if type(error) is sqlite3.DatabaseError:
-        return StoreDamagedError(f"{what}: {brief(error)}; torchcache clear starts the directory anew")
-    return StoreError(f"{what}: {brief(error)}")
-
-
 def _columns(whole: bool) -> str:
+    """What ``_entry`` takes, nothing of it of another size than the store's."""
     value = "value" if whole else "substr(value, 1, 4096)"
     return (
-        "rowid, CASE WHEN length(key) <= 64 THEN key END, tag, raw, store_time, mode, typeof(value), "
+        f"rowid, CASE WHEN length(key) <= 64 THEN key END, {TAG}, CASE WHEN typeof(raw) = 'integer' THEN raw END, "
+        "CASE WHEN typeof(store_time) = 'real' THEN store_time END, "
+        "CASE WHEN typeof(mode) = 'integer' THEN mode END, typeof(value), "
         "CASE WHEN length(filename) > 64 THEN '?' ELSE filename END, "
         f"CASE WHEN length(value) <= {_LARGEST_VALUE} THEN {value} END, {LENGTH}"
     )
@@ -325,13 +372,3 @@ def _columns(whole: bool) -> str:
 
 def _number(value: object) -> int:
     return value if type(value) is int else 0
-
-
-def _folders(folder: Path) -> list[str]:
-    return [name for name in _names(folder, lambda file: file.is_dir(follow_symlinks=False)) if len(name) == 2]
-
-
-def _names(folder: Path, chosen: Callable[[os.DirEntry[str]], bool]) -> list[str]:
-    with contextlib.suppress(OSError), os.scandir(folder) as files:
-        return sorted(file.name for file in files if chosen(file))
-    return []

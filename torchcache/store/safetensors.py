@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,10 +20,15 @@ import torch
 
 from torchcache.errors import StoreError, brief
 from torchcache.store.blob import row_bytes
+from torchcache.store.file import check_whole
+from torchcache.store.gate import open_regular
+from torchcache.store.header import LARGEST_ROW
 
 __all__ = ["Reader", "Tensor", "Writer"]
 
-LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 8_000_000
+# More dimensions than NumPy takes on all its versions.
+LARGEST_RANK = 30
 _NAMES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -97,6 +102,8 @@ class Writer:
             at += tensor.size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
+        if len(text) > LARGEST_HEADER:
+            raise StoreError(f"{path} would describe too many kinds of calls for one file: export some with --call")
         self._data_at, self._end = 8 + len(text), 8 + len(text) + at
         self._file = open(self._temporary, "xb")  # noqa: SIM115
         self._file.write(struct.pack("<Q", len(text)) + text)
@@ -134,12 +141,12 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115
+            self._file: BinaryIO = open(open_regular(path, follow=True), "rb")  # noqa: SIM115
         except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from None
         try:
-            self.tensors, self.metadata, self._starts = self._header(os.fstat(self._file.fileno()).st_size)
-        except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
+            self.tensors, self.metadata, self._starts = self._header()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
             self._file.close()
             raise StoreError(f"{path} is no safetensors file: {brief(error)}") from None
 
@@ -161,7 +168,9 @@ class Reader:
             return torch.empty((stop - start, *tensor.shape[1:]), dtype=tensor.dtype)
         return torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
-    def _header(self, size: int) -> tuple[dict[str, Tensor], dict[str, str], dict[str, int]]:
+    def _header(self) -> tuple[dict[str, Tensor], dict[str, str], dict[str, int]]:
+        size = os.fstat(self._file.fileno()).st_size
+        check_whole(self._file.fileno())
         (length,) = struct.unpack("<Q", self._file.read(8))
         if length > min(size - 8, LARGEST_HEADER):
             raise ValueError("its header is longer than it may be")
@@ -169,19 +178,37 @@ class Reader:
         metadata = fields.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata holds more than texts")
-        tensors, starts = {}, {}
-        for name, field in fields.items():
-            tensor = Tensor(_NAMES[field["dtype"]], _shape(field["shape"]))
-            start, stop = _shape(field["data_offsets"])
-            if stop - start != tensor.size or 8 + length + stop > size:
-                raise ValueError(f"the offsets of {name!r} do not fit its shape or the file")
-            tensors[name], starts[name] = tensor, 8 + length + start
+        tensors, starts = _layout(fields, 8 + length, size)
         return tensors, metadata, starts
 
 
-def _shape(value: Sequence[object]) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > 255:
+def _layout(fields: Mapping[str, Mapping[str, object]], at: int, size: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What a header says of its tensors, once all of it is known to be true of a file of ``size`` bytes.
+
+    That is: known dtypes, shapes that a tensor can have, rows no larger than any, bytes that no other tensor has.
+    """
+    tensors, spans = {}, []
+    for name, field in fields.items():
+        tensor = Tensor(_NAMES[str(field["dtype"])], _counts(field["shape"]))
+        start, stop = _counts(field["data_offsets"])
+        row = tensor.dtype.itemsize * math.prod(length or 1 for length in tensor.shape[1:])
+        if not 1 <= len(tensor.shape) <= LARGEST_RANK or row > LARGEST_ROW:
+            raise ValueError(f"the shape of {name!r} is no row's")
+        if stop - start != tensor.size or at + stop > size:
+            raise ValueError(f"the offsets of {name!r} do not fit its shape or the file")
+        tensors[name] = tensor
+        spans.append((at + start, at + stop, name))
+    end = 0
+    for start, stop, name in sorted(span for span in spans if span[0] < span[1]):
+        if start < end:
+            raise ValueError(f"the bytes of {name!r} are another tensor's too")
+        end = stop
+    return tensors, {name: start for start, _, name in spans}
+
+
+def _counts(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list):
         raise ValueError("a shape is no list")
-    if not all(type(size) is int and 0 <= size < 2**63 for size in value):
+    if not all(type(count) is int and 0 <= count < 2**63 for count in value):
         raise ValueError("a size is no count")
-    return tuple(size for size in value if isinstance(size, int))
+    return tuple(value)

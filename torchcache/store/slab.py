@@ -242,11 +242,22 @@ class MemoryTier:
                 return Slab(spec, device, capacity, True, state, self.buffers)
         return Slab(spec, device, capacity, False, state, self.buffers)
 
+    @without_forks
+    def drop_state(self, state: bytes) -> None:
+        """Forget the rows of one identity."""
+        with self._lock:
+            for fingerprint, slab in list(self._slabs.items()):
+                if slab.state == state:
+                    self._drop(fingerprint)
+
+    def _drop(self, fingerprint: bytes) -> None:
+        slab = self._slabs.pop(fingerprint)
+        self.used -= slab.used * max(slab.spec.size, 1)
+
     def _drop_other_states(self, state: bytes) -> None:
         for fingerprint, slab in list(self._slabs.items()):
             if slab.state != state:
-                del self._slabs[fingerprint]
-                self.used -= slab.used * max(slab.spec.size, 1)
+                self._drop(fingerprint)
 
     @without_forks
     def clear(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
@@ -14,7 +16,8 @@ from torchcache.store.records import LENGTH, TAG, UNKNOWN, Records
 
 __all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey_calls"]
 
-SAMPLE = 200
+# Rows whose headers are read: of one region, and of all.
+SAMPLE, MOST_SAMPLES = 200, 20_000
 HOUR, DAY = 3600, 86400
 AGES = (("hour", HOUR), ("day", DAY), ("7 days", 7 * DAY), ("30 days", 30 * DAY), ("older", None))
 
@@ -134,14 +137,16 @@ class Stats:
 def survey(records: Records) -> Info:
     """The regions of a cache directory."""
     regions = records.catalogue.read()
-    found = records.sql(
-        f"SELECT {TAG}, count(*), sum({LENGTH}), min(store_time), max(store_time) FROM Cache GROUP BY 1"
-    )
+    counts: dict[str | None, _Count] = {}
+    for place, tag, size, stored in records.each(f"SELECT rowid, {TAG}, {LENGTH}, store_time FROM Cache"):
+        counts.setdefault(tag, _Count()).add(place, size, stored)
+    each = max(1, MOST_SAMPLES // max(1, len(counts)))
+    ratios = _ratios(records, [place for count in counts.values() for place in count.places[:each]])
     holdings = []
-    for tag, rows, size, oldest, newest in found:
-        ratio = _ratio(records, tag)
-        known = regions.pop(tag, None)
-        holdings.append(Holding(tag or UNKNOWN, known, rows, int(size or 0), ratio, _time(oldest), _time(newest)))
+    for tag, count in counts.items():
+        known = regions.pop(tag, None) if tag else None
+        ratio = ratios.get(tag or UNKNOWN)
+        holdings.append(Holding(tag or UNKNOWN, known, count.rows, count.bytes, ratio, count.oldest, count.newest))
     holdings += [Holding(tag, known, 0, 0, None, 0.0, 0.0) for tag, known in regions.items()]
     holdings.sort(key=lambda held: -held.last_used)
     limits = [held.region.options.get("max_persistent_cache_size") for held in holdings if held.region]
@@ -149,15 +154,34 @@ def survey(records: Records) -> Info:
     return Info(str(records.directory), FORMAT_VERSION, records.volume(), limit, holdings)
 
 
+@dataclasses.dataclass
+class _Count:
+    """What one pass over the rows adds up for a region."""
+
+    rows: int = 0
+    bytes: int = 0
+    oldest: float = math.inf
+    newest: float = 0.0
+    places: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, place: int, size: object, stored: object) -> None:
+        self.rows += 1
+        self.bytes += size if type(size) is int else 0
+        moment = stored if type(stored) is float else 0.0
+        self.oldest, self.newest = min(self.oldest, moment), max(self.newest, moment)
+        if len(self.places) < SAMPLE:
+            self.places.append(place)
+
+
 def survey_calls(records: Records) -> Stats:
     """How the rows of a cache directory are made up."""
-    found = records.sql(
+    found = records.each(
         f"SELECT {TAG}, CASE WHEN length(key) = 32 THEN hex(substr(key, 1, 16)) END, "
         f"count(*), count(filename), sum({LENGTH}), min({LENGTH}), max({LENGTH}), min(rowid) FROM Cache GROUP BY 1, 2"
     )
     groups = []
-    for tag, call, rows, in_files, size, smallest, largest, first in found:
-        header = next((entry.header() for entry in records.entries("rowid = ?", (first,), whole=False)), None)
+    for tag, call, rows, in_files, size, smallest, largest, first in list(found):
+        header = next((entry.header() for entry in records.at([first])), None)
         leaves = [leaf_text(dtype, shape) for dtype, shape in header.spec.leaves] if header else ["unreadable"]
         name = (call or "").lower() or UNKNOWN
         groups.append(
@@ -171,7 +195,7 @@ def survey_calls(records: Records) -> Stats:
         database=_size(records.database),
         free=records.pragma("freelist_count") * records.pragma("page_size"),
         log=_size(records.database.with_name("cache.db-wal")),
-        files=records.volume() - records.pragma("page_count") * records.pragma("page_size"),
+        files=records.file_bytes(),
         ages=_ages(records),
         groups=groups,
     )
@@ -206,20 +230,16 @@ def _named(name: str, wanted: str) -> bool:
     return wanted == name or wanted in parts or wanted in [part.partition(" (")[0] for part in parts]
 
 
-def _ratio(records: Records, tag: str | None) -> float | None:
-    plain = stored = 0
-    for count, entry in enumerate(records.entries(f"{TAG} IS ?", (tag,), whole=False)):
+def _ratios(records: Records, places: list[int]) -> dict[str, float]:
+    """Bytes of tensors per byte of blob by region, from the rows at ``places``."""
+    plain: dict[str, int] = collections.defaultdict(int)
+    stored: dict[str, int] = collections.defaultdict(int)
+    for entry in records.at(places):
         header = entry.header()
         if header is not None:
-            plain += header.spec.size
-            stored += entry.length - header.payload_at - 8
-        if count + 1 >= SAMPLE:
-            break
-    return plain / stored if stored > 0 else None
-
-
-def _time(value: object) -> float:
-    return value if type(value) is float else 0.0
+            plain[entry.tag] += header.spec.size
+            stored[entry.tag] += entry.length - header.payload_at - 8
+    return {tag: size / stored[tag] for tag, size in plain.items() if stored[tag] > 0}
 
 
 def _ages(records: Records) -> dict[str, int]:

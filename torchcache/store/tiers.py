@@ -157,6 +157,19 @@ class Tiers:
         if disk is not None and not disk.catalogue.noted(tag):
             writer().submit(0, lambda: disk.catalogue.note(Region.of(tag, name, self.options)))
 
+    def knows(self, who: bytes) -> bool:
+        """Whether the directory may hold rows of this identity."""
+        return self.disk is not None and self.disk.catalogue.has(who.hex())
+
+    def emptied(self, tag: str) -> Tiers:
+        """Tiers for the same region without rows; those on disk that region ``tag`` has there are removed."""
+        if self.disk is not None:
+            writer().flush()
+            self.disk.evict(tag)
+        fresh = Tiers(self.options)
+        fresh.disk_rows, fresh.disk_bytes = self.disk_rows, self.disk_bytes
+        return fresh
+
     def _device(self, output: torch.device) -> torch.device:
         chosen = self.options.memory_cache_device
         return output if chosen is None else torch.device(chosen)

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from torchcache.errors import StoreError, brief
-from torchcache.store.blob import FORMAT_VERSION, Codec, RowSpec
+from torchcache.store.blob import FORMAT_VERSION, Codec, RowSpec, dtype_of_code
 from torchcache.store.catalogue import Region, is_tag
 from torchcache.store.deposit import Deposit
+from torchcache.store.file import is_plausible
 from torchcache.store.records import TAG, Records
 from torchcache.store.safetensors import Reader, Tensor, Writer
 from torchcache.store.survey import leaf_text
@@ -27,6 +28,11 @@ __all__ = ["Exported", "export_region", "import_region"]
 
 DIGESTS = "digests"
 PIECE_BYTES = 32 * 1024 * 1024
+# A row up to this length may come from any blob.
+EXPANDED_BYTES = 128 * 1024 * 1024
+
+# The dtypes of a blob, by their names in ``leaf_text``.
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for code in range(256) if (dtype := dtype_of_code(code))}
 
 Progress = Callable[[int], object]
 
@@ -130,6 +136,8 @@ def import_region(path: Path, deposit: Deposit) -> Region:
             ]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise StoreError(f"{path} was not written by torchcache export ({brief(error)})") from None
+        if len({prefix for _, prefix, _ in calls}) < len(calls):
+            raise StoreError(f"{path} gives the same rows to several calls")
         for call, prefix, leaves in calls:
             _import_call(file, deposit, region, call, prefix, leaves)
         deposit.note(region)
@@ -140,26 +148,29 @@ def _import_call(file: Reader, deposit: Deposit, region: Region, call: bytes, pr
     names = [f"{prefix}leaf{index}" for index in range(len(leaves))]
     tensors = [file.tensors.get(name) for name in [*names, prefix + DIGESTS]]
     digests = tensors[-1]
-    if len(call) != 16 or not leaves or digests is None or digests != Tensor(torch.uint8, (digests.shape[0], 16)):
+    if len(call) != 16 or digests is None or digests != Tensor(torch.uint8, (digests.shape[0], 16)):
         raise StoreError(f"the digests of {prefix or 'the rows'} are missing or of another shape")
     count = digests.shape[0]
-    dtypes = []
-    for tensor, text in zip(tensors[:-1], leaves, strict=True):
-        dtype = getattr(torch, text.partition(" ")[0], None)
-        if tensor is None or not isinstance(dtype, torch.dtype) or not tensor.shape or tensor.shape[0] != count:
-            raise StoreError(f"a tensor of {prefix or 'the rows'} is missing or has another number of rows")
-        if tensor.dtype not in (dtype, torch.uint8):
-            raise StoreError(f"a tensor of {prefix or 'the rows'} is not {dtype}")
-        dtypes.append(dtype)
+    dtypes = [_DTYPES.get(text.partition(" ")[0]) for text in leaves]
+    if not 1 <= len(leaves) <= 255 or not all(map(_is_leaf, tensors, dtypes, [count] * len(leaves))):
+        raise StoreError(f"a tensor of {prefix or 'the rows'} is missing, or of another dtype or number of rows")
     for start, stop in _pieces(count, RowSpec(tuple((t.dtype, t.shape[1:]) for t in tensors if t is not None))):
         keys = [call + row.numpy().tobytes() for row in file.rows(prefix + DIGESTS, start, stop)]
         rows = []
         for name, dtype in zip(names, dtypes, strict=True):
             leaf = file.rows(name, start, stop)
-            rows.append(leaf if leaf.dtype == dtype else leaf.view(dtype).squeeze(-1))
+            rows.append(leaf if dtype is None or leaf.dtype == dtype else leaf.view(dtype).squeeze(-1))
         level = region.options.get("zstd_compression_level")
         codec = Codec(RowSpec.of(rows), level if isinstance(level, int) and -7 <= level <= 22 else None)
         deposit.add(region.tag, list(zip(keys, codec.encode(keys, rows), strict=True)))
+
+
+def _is_leaf(tensor: Tensor | None, dtype: torch.dtype | None, count: int) -> bool:
+    """Whether ``tensor`` is how ``count`` rows of ``dtype`` are filed."""
+    if tensor is None or dtype is None or tensor.shape[0] != count:
+        return False
+    as_bytes = Tensor(torch.uint8, (*tensor.shape[:-1], dtype.itemsize))
+    return tensor.dtype == dtype or (len(tensor.shape) > 1 and tensor == as_bytes)
 
 
 def _groups(
@@ -171,7 +182,7 @@ def _groups(
     for entry in records.entries(f"{TAG} IS ?", (tag,)):
         if entry.key.hex().startswith(call.lower()):
             header, _ = entry.check()
-            if header is None:
+            if header is None or not is_plausible(header.spec.size, header.stored, EXPANDED_BYTES):
                 damaged += 1
             else:
                 groups.setdefault((entry.key[:16], header.spec), []).append(entry.key[16:])

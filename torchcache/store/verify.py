@@ -105,7 +105,7 @@ def verify(records: Records, *, repair: bool = True, progress: Callable[[int], o
 
 
 def _integrity(records: Records) -> list[str]:
-    found = [str(row[0]) for row in records.sql("PRAGMA integrity_check(10)")]
+    found = [str(row[0]) for row in records.sql("PRAGMA integrity_check(10)", most=10)]
     return [] if found == ["ok"] else found
 
 

@@ -1,0 +1,278 @@
+"""Every open of what lies in a cache directory, whoever put it there: files, and the database.
+
+A file is opened where it is, regular and no link, and read up to a length. The database is opened when its names have
+been looked at: SQLite follows links, waits for pipes, and deletes any file that a rollback journal names. Before any
+other statement its schema must be the store's, to the letter, and every query has a budget.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchcache.errors import StoreDamagedError, StoreError
+
+__all__ = [
+    "DATABASE",
+    "JOURNAL",
+    "SCHEMA",
+    "SIDES",
+    "Connection",
+    "ForeignDatabaseError",
+    "check_names",
+    "is_over_budget",
+    "open_database",
+    "open_private",
+    "open_regular",
+    "read_file",
+    "schema_of",
+]
+
+DATABASE = "cache.db"
+SIDES = (f"{DATABASE}-wal", f"{DATABASE}-shm")
+# The store's database has a write-ahead log from its first moment on, so that there never is such a journal.
+JOURNAL = f"{DATABASE}-journal"
+
+# What diskcache creates, as SQLite keeps it.
+SCHEMA = (
+    "CREATE TABLE Settings ( key TEXT NOT NULL UNIQUE, value)",
+    "CREATE TABLE Cache ( rowid INTEGER PRIMARY KEY, key BLOB, raw INTEGER, store_time REAL, expire_time REAL,"
+    " access_time REAL, access_count INTEGER DEFAULT 0, tag BLOB, size INTEGER DEFAULT 0, mode INTEGER DEFAULT 0,"
+    " filename TEXT, value BLOB)",
+    "CREATE UNIQUE INDEX Cache_key_raw ON Cache(key, raw)",
+    "CREATE INDEX Cache_expire_time ON Cache (expire_time)",
+    "CREATE TRIGGER Settings_count_insert AFTER INSERT ON Cache FOR EACH ROW BEGIN"
+    ' UPDATE Settings SET value = value + 1 WHERE key = "count"; END',
+    "CREATE TRIGGER Settings_count_delete AFTER DELETE ON Cache FOR EACH ROW BEGIN"
+    ' UPDATE Settings SET value = value - 1 WHERE key = "count"; END',
+    "CREATE TRIGGER Settings_size_insert AFTER INSERT ON Cache FOR EACH ROW BEGIN"
+    ' UPDATE Settings SET value = value + NEW.size WHERE key = "size"; END',
+    "CREATE TRIGGER Settings_size_update AFTER UPDATE ON Cache FOR EACH ROW BEGIN"
+    ' UPDATE Settings SET value = value + NEW.size - OLD.size WHERE key = "size"; END',
+    "CREATE TRIGGER Settings_size_delete AFTER DELETE ON Cache FOR EACH ROW BEGIN"
+    ' UPDATE Settings SET value = value - OLD.size WHERE key = "size"; END',
+)
+_OBJECTS = {*SCHEMA, None}  # the index that makes keys of Settings unique has no text
+# As with a disk tier's own settings, whatever the database says.
+_PRAGMAS = (
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+    "mmap_size = 0",  # a mapped file that another process cuts short would kill this one
+    "cache_size = 8192",
+    "synchronous = NORMAL",
+)
+
+# Processor time of one query: so much, and so much more for what the database holds. Waiting for a lock or a slow disk
+# costs none, pages that name each other do.
+BUDGET_SECONDS = 0.5
+BUDGET_BYTES_PER_SECOND = 10_000_000
+_STEPS = 1000
+# Larger values are files; no text of the store is longer than a schema's.
+LONGEST_VALUE = 1024 * 1024
+LONGEST_TEXT = 4096
+
+_READ_FLAGS = os.O_RDONLY
+for _name in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+    _READ_FLAGS |= getattr(os, _name, 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+class ForeignDatabaseError(StoreDamagedError):
+    """A database that is not the store's, or files that are none."""
+
+
+def open_regular(path: str | Path, *, follow: bool = False) -> int:
+    """A descriptor to read a regular file; pipes and devices are not waited for, links are followed on request alone.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or is of another kind.
+    """
+    descriptor = os.open(path, _READ_FLAGS | (0 if follow else _NO_LINK))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{Path(path).name} is no regular file")
+    return descriptor
+
+
+def read_file(path: str | Path, most: int) -> bytes:
+    """The bytes of a regular file; raises ``OSError`` for more than ``most``, a link, or another kind of file."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"{Path(path).name} is longer than {most} bytes")
+    return data
+
+
+def open_private(path: str, flags: int) -> int:
+    """An opener of files for their owner alone."""
+    return os.open(path, flags, 0o600)
+
+
+def check_names(rows: Path, *, own: bool = False) -> None:
+    """Look at the names that SQLite opens, before it does.
+
+    Parameters
+    ----------
+    rows : Path
+        The directory of the database, which may be missing.
+    own : bool
+        Take the others' permissions away: what SQLite makes beside a database has the mode of the database.
+
+    Raises
+    ------
+    StoreError
+        ``rows`` is a link, or no directory.
+    ForeignDatabaseError
+        A name in it is a link, hard or not, of another kind, or not the store's.
+    OSError
+        Permissions cannot be set.
+    """
+    found = _look(rows)
+    if found is None:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        raise StoreError(f"{rows} is a link or no directory, and not followed: remove it, or choose another directory")
+    if own:
+        _close_to_others(rows, found.st_mode)
+    for name in (DATABASE, *SIDES, JOURNAL):
+        path = rows / name
+        found = _look(path)
+        if found is None:
+            continue
+        # What has another name as well, elsewhere, would be written there.
+        if name == JOURNAL or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise ForeignDatabaseError(f"{path} is not the store's: torchcache clear starts the directory anew")
+        if own:
+            _close_to_others(path, found.st_mode)
+
+
+def open_database(rows: Path, mode: str, timeout: float) -> Connection:
+    """Open the database in ``rows``; nothing in it is used before all of its schema is known to be the store's.
+
+    Parameters
+    ----------
+    rows : Path
+        Its directory.
+    mode : {"rw", "ro", "ro&immutable=1"}
+        Of SQLite. The last takes no locks and leaves the log out.
+    timeout : float
+        Seconds to wait for a lock.
+
+    Raises
+    ------
+    StoreError, OSError
+        As ``check_names`` does.
+    ForeignDatabaseError
+        It holds anything but what diskcache puts there.
+    sqlite3.Error
+        It cannot be read, or stays locked.
+    """
+    check_names(rows, own=mode == "rw")
+    path = (rows / DATABASE).absolute()
+    connection: Connection = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}",
+        timeout,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=True,
+        factory=Connection,
+    )
+    try:
+        connection.restrict(path)
+        logged = connection.fetch("PRAGMA journal_mode") == [("wal",)]
+        if schema_of(connection) != _OBJECTS or not (logged or "immutable" in mode):
+            raise ForeignDatabaseError(f"{path} has another schema: torchcache clear starts the directory anew")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def schema_of(connection: Connection) -> set[str | None]:
+    """The texts of a schema; of more than the store's, or longer ones, a part that differs."""
+    most = len(_OBJECTS)
+    found = connection.fetch(
+        f"SELECT substr(sql, 1, {LONGEST_TEXT}) FROM sqlite_master LIMIT {most + 1}", most=most + 1
+    )
+    return {text for (text,) in found} if len(found) <= most else set()
+
+
+def is_over_budget(error: BaseException) -> bool:
+    """Whether ``error`` ends a query that took too long, or met what is too large for the store."""
+    too_long = isinstance(error, sqlite3.OperationalError) and str(error) == "interrupted"
+    return too_long or isinstance(error, sqlite3.DataError)
+
+
+class Connection(sqlite3.Connection):
+    """A connection to a database that is not trusted."""
+
+    def restrict(self, path: Path) -> None:
+        """Set limits and pragmas, before anything of the database at ``path`` is read."""
+        self._budget = _Budget(path)
+        self.set_progress_handler(self._budget.is_spent, _STEPS)
+        self.text_factory = _text
+        if hasattr(self, "setlimit"):  # Python 3.11
+            self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+        for pragma in _PRAGMAS:
+            self.execute(f"PRAGMA {pragma}")
+
+    def execute(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
+        """As its base does, with a budget of its own."""
+        self._budget.begin()
+        return super().execute(query, parameters)
+
+    def fetch(self, query: str, parameters: Sequence[Any] = (), most: int = 1000) -> list[Any]:
+        """The first rows of a query, ``most`` of them; what a damaged index repeats without end is left."""
+        cursor = self.execute(query, parameters)
+        try:
+            return cursor.fetchmany(most)
+        finally:
+            cursor.close()
+
+
+class _Budget:
+    """The processor time that a query on the database at ``path`` may take on its thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._files = (path, path.with_name(SIDES[0]))
+        self._began = 0.0
+
+    def begin(self) -> None:
+        self._began = time.thread_time()
+
+    def is_spent(self) -> bool:
+        more = time.thread_time() - self._began - BUDGET_SECONDS
+        return more > 0 and more * BUDGET_BYTES_PER_SECOND > sum(map(_bytes_on_disk, self._files))
+
+
+def _look(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _close_to_others(path: Path, mode: int) -> None:
+    # By name: SQLite's locks on a file end when this process closes any descriptor of it.
+    if os.name == "posix" and mode & 0o077:
+        os.chmod(path, stat.S_IMODE(mode) & 0o700)
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """What a file takes, not what it claims: most of a sparse one is not there."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return 0
+    return min(found.st_size, 512 * found.st_blocks) if hasattr(found, "st_blocks") else found.st_size
+
+
+def _text(data: bytes) -> str:
+    return data[:LONGEST_TEXT].decode("utf-8", "replace")
