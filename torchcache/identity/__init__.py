@@ -1,0 +1,1 @@
+"""Who computes: the program behind a mark, the contents of its tensors, and whether either changed."""

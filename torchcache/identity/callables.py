@@ -1,0 +1,321 @@
+"""Code of a program as nodes: functions, methods, classes, descriptors, and modules of Python."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from torchcache.identity.homes import (
+    beneath,
+    beneath_class,
+    home_of,
+    is_class,
+    is_foreign,
+    is_named,
+    module_of,
+    named_class,
+    version_of,
+)
+from torchcache.identity.node import Check, Node, Space
+from torchcache.identity.objects import member_space, names_of_class
+from torchcache.identity.reader import reads_of
+from torchcache.identity.reads import Chain
+
+__all__ = ["CONSTRUCTORS", "MISSING", "Resolved", "Torch", "describe_code", "is_implied", "resolve", "simplify"]
+
+MISSING = object()
+
+# Special methods that run when a class is called, and those that no operator runs.
+CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__"})
+_NOT_IMPLIED = CONSTRUCTORS | frozenset(
+    "__init_subclass__ __set_name__ "
+    "__doc__ __module__ __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
+    "__slots__ __slotnames__ __qualname__ __firstlineno__ __static_attributes__ __reduce__ __reduce_ex__ "
+    "__getstate__ __setstate__ __getnewargs__ __getnewargs_ex__ __copy__ __deepcopy__ __del__ __dir__ __sizeof__ "
+    "__repr__ __str__ __format__ __class_getitem__ __prepare__ __match_args__ "
+    "__orig_bases__ __parameters__ __type_params__ __dataclass_fields__ __dataclass_params__ __replace__ "
+    "__abstractmethods__ __class_cell__ __classcell__ __test__ __file__ __path__ __spec__ __loader__ __builtins__ "
+    "__cached__ __package__ __name__ __all__ __version__".split()
+)
+
+
+def is_implied(name: str, constructed: bool) -> bool:
+    """Whether an entry of a class may be read without its name in the code: by operators and by calls."""
+    if not (name.startswith("__") and name.endswith("__")):
+        return False
+    return constructed if name in CONSTRUCTORS else name not in _NOT_IMPLIED
+
+
+class Torch:
+    """The namespaces of torch that any forward computes by, as one value of a program: its patches."""
+
+
+def describe_code(value: Any) -> Node | None:
+    """The node of a piece of code; ``None`` for anything else."""
+    kind: Any = type(value)
+    describe = _describer(kind)
+    return None if describe is None else describe(value)
+
+
+@functools.lru_cache(maxsize=8192)
+def _describer(kind: type) -> Callable[[Any], Node] | None:
+    return next((_DESCRIBERS[base] for base in kind.__mro__ if base in _DESCRIBERS), None)
+
+
+def _function(value: types.FunctionType) -> Node:
+    """Code, defaults and closure; of a named function its name alone, and what its closure holds."""
+    node = Node(value, wraps=True, kind="function")
+    home = home_of(value)
+    if is_named(home) and value.__code__.co_filename != "<string>":
+        node.head = ("named function", home, value.__qualname__, version_of(home))
+    else:
+        node.reads = reads_of(value.__code__)
+        node.head = ("function", node.reads.digest)
+        node.parts.append((".__defaults__", value.__defaults__))
+        if value.__kwdefaults__:
+            node.parts.append((".__kwdefaults__", value.__kwdefaults__))
+        members = vars(value)
+        if members:
+            node.spaces.append(member_space("attribute", members, frozenset({"__wrapped__", "__annotations__"})))
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            node.checks.append(Check("attribute", value, name))
+    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+        node.parts.append((f"the variable {name} of {value.__name__}", cell))
+    return node
+
+
+def _cell(value: types.CellType) -> Node:
+    node = Node(value, ("cell",), wraps=True)
+    try:
+        node.parts.append(("", value.cell_contents))
+    except ValueError:
+        node.head = ("empty cell",)
+    node.checks.append(Check("attribute", value, "cell_contents"))
+    return node
+
+
+def _code(value: types.CodeType) -> Node:
+    reads = reads_of(value)
+    return Node(value, ("code", reads.digest), numbered=False)
+
+
+def _class(value: type) -> Node:
+    """A class; its entries count where their names are read, those of a named class where somebody else put them."""
+    node = Node(value, kind="class")
+    if named_class(value):
+        node.head = ("named class", module_of(value), value.__qualname__, version_of(module_of(value)))
+        for base in value.__mro__[:-1] if issubclass(value, nn.Module) else (value,):
+            if not named_class(base):
+                node.parts.append((".__mro__", base))
+                continue
+            foreign = dict(_foreign(vars(base)))
+            if issubclass(base, nn.Module):
+                node.checks.append(Check("foreign", base, read=_class_foreign))
+            if foreign:
+                node.spaces.append(Space("member", foreign, foreign))
+        node.names = names_of_class(value)[0] | _OF_A_CALL
+        return node
+    node.head = ("class", value.__qualname__.rpartition(".")[2])
+    node.names = _overrides(value)
+    node.checks.append(Check("attribute", value, "__mro__"))
+    if type(value) is not type and not named_class(type(value)):
+        node.parts.append((".__class__", type(value)))
+    for base in value.__mro__[1:]:
+        if base is not object:
+            node.parts.append((".__mro__", base))
+    node.spaces.append(member_space("member", vars(value), frozenset({"_abc_impl"})))
+    return node
+
+
+def _overrides(value: type) -> frozenset[str]:
+    """Methods that code which is not read may call, because a named class has them too."""
+    bases = [base for base in value.__mro__[1:] if named_class(base) and base not in (object, nn.Module)]
+    own = (name for name, member in vars(value).items() if type(member) in _PATCHES and not name.startswith("__"))
+    return frozenset(name for name in own if any(name in vars(base) for base in bases))
+
+
+_OF_A_CALL = frozenset({"forward", "_call_impl", "_wrapped_call_impl", "_slow_forward"})
+
+
+def _class_foreign(value: type) -> tuple[Any, ...]:
+    return tuple(_foreign(vars(value)))
+
+
+def _foreign(members: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Functions and classes of somebody else among the members of something named."""
+    found = []
+    for name, member in sorted(members.items()):
+        kind = type(member)
+        if kind in _PATCHES and not name.startswith(("torchcache_", "_torchcache")) and is_foreign(member):
+            found.append((name, member))
+    return found
+
+
+_PATCHES = (types.FunctionType, staticmethod, classmethod, property, type)
+
+
+def _torch(value: type[Torch]) -> Node:
+    """Functions that were put into torch's namespaces, and those of its own that stand under other names."""
+    import torch
+
+    node = Node(value, ("torch", version_of("torch")))
+    for home in (torch, torch.nn.functional, torch.Tensor, torch.Tensor.__mro__[1]):
+        members = vars(home)
+        for name, member in _foreign(members):
+            label = f"the global {getattr(home, '__name__', '')}.{name}"
+            node.parts.append((label, member))
+        node.checks.append(Check("foreign", home, read=lambda owner: tuple(_foreign(vars(owner)))))
+    for name, member in sorted(vars(torch.nn.functional).items()):
+        if type(member) is types.FunctionType and not name.startswith("__") and member.__name__ != name:
+            node.head += (name, member.__module__, member.__qualname__)
+    return node
+
+
+def _method(value: types.MethodType) -> Node:
+    parts = [("", value.__func__), (".__self__", value.__self__)]
+    return Node(value, ("method",), parts, numbered=False, wraps=True)
+
+
+def _builtin(value: Any) -> Node:
+    owner = getattr(value, "__self__", None)
+    home = str(getattr(value, "__module__", "") or "")
+    node = Node(value, ("builtin", home, getattr(value, "__qualname__", value.__name__)), numbered=False)
+    if home and not is_named(home):
+        node.head += (version_of(home),)
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        node.parts.append((".__self__", owner))
+    return node
+
+
+def _property(value: property) -> Node:
+    parts = [("", value.fget), (".setter", value.fset)]
+    return Node(value, ("property",), parts, numbered=False, wraps=True)
+
+
+def _wrapped(value: Any) -> Node:
+    return Node(value, (type(value).__name__,), [("", value.__func__)], numbered=False, wraps=True)
+
+
+def _cached(value: Any) -> Node:
+    """A function behind ``functools.lru_cache``."""
+    return Node(value, ("cached",), [("", value.__wrapped__)], numbered=False, wraps=True)
+
+
+def _slot(value: Any) -> Node:
+    return Node(value, ("slot", value.__name__), numbered=False)
+
+
+def _python_module(value: types.ModuleType) -> Node:
+    """A module as a value: its entries count where their names are read."""
+    members = object.__getattribute__(value, "__dict__")
+    name = str(members.get("__name__", ""))
+    node = Node(value, ("module",), kind="python module")
+    if is_named(name):
+        node.head = ("named module", name, version_of(name))
+        return node
+    node.spaces.append(member_space("global", members))
+    return node
+
+
+class Resolved:
+    """What a chain of names stands for in a scope.
+
+    Attributes
+    ----------
+    value : Any
+        The object, or ``MISSING``.
+    rest : tuple of str
+        Names that are taken from it and that modules do not resolve.
+    bindings : list of (dict, str)
+        Namespaces that were asked on the way, and for which name.
+    """
+
+    __slots__ = ("bindings", "rest", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = MISSING
+        self.rest: tuple[str, ...] = ()
+        self.bindings: list[tuple[dict[str, Any], str]] = []
+
+
+def resolve(chain: Chain, scope: dict[str, Any]) -> Resolved:
+    """What ``chain`` stands for where ``scope`` holds the globals. Nothing is imported."""
+    found = Resolved()
+    names = list(chain.names)
+    if chain.module:
+        name = _absolute(chain.module, scope)
+        found.bindings.append((sys.modules, name))
+        value: Any = sys.modules.get(name, MISSING)
+    else:
+        found.bindings.append((scope, names[0]))
+        value = scope.get(names[0], MISSING)
+        if value is MISSING:
+            builtin = scope.get("__builtins__")
+            outer = builtin if isinstance(builtin, dict) else vars(sys.modules["builtins"])
+            found.bindings.append((outer, names[0]))
+            value = outer.get(names[0], MISSING)
+        names.pop(0)
+    while names and isinstance(value, types.ModuleType):
+        members = object.__getattribute__(value, "__dict__")
+        found.bindings.append((members, names[0]))
+        inner = members.get(names[0], MISSING)
+        if inner is MISSING:
+            name = f"{members.get('__name__', '')}.{names[0]}"
+            found.bindings.append((sys.modules, name))
+            inner = sys.modules.get(name, MISSING)
+            if inner is MISSING:
+                if not is_named(str(members.get("__name__", ""))) and "__getattr__" in members:
+                    inner = members["__getattr__"]
+                else:
+                    found.rest = tuple(names)
+                    return found
+        value = inner
+        names.pop(0)
+    found.value, found.rest = value, tuple(names)
+    return found
+
+
+def _absolute(name: str, scope: Mapping[str, Any]) -> str:
+    level = len(name) - len(name.lstrip("."))
+    if not level:
+        return name
+    package = str(scope.get("__package__") or str(scope.get("__name__") or "").rpartition(".")[0])
+    base = package.rsplit(".", level - 1)[0] if level > 1 else package
+    rest = name[level:]
+    return f"{base}.{rest}" if rest else base
+
+
+def simplify(value: Any) -> Any:
+    """A function or class without the wrappers of torchcache around it."""
+    if is_class(value):
+        return beneath_class(value)
+    return beneath(value) if type(value) is types.FunctionType else value
+
+
+_DESCRIBERS: dict[type, Callable[[Any], Node]] = {
+    type: lambda value: _torch(value) if value is Torch else _class(value),
+    types.FunctionType: _function,
+    types.MethodType: _method,
+    types.CodeType: _code,
+    types.CellType: _cell,
+    **dict.fromkeys(
+        (
+            types.BuiltinFunctionType,
+            types.MethodDescriptorType,
+            types.WrapperDescriptorType,
+            types.MethodWrapperType,
+            types.ClassMethodDescriptorType,
+        ),
+        _builtin,
+    ),
+    property: _property,
+    **dict.fromkeys((staticmethod, classmethod), _wrapped),
+    functools._lru_cache_wrapper: _cached,
+    **dict.fromkeys((types.MemberDescriptorType, types.GetSetDescriptorType), _slot),
+    types.ModuleType: _python_module,
+}

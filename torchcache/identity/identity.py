@@ -1,0 +1,98 @@
+"""Who computes a call: one owner of the program and the state, and of whether either changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchcache.digest.cpu import digest_bytes
+from torchcache.errors import Bypass
+from torchcache.identity.program import Program, reads
+from torchcache.identity.state import State
+
+__all__ = ["Identity"]
+
+
+class Identity:
+    """The identity of a marked call.
+
+    Parameters
+    ----------
+    subject : callable
+        Gives what computes as it is at that time: a function, or a module and a function that takes it.
+    where : str
+        Its path, for messages.
+    name : str or None
+        The user's own name for program and state, which then counts instead of both.
+    pure : bool
+        Whether what the original itself writes is no part of it, as the user promises.
+    """
+
+    def __init__(self, subject: Callable[[], Any], where: str, name: str | None, pure: bool) -> None:
+        self._subject = subject
+        self._where = where
+        self._name = name
+        self._pure = pure
+        self._program: Program | None = None
+        self._state = State()
+        self.digest = b""
+
+    def program(self) -> Program:
+        """The program as it is now."""
+        program = self._program
+        if program is None or not program.unchanged():
+            program = self._program = Program(self._subject(), self._where, self._pure)
+            self.digest = b""
+        return program
+
+    def look(self) -> list[torch.Tensor]:
+        """The tensors that the program can reach, as it is now."""
+        return self.program().tensors
+
+    @property
+    def problem(self) -> str | None:
+        """Why the program that was looked at last has no identity, if it has none."""
+        return self._program.problem if self._program is not None else None
+
+    def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
+        """16 bytes that name program and state as they are now, computed anew only where either changed.
+
+        Parameters
+        ----------
+        tensors : list of torch.Tensor or None
+            What ``look`` returned just now; ``None`` looks.
+
+        Raises
+        ------
+        Bypass
+            When the original reads something that has no identity.
+        """
+        if tensors is None:
+            tensors = self.look()
+        program = self._program
+        assert program is not None
+        if self._name is not None:
+            if not self.digest:
+                self.digest = digest_bytes(b"name:" + self._name.encode("utf-8", "surrogatepass"))
+            return self.digest
+        if program.problem is not None:
+            raise Bypass(program.problem, "name program and weights yourself with persistent_module_hash")
+        if not (self.digest and self._state.unchanged(tensors)):
+            self.digest = digest_bytes(b"who" + program.digest + self._state.update(tensors))
+        return self.digest
+
+    def reads(self, objects: set[int], names: set[str]) -> bool:
+        """Whether the program reads any of the objects with these ``id``, or a global of one of these names."""
+        return bool(objects or names) and reads(self._subject(), objects, names)
+
+    def changes(self) -> list[str]:
+        """Names of what is not as it was when ``current`` was last asked."""
+        program = self._program
+        if program is None:
+            return []
+        found = program.changes()
+        if not found and self.digest and not self._state.unchanged(program.tensors):
+            found.append("a parameter or buffer")
+        return found

@@ -1,0 +1,90 @@
+"""``nn.Module``s and tensors of a program as nodes."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from torchcache.identity.homes import beneath_class, named_class
+from torchcache.identity.node import Check, Node, Space
+from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
+
+__all__ = ["CONTAINERS", "GROUPS", "GlobalHooks", "describe_module", "describe_tensor"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+# What every module keeps for itself: described apart below, or without a say in what forward computes.
+_KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+# Where a module keeps what it holds, and what that is.
+GROUPS = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "child"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_FUNCTIONS = (types.FunctionType, types.MethodType)
+
+
+class GlobalHooks:
+    """The hooks that run with every module's forward, as one value of a program."""
+
+
+def describe_module(value: nn.Module) -> Node:
+    """The node of a module; its hooks always belong to it, all else where its name is read."""
+    members = vars(value)
+    kind = beneath_class(type(value))
+    node = Node(value, ("nn.Module",), [("", kind)], kind="module")
+    node.checks.append(Check("kind", value))
+    if isinstance(value, torch.jit.ScriptModule):
+        node.problem = "is compiled by TorchScript and cannot be read"
+        return node
+    leave = _KEPT | NOTES if is_noted(kind) else _KEPT
+    node.spaces.append(member_space("attribute", members, leave))
+    for group, kind_of in GROUPS.items():
+        live = members.get(group)
+        if live is not None:
+            node.spaces.append(member_space(kind_of, live, ordered=kind_of == "child"))
+    node.names, node.whole = names_of_class(kind)
+    # They are given the module, and torch's own read what they were told to: weight_g, weight_mask.
+    hooks = [hook for group in _HOOKS for hook in (members.get(group) or {}).values()]
+    node.whole |= any(named_class(type(hook)) for hook in hooks if not isinstance(hook, _FUNCTIONS))
+    for group in _HOOKS:
+        _hooks(node, members.get(group) or {}, members.get(f"{group}_with_kwargs") or {}, group)
+        if members.get(group) is not None:
+            node.checks.append(Check("mapping", members[group]))
+    return node
+
+
+def describe_hooks(value: type[GlobalHooks]) -> Node:
+    """The node of the hooks that torch runs with every module."""
+    node = Node(value, ("hooks",))
+    for group in _HOOKS:
+        hooks = getattr(torch_module, f"_global{group}", {})
+        _hooks(node, hooks, getattr(torch_module, f"_global{group}_with_kwargs", {}), f"_global{group}")
+        node.checks.append(Check("mapping", hooks))
+    return node
+
+
+def _hooks(node: Node, hooks: Mapping[int, Any], with_keywords: Mapping[int, bool], group: str) -> None:
+    for number, hook in hooks.items():
+        node.head += (f"{group} with keywords" if number in with_keywords else group,)
+        node.parts.append((f".{group}[...]", hook))
+
+
+def describe_tensor(value: torch.Tensor) -> Node:
+    """The node of a tensor: its class, and its own attributes where their names are read; no contents."""
+    node = Node(value, ("tensor",), kind="tensor")
+    if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        node.problem = "is not initialised yet: run one batch through the module first"
+        return node
+    if type(value) not in (torch.Tensor, nn.Parameter):
+        node.parts.append(("", type(value)))
+        node.whole = not named_class(type(value))
+    node.checks.append(Check("kind", value))
+    members = vars(value)
+    if members:
+        node.spaces.append(member_space("attribute", members, NOTES))
+    else:
+        node.spaces.append(Space("attribute", members, {}))
+    return node

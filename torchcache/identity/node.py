@@ -1,0 +1,135 @@
+"""One object of a program: what identifies it, what belongs to it always, and what does where its name is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchcache.identity.reads import Reads
+
+__all__ = ["Check", "Node", "Space"]
+
+
+@dataclasses.dataclass(slots=True)
+class Space:
+    """A namespace of an object, whose entries count where their names are read.
+
+    Attributes
+    ----------
+    kind : str
+        "attribute", "parameter", "buffer", "child", "member" or "global".
+    live : Mapping
+        The namespace itself.
+    held : dict
+        What it held when it was read.
+    ordered : bool
+        Whether the order of its entries says something.
+    fetch : callable, optional
+        Gets the namespace anew, where every thread has its own.
+    leave : frozenset of str
+        Names that are no part of it.
+    chosen : set of str
+        Names that are read.
+    """
+
+    kind: str
+    live: Mapping[str, Any]
+    held: dict[str, Any]
+    ordered: bool = False
+    fetch: Callable[[], Mapping[str, Any]] | None = None
+    leave: frozenset[str] = frozenset()
+    chosen: set[str] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass(slots=True)
+class Check:
+    """One thing to compare later, beside the spaces.
+
+    Attributes
+    ----------
+    kind : str
+        "kind", "attribute", "items", "mapping", "alive" or "content".
+    owner : Any
+        The object.
+    name : str
+        Of the attribute.
+    read : callable, optional
+        What gives the content of ``owner``.
+    """
+
+    kind: str
+    owner: Any
+    name: str = ""
+    read: Callable[[Any], Any] | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Node:
+    """One object of a program.
+
+    Attributes
+    ----------
+    value : Any
+        The object.
+    head : tuple of str or bytes
+        What identifies it by itself.
+    parts : list of (str, Any)
+        What belongs to it whatever is read, each with the text that a path shows for it.
+    spaces : list of Space
+        What belongs to it where its name is read.
+    checks : list of Check
+        What else of it may change.
+    names : frozenset of str
+        Names that code reads on this object and on no other: that of its named class.
+    adds : frozenset of str
+        Names that code reads on any object because this one is there.
+    reads : Reads, optional
+        What its code reads, for a function.
+    types : list of type
+        Classes among the globals that it only asks for as types.
+    problem : str
+        Why it cannot be identified.
+    numbered : bool
+        Whether it is one object, as opposed to one of many equal values.
+    kind : str
+        "class", "module", "object", "group", "tensor", "function" or "".
+    unsorted : bool
+        Whether the order of its parts says nothing.
+    wraps : bool
+        Whether its parts are called as it is called.
+    """
+
+    value: Any
+    head: tuple[str | bytes, ...] = ()
+    parts: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+    spaces: list[Space] = dataclasses.field(default_factory=list)
+    checks: list[Check] = dataclasses.field(default_factory=list)
+    names: frozenset[str] = frozenset()
+    adds: frozenset[str] = frozenset()
+    reads: Reads | None = None
+    types: list[Any] = dataclasses.field(default_factory=list)
+    problem: str = ""
+    numbered: bool = True
+    kind: str = ""
+    unsorted: bool = False
+    wraps: bool = False
+    whole: bool = False
+    # Where it was met first, and how much of it is read: 0 by name, 1 all of it, 2 all that is within it, too.
+    parent: Node | None = None
+    label: str = ""
+    level: int = 0
+    depth: int = 0
+    visited: bool = False
+    constructed: bool = False
+
+    def path(self) -> str:
+        """Where the object is, as the user would write it."""
+        labels = []
+        node: Node | None = self
+        while node is not None:
+            labels.append(node.label)
+            if node.label.startswith("the "):
+                break
+            node = node.parent
+        return "".join(reversed(labels)).lstrip(".")

@@ -1,0 +1,80 @@
+"""The ambient settings that change what the same program computes."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from torchcache import dynamo
+
+__all__ = ["NumericMode"]
+
+# Switches of float32 precision, by backend and operation.
+_PRECISIONS = {
+    "cpu": ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+    "cuda": ("cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
+}
+
+
+def _readers(backends: tuple[str, ...]) -> list[Callable[[Any], Any]]:
+    """What reads the switches that this release of torch has."""
+    found: list[Callable[[Any], Any]] = []
+    for path in ("fp32_precision", *(f"{backend}.fp32_precision" for backend in backends)):
+        read = operator.attrgetter(path)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            read(torch.backends)
+            found.append(read)
+    return found
+
+
+_read = {device: _readers(backends) for device, backends in _PRECISIONS.items()}
+
+
+class NumericMode(NamedTuple):
+    """The numeric mode of a call.
+
+    Parameters
+    ----------
+    device : str
+        Device type, without an index.
+    autocast : torch.dtype or None
+        The autocast dtype, ``None`` where autocast is off.
+    default : torch.dtype
+        ``torch.get_default_dtype()``.
+    made_on : str
+        Type of ``torch.get_default_device()``, where tensors are made.
+    deterministic : bool
+        ``torch.are_deterministic_algorithms_enabled()``.
+    precisions : tuple of str
+        What float32 products may be rounded to, by backend and operation.
+    """
+
+    device: str
+    autocast: torch.dtype | None
+    default: torch.dtype
+    made_on: str
+    deterministic: bool
+    precisions: tuple[Any, ...]
+
+    @classmethod
+    def current(cls, device: str) -> NumericMode:
+        """The mode in force on this thread for ``device``."""
+        return cls(
+            device,
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            torch.get_default_dtype(),
+            dynamo.default_device(),
+            torch.are_deterministic_algorithms_enabled(),
+            _precisions(device),
+        )
+
+
+def _precisions(device: str) -> tuple[Any, ...]:
+    read = _read.get(device)
+    if read:
+        return tuple([switch(torch.backends) for switch in read])
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

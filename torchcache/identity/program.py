@@ -1,0 +1,203 @@
+"""The program of a marked call: its code and all that this code reads by name, and whether any of it changed."""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from torchcache.identity.callables import Torch
+from torchcache.identity.encode import encode
+from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
+from torchcache.identity.modules import GROUPS, GlobalHooks
+from torchcache.identity.node import Check, Node, Space
+from torchcache.identity.objects import ABSENT, beneath_mark, member_space
+from torchcache.identity.reach import Reach
+from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
+
+__all__ = ["Program", "reads"]
+
+
+class Program:
+    """Code and what it reads, of a module's method or of a function.
+
+    Parameters
+    ----------
+    subject : tuple of (nn.Module, callable), or callable
+        The module and the function that takes it first; or a function alone.
+    where : str
+        Its path, for people.
+    pure : bool
+        Whether what the code itself writes is no part, as the user promises with ``pure=True``.
+
+    Attributes
+    ----------
+    digest : bytes
+        16 bytes of identity, without the contents of tensors. Equal programs have equal digests in every process.
+    tensors : list of torch.Tensor
+        Every tensor that the program can reach by name, in a stable order: parameters, buffers, and any other.
+    problem : str or None
+        Why there can be no identity: what the code reads and torchcache cannot compare, with its path and its type.
+    """
+
+    def __init__(self, subject: Any, where: str, pure: bool = False) -> None:
+        module, function = subject if isinstance(subject, tuple) else (None, subject)
+        self.where = where
+        self.digest = bytes(16)
+        self.problem: str | None = None
+        # No weak references: torch swaps no tensors that have any.
+        self.tensors: list[torch.Tensor] = []
+        self._watch = Watch()
+        try:
+            reach = Reach()
+            reach.from_subject(module, function)
+            if pure and reach.written:
+                reach = Reach(frozenset(reach.written))
+                reach.from_subject(module, function)
+            self.problem = reach.problem or None
+            roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
+            self.digest, self.tensors = encode(reach, roots)
+            self._watch = _watch(reach)
+        except Exception as error:
+            self.problem = f"{where or 'the program'} cannot be read: {type(error).__name__}: {error}"
+
+    def unchanged(self) -> bool:
+        """Whether nothing that was read has changed since: no attribute, container, class, function or global."""
+        return self._watch.unchanged()
+
+    def changes(self) -> list[str]:
+        """What differs from what was read, by the user's names: ``blocks.3.calls``, ``the global LOG``."""
+        try:
+            return list(dict.fromkeys(self._watch.changes()))
+        except Exception:  # what cannot be compared has changed, and has no name
+            return []
+
+
+def reads(subject: Any, objects: set[int], names: set[str]) -> bool:
+    """Whether the program of ``subject`` reads any of the objects with these ``id``, or a global of these names."""
+    module, function = subject if isinstance(subject, tuple) else (None, subject)
+    reach = Reach()
+    reach.from_subject(module, function)
+    return not objects.isdisjoint(reach.nodes) or any(not names.isdisjoint(read) for _, read in reach.bindings.values())
+
+
+def _watch(reach: Reach) -> Watch:
+    watch = Watch()
+    for node in reach.nodes.values():
+        for check in node.checks:
+            _add(watch, node, check, _often(node))
+        for space in node.spaces:
+            if space.live is not space.held:
+                _add_space(watch, reach, node, space)
+        if node.kind == "module":
+            _add_groups(watch, node)
+    for mapping, names in reach.bindings.values():
+        read = {name: mapping.get(name, ABSENT) for name in sorted(names)}
+        watch.namespaces.append(Namespace(mapping, read, _bound(mapping, read), closed=False))
+    watch.seal()
+    return watch
+
+
+def _add_groups(watch: Watch, node: Node) -> None:
+    """Watch that a module keeps its dicts of parameters, buffers and children: tools that copy modules replace them."""
+    members = vars(node.value)
+    groups = {name: members.get(name) for name in GROUPS}
+    path = node.path
+
+    def differs() -> list[str]:
+        return [f"{path()}.{name}".lstrip(".") for name, group in groups.items() if members.get(name) is not group]
+
+    watch.namespaces.append(Namespace(members, groups, differs, closed=False))
+
+
+def _often(node: Node) -> bool:
+    """Whether single attributes of an object are compared in every look: not those of code that others maintain."""
+    while node.kind == "" and node.wraps and node.parent is not None:
+        node = node.parent
+    if node.kind == "function":
+        home = home_of(node.value)
+        return not (is_installed(home) or is_named(home))
+    kind = node.value if node.kind == "class" else type(node.value)
+    return not (isinstance(kind, type) and (named_class(kind) or is_installed(module_of(kind))))
+
+
+def _add(watch: Watch, node: Node, check: Check, often: bool) -> None:
+    owner, kind = check.owner, check.kind
+    if kind == "kind":
+        watch.kind(owner, node.path)
+    elif kind in ("attribute", "slot"):
+        name = f".{check.name}" if kind == "slot" else ""
+        watch.attribute(owner, check.name, lambda: node.path() + name, often)
+    elif kind == "items":
+        watch.items(owner, node.path)
+    elif kind == "alive":
+        watch.alive(owner)
+    elif kind == "mapping" and (type(owner) is dict or (type(owner) is OrderedDict and not owner)):
+        items = list(owner.items())
+        watch.namespaces.append(Namespace(owner, dict(items), _ordered(owner, items, node)))
+    elif kind == "mapping":
+        watch.content(owner, _items, node.path)
+    elif kind == "foreign" and check.read is not None:
+        _add_foreign(watch, node, owner, check.read)
+    elif check.read is not None:
+        watch.content(owner, check.read, node.path)
+
+
+def _add_foreign(watch: Watch, node: Node, owner: Any, foreign: Callable[[Any], Any]) -> None:
+    """Watch that nothing is put into a namespace of torch."""
+    live, known = beneath_proxy(vars(owner)), foreign(owner)
+    functions = {name: member for name, member in live.items() if callable(member)}
+
+    def differs() -> list[str]:
+        return [] if same(foreign(owner), known) else [node.path() or f"{getattr(owner, '__name__', 'torch')}"]
+
+    if type(live) is dict:
+        watch.namespaces.append(Namespace(live, functions, differs))
+
+
+def _items(mapping: dict[Any, Any]) -> tuple[Any, ...]:
+    """The entries in order, without code of a subclass: one of ``transformers`` imports what it is asked for."""
+    names = OrderedDict.__iter__(mapping) if isinstance(mapping, OrderedDict) else dict.__iter__(mapping)
+    return tuple((name, dict.__getitem__(mapping, name)) for name in names)
+
+
+def _ordered(mapping: dict[Any, Any], items: list[tuple[Any, Any]], node: Node) -> Callable[[], list[str]]:
+    def differs() -> list[str]:
+        return [] if same(tuple(mapping.items()), tuple(items)) else [node.path()]
+
+    return differs
+
+
+def _bound(mapping: Mapping[str, Any], read: Mapping[str, Any]) -> Callable[[], list[str]]:
+    return lambda: [f"the global {name}" for name, value in read.items() if not same(mapping.get(name, ABSENT), value)]
+
+
+def _add_space(watch: Watch, reach: Reach, node: Node, space: Space) -> None:
+    """Watch the entries of a namespace that are read, and those that would be if they were there."""
+    chosen = {name: space.held[name] for name in space.held if name in space.chosen}
+
+    def differs() -> list[str]:
+        live = space.live if space.fetch is None else space.fetch()
+        now = member_space(space.kind, live, space.leave).held
+        found = [name for name, value in chosen.items() if not same(now.get(name, ABSENT), value)]
+        found += [name for name in now if name not in space.held and reach.wanted(node, space, name)]
+        if space.ordered and not found and [*filter(chosen.__contains__, now)] != list(chosen):
+            found = list(chosen)
+        path = node.path()
+        if space.kind == "global":
+            return [f"the global {name}" for name in found]
+        return [f"{path}.{name}" if path else name for name in found]
+
+    if space.fetch is not None:
+        watch.content(space, lambda _: tuple(differs()), lambda: node.path())
+        return
+    live = beneath_proxy(space.live) if isinstance(space.live, types.MappingProxyType) else space.live
+    if type(live) is dict:
+        keys = [beneath_mark(live, name) for name in chosen]
+        read = {key: live.get(key, ABSENT) for key in keys}
+        watch.namespaces.append(Namespace(live, read, differs))
+    else:
+        watch.content(space, lambda _: tuple(differs()), lambda: node.path())

@@ -1,0 +1,404 @@
+"""Which objects a program consists of: all that its code can reach by the names that it reads."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, describe_code, is_implied, resolve, simplify
+from torchcache.identity.homes import (
+    beneath_class,
+    file_digest,
+    home_of,
+    is_class,
+    is_installed,
+    is_named,
+    module_of,
+    named_class,
+)
+from torchcache.identity.modules import CONTAINERS, GlobalHooks, describe_hooks, describe_module, describe_tensor
+from torchcache.identity.node import Node, Space
+from torchcache.identity.objects import member_space
+from torchcache.identity.reads import Chain, Reads
+from torchcache.identity.values import ATOMS, describe_value
+
+__all__ = ["Reach"]
+
+# Names of nn.Module by which a whole tree is read at once.
+_TREE = frozenset(
+    "parameters named_parameters buffers named_buffers children named_children modules named_modules state_dict "
+    "_parameters _buffers _modules get_submodule get_parameter get_buffer named_members apply".split()
+)
+# Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
+FOLLOWED = 1
+
+# How an object that is read as a whole may be turned into text.
+_DISPLAYED = frozenset({"__str__", "__repr__", "__format__"})
+
+_TREE_HOMES = ("torch.func", "torch._functorch", "torch.nn.utils", "torch.export", "torch.fx", "torch.jit")
+
+# Parts of the standard library that look at nothing of what they are given but by its own methods.
+_HARMLESS = frozenset("math cmath itertools functools operator contextlib warnings logging typing time collections "
+                      "builtins random os enum types abc sys numbers".split())  # fmt: skip
+
+
+class Reach:
+    """The objects of a program, found from its roots; what is reached and what is read grow until neither does.
+
+    Parameters
+    ----------
+    without : frozenset of str
+        Names of attributes that are no part, whatever reads them.
+    """
+
+    def __init__(self, without: frozenset[str] = frozenset()) -> None:
+        self.nodes: dict[int, Node] = {}
+        self.bindings: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.written: set[str] = set()
+        self.names: set[str] = {"__call__"}
+        self.problem = ""
+        self.own_forward: Node | None = None
+        self._without = without
+        self._todo: list[Node] = []
+        self._waiting: dict[str, list[tuple[Node, Space]]] = {}
+        self._under: dict[str, list[Any]] = {}
+        self._whole: dict[str, int] = {}
+        self._whole_classes: set[type] = set()
+        self._packages: set[str] = set()
+        self._everything = self._tree = False
+
+    def from_subject(self, module: nn.Module | None, function: Any) -> None:
+        """Find all that a call of ``function`` can reach; it takes ``module`` first, if there is one."""
+        root = Node(None, kind="root")
+        if module is not None:
+            node = self._reach(module, root, "")
+            called = getattr(simplify(function), "__name__", "forward")
+            if called != "forward":
+                self.own_forward = node
+            owner: Node | None = self.nodes.get(id(beneath_class(type(module))))
+        else:
+            owner = None
+        self._run()
+        self._reach(function, owner or root, "" if owner is None else f"the method {getattr(function, '__name__', '')}")
+        self._reach(GlobalHooks, root, "the global hooks")
+        self._reach(Torch, root, "")
+        self._run()
+        while packages := {home_of(node.value).partition(".")[0] for node in self._sealed()} - self._packages:
+            self._packages |= packages
+            self._raise_levels()
+            self._run()
+        for node in self._sealed():
+            node.head = ("installed", *node.head, file_digest(home_of(node.value)))
+
+    def _sealed(self) -> list[Node]:
+        """Functions of installed packages that are too far from the program to be followed: their files name them."""
+        return [node for node in self.nodes.values() if node.reads is not None and node.depth > FOLLOWED]
+
+    def _run(self) -> None:
+        while self._todo:
+            self._visit(self._todo.pop())
+
+    def node_of(self, value: Any) -> Node | None:
+        """The node of an object that is not an atom."""
+        return self.nodes.get(id(simplify(value)))
+
+    def _reach(
+        self, value: Any, parent: Node, label: str, level: int = 0, as_type: bool = False, further: int = 0
+    ) -> Node | None:
+        """Meet ``value`` as a part of ``parent``; ``further`` counts the calls between it and the program."""
+        if type(value) in ATOMS:
+            return None
+        value = simplify(value)
+        node = self.nodes.get(id(value))
+        depth = parent.depth + further
+        if node is None:
+            try:
+                node = _describe(value)
+            except Exception as error:  # code of the object's own, which failed
+                node = Node(value, problem=f"cannot be read: {type(error).__name__}: {error}")
+            node.parent, node.label = parent, label
+            node.depth = 0 if _is_own(node) else depth
+            self.nodes[id(value)] = node
+            node.level = max(level, int(node.whole), self._level_of(node))
+            node.constructed = not as_type
+            self._todo.append(node)
+            if node.problem and not self.problem:
+                self.problem = _sentence(node)
+        elif level > node.level or depth < node.depth or not (as_type or node.constructed):
+            node.level = max(level, node.level)
+            node.depth = min(depth, node.depth)
+            node.constructed = node.constructed or not as_type
+            self._todo.append(node)
+        return node
+
+    def _level_of(self, node: Node) -> int:
+        """How much of an object is read because of what was seen before it was met."""
+        if node.kind not in ("object", "module"):
+            return 0
+        if self._everything:
+            return 1
+        bases = type(node.value).__mro__
+        if any(base in self._whole_classes for base in bases):
+            return 1
+        return int(any(module_of(base).partition(".")[0] in self._packages for base in bases))
+
+    def _visit(self, node: Node) -> None:
+        if not node.visited and node.depth <= FOLLOWED:
+            node.visited = True
+            if node.reads is not None:
+                self._code(node, node.reads)
+            for name in node.adds:
+                self._name(name)
+        inner = node.level if node.kind == "group" or node.level > 1 else 0
+        typed = node.kind in ("module", "object", "tensor")
+        for label, value in node.parts:
+            if label.startswith("the global"):
+                self._reach(value, node, label, further=1, as_type=value in node.types)
+            elif (typed and is_class(value)) or (label == ".__mro__" and not node.constructed):
+                self._reach(value, node, label, as_type=True)
+            else:
+                self._reach(value, node, label, inner, as_type=_is_module_class(value))
+        if node.level and node.kind in ("object", "module"):
+            self._widen_classes(node)
+        if node.kind == "class" and node.depth > FOLLOWED:
+            return
+        for space in node.spaces:
+            for name in space.held:
+                if name in space.chosen:
+                    self._meet(node, space, name)
+                elif self.wanted(node, space, name):
+                    self._choose(node, space, name)
+                else:
+                    self._waiting.setdefault(_key(space, name), []).append((node, space))
+
+    def _widen_classes(self, node: Node) -> None:
+        """An object that is read under unknown names may have any method of the user's own called."""
+        for base in beneath_class(type(node.value)).__mro__:
+            known = self.nodes.get(id(base))
+            if known is not None and not known.level and not named_class(base) and not is_installed(module_of(base)):
+                known.level = 1
+                self._todo.append(known)
+
+    def wanted(self, node: Node, space: Space, name: str) -> bool:
+        """Whether an entry of a namespace is read."""
+        kind = space.kind
+        if name in self._without and kind in ("attribute", "buffer", "global"):
+            return False
+        if kind == "variable":
+            return f"${name}" in self.names
+        if kind == "member" and name in CONSTRUCTORS:
+            return node.constructed
+        if name in self.names or name in node.names:
+            return True
+        if kind == "member":
+            implied = is_implied(name, node.constructed)
+            special = name.startswith("__") and name.endswith("__")
+            if implied or (name == "forward" and self._calls_forward(node)):
+                return True
+            return node.level > 0 and (not special or name in _DISPLAYED)
+        if node.level > 0:
+            return not (kind == "global" and name.startswith("__"))
+        if kind == "child":
+            return self._tree or "_modules" in node.names
+        if kind in ("parameter", "buffer"):
+            return self._tree or f"_{kind}s" in node.names
+        return kind == "attribute" and name == "forward" and node is not self.own_forward
+
+    def _calls_forward(self, node: Node) -> bool:
+        """Whether instances of this class are called as modules, not only by a method that is marked."""
+        root = self.own_forward
+        return root is None or node.value not in type(root.value).__mro__
+
+    def _choose(self, node: Node, space: Space, name: str) -> None:
+        space.chosen.add(name)
+        if type(space.held[name]) not in ATOMS:
+            self._under.setdefault(name, []).append(space.held[name])
+            self._meet(node, space, name)
+
+    def _meet(self, node: Node, space: Space, name: str) -> None:
+        """What stands under a name that is read."""
+        container = node.kind == "module" and space.kind == "child" and isinstance(node.value, CONTAINERS)
+        level = max(self._whole.get(name, 0), node.level if node.level > 1 or container else 0)
+        label = f"the global {name}" if space.kind == "global" else f".{name}"
+        value = space.held[name]
+        self._reach(value, node, label, level, _is_module_class(value), further=int(space.kind == "global"))
+
+    def _name(self, name: str) -> None:
+        """A name is read: whatever has an entry of that name has it read."""
+        if name in self.names:
+            return
+        self.names.add(name)
+        for node, space in self._waiting.pop(name, ()):
+            if name not in space.chosen and self.wanted(node, space, name):
+                self._choose(node, space, name)
+
+    def _code(self, node: Node, reads: Reads) -> None:
+        scope = node.value.__globals__
+        for name in sorted(reads.names):
+            self._name(name)
+            if name in _TREE:
+                self._read_tree()
+        for text in reads.texts:
+            self._name(f"${text}")
+        self.written |= reads.written
+        for chain in reads.chains:
+            self._chain(node, chain, scope, as_type=chain in reads.types)
+        for name in reads.whole | reads.deep:
+            self._read_whole(name, 2 if name in reads.deep else 1)
+        for chain in reads.whole_chains:
+            value = resolve(chain, scope).value
+            if isinstance(value, types.ModuleType):
+                if not is_named(value.__name__) and not is_installed(value.__name__):
+                    self._reach(value, node, f"the global {chain}", 1)
+            elif value is not MISSING and not isinstance(value, type):
+                self._reach(value, node, f"the global {chain}", 1)
+        home = home_of(node.value)
+        if reads.scope and not is_installed(home):
+            space = member_space("global", scope)
+            self.nodes.setdefault(id(scope), Node(scope, ("globals",), spaces=[space], kind="python module"))
+            node.parts.append((f"the global {home}", scope))
+            self._reach(scope, node, f"the global {home}", 1)
+        handed_first = False
+        for chain, attributes, first in reads.handed:
+            if _looks_inside(resolve(chain, scope).value):
+                handed_first |= first
+                for name in attributes:
+                    self._read_whole(name, 1)
+        if reads.whole_first or handed_first:
+            owner = _owner(node)
+            if owner is not None:
+                self._read_instances(owner)
+            elif reads.whole_first:
+                self._read_anything(home)
+        if reads.anything:
+            self._read_anything(home)
+
+    def _chain(self, node: Node, chain: Chain, scope: dict[str, Any], as_type: bool) -> None:
+        found = resolve(chain, scope)
+        where, last = found.bindings[-1]
+        if where is vars(sys) and last in ("stdout", "stderr"):  # written to, by whoever redirects them
+            return
+        for mapping, name in found.bindings:
+            self.bindings.setdefault(id(mapping), (mapping, set()))[1].add(name)
+        if last in self._without and last in chain.names:
+            return
+        for name in found.rest:
+            self._name(name)
+            if name in _TREE and not isinstance(found.value, type):
+                self._read_tree()
+        value = found.value
+        label = f"the global {Chain(chain.module, chain.names[: len(chain.names) - len(found.rest)])}"
+        if value is MISSING:
+            node.parts.append((label, "missing"))
+            return
+        if as_type and is_class(value):
+            node.types.append(value)
+        node.parts.append((label, value))
+        home = home_of(value) if isinstance(value, types.FunctionType) else ""
+        if home.startswith(_TREE_HOMES):
+            self._read_tree()
+        if home == "os":
+            node.parts.append(("the global os.environ", sys.modules["os"].environ))
+
+    def _read_whole(self, name: str, level: int) -> None:
+        """Whatever stands under this name is read under names that only the running code knows."""
+        if level <= self._whole.get(name, 0):
+            return
+        self._whole[name] = level
+        for value in self._under.get(name, ()):
+            node = self.node_of(value)
+            if node is not None and node.level < level and node.kind != "function":
+                node.level = level
+                self._todo.append(node)
+
+    def _read_instances(self, owner: type) -> None:
+        """All of every object of a class is read."""
+        if owner not in self._whole_classes:
+            self._whole_classes.add(owner)
+            self._raise_levels()
+
+    def _read_anything(self, home: str) -> None:
+        """Some object is read, and which it is cannot be told: for a package, one of its own."""
+        if not is_installed(home):
+            if not self._everything:
+                self._everything = True
+                self._raise_levels()
+        elif (package := home.partition(".")[0]) not in self._packages:
+            self._packages.add(package)
+            self._raise_levels()
+
+    def _read_tree(self) -> None:
+        if not self._tree:
+            self._tree = True
+            self._todo.extend(node for node in self.nodes.values() if node.kind == "module")
+
+    def _raise_levels(self) -> None:
+        for node in list(self.nodes.values()):
+            if not node.level and self._level_of(node):
+                node.level = 1
+                self._todo.append(node)
+
+
+def _key(space: Space, name: str) -> str:
+    return f"${name}" if space.kind == "variable" else name
+
+
+def _is_module_class(value: Any) -> bool:
+    """Whether a value is a class of modules: those that are stored somewhere are to be compared with, not called."""
+    return is_class(value) and nn.Module in value.__mro__
+
+
+def _is_own(node: Node) -> bool:
+    """Whether a node is code of the user's own, which is followed however far it is."""
+    if node.kind == "function":
+        return not is_installed(home_of(node.value)) and not is_named(home_of(node.value))
+    return node.kind == "class" and not named_class(node.value) and not is_installed(module_of(node.value))
+
+
+def _describe(value: Any) -> Node:
+    if value is GlobalHooks:
+        return describe_hooks(value)
+    if is_class(value):
+        return describe_code(value) or describe_value(value)
+    if torch.Tensor in type(value).__mro__:
+        return describe_tensor(value)
+    if nn.Module in type(value).__mro__:
+        return describe_module(value)
+    return describe_code(value) or describe_value(value)
+
+
+def _owner(node: Node) -> type | None:
+    """The class whose method a function is, itself or beneath what wraps it."""
+    parent = node.parent
+    while parent is not None and parent.wraps:
+        if node.label.startswith("the global"):
+            return None
+        node, parent = parent, parent.parent
+    if parent is not None and parent.kind == "class" and isinstance(parent.value, type):
+        return parent.value
+    return None
+
+
+def _looks_inside(callee: Any) -> bool:
+    """Whether what is called is code that is not read and may look at all of what it is given."""
+    if isinstance(callee, types.FunctionType):
+        home = home_of(callee)
+    elif isinstance(callee, (type, types.BuiltinFunctionType)):
+        home = str(getattr(callee, "__module__", "") or "")
+    else:
+        return False
+    top = home.partition(".")[0].lstrip("_")
+    if isinstance(callee, types.FunctionType) and not is_named(home):
+        return False
+    return is_named(home) and top not in _HARMLESS and top not in ("torch", "numpy", "torchcache")
+
+
+def _sentence(node: Node) -> str:
+    if node.kind == "tensor":
+        return f"{node.path()} {node.problem}"
+    kind = type(node.value)
+    return f"{node.path() or 'the program'} is a {module_of(kind)}.{kind.__qualname__}, which {node.problem}"

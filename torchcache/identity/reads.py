@@ -1,0 +1,86 @@
+"""What a piece of code reads from outside itself: names of attributes, globals, and objects read as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["DISPLAYS", "MUTATORS", "READERS", "READERS_OF_GLOBALS", "Chain", "Reads"]
+
+
+# Calls that read all of their first argument; True where they read all that is within it, too.
+READERS = {
+    "vars": False, "dir": False, "str": False, "repr": False, "ascii": False, "format": False, "print": False,
+    "asdict": True, "astuple": True, "replace": True, "fields": False, "deepcopy": True, "copy": False,
+    "dumps": True, "dump": True, "pformat": True, "pprint": True, "getmembers": False,
+}  # fmt: skip
+READERS_OF_GLOBALS = frozenset({"vars", "dir", "str", "repr", "ascii", "format", "print"})
+DISPLAYS = frozenset({"str", "repr", "ascii", "format", "print"})
+MUTATORS = frozenset(
+    "append extend insert add update setdefault pop popitem popleft appendleft clear remove discard sort".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Chain:
+    """Something that code reads by a global name or imports itself.
+
+    Parameters
+    ----------
+    module : str
+        The module that is imported for it, with its leading dots where it is relative; empty for a global name.
+    names : tuple of str
+        The global or imported name, then the attributes taken from it.
+    """
+
+    module: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ".".join(self.names) or self.module
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """What one code object reads, the code nested in it included.
+
+    Attributes
+    ----------
+    digest : bytes
+        16 bytes over its instructions, without line numbers, docstrings and the names of files.
+    names : frozenset of str
+        Attributes that it reads from any object.
+    chains : tuple of Chain
+        Globals and imports, each as far as the code takes attributes from it.
+    types : frozenset of Chain
+        Those of them that are only asked for as types, in ``isinstance`` or ``super``.
+    whole, deep : frozenset of str
+        Attributes whose objects are read under names that only the running code knows; deep, with all they hold.
+    whole_chains : frozenset of Chain
+        The same for globals.
+    whole_first : bool
+        The same for the first argument, ``self`` in a method.
+    anything : bool
+        The same for objects that cannot be told.
+    scope : bool
+        Whether it reads globals under names that only the running code knows.
+    handed : tuple of (Chain, frozenset of str, bool)
+        Calls, the attributes passed to them, and whether the first argument is.
+    written : frozenset of str
+        Attributes and globals that it sets or mutates.
+    texts : frozenset of str
+        Its constants that look like names of environment variables.
+    """
+
+    digest: bytes
+    names: frozenset[str]
+    chains: tuple[Chain, ...]
+    types: frozenset[Chain]
+    whole: frozenset[str]
+    deep: frozenset[str]
+    whole_chains: frozenset[Chain]
+    whole_first: bool
+    anything: bool
+    scope: bool
+    handed: tuple[tuple[Chain, frozenset[str], bool], ...]
+    written: frozenset[str]
+    texts: frozenset[str]

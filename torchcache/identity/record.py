@@ -1,0 +1,155 @@
+"""What a state's tensors were when they were hashed, and which of them may have changed since."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from torchcache.identity.content import Content, block_digests, content_of
+from torchcache.identity.memory import elements_at, row_major_bytes
+from torchcache.identity.samples import samples_of
+
+__all__ = ["Record"]
+
+_version = operator.attrgetter("_version")
+_dtype = operator.attrgetter("dtype")
+_shape = operator.attrgetter("shape")
+_events = itertools.count()
+
+
+class Record:
+    """Tensors as they were when they were hashed. Keeps none of them alive.
+
+    It must be made before the tensors are hashed: a write in between is then seen as a change. Several threads may use
+    it at once; there is no lock, only single operations on lists and dicts.
+
+    Parameters
+    ----------
+    tensors : sequence of torch.Tensor
+        Plain tensors; see ``content.plain_tensors``.
+
+    Attributes
+    ----------
+    contents : list of Content
+        What was hashed, tensor by tensor; empty until then.
+    by_storage : dict of int to list of int
+        The indices of the tensors that lie in a storage, by the storage's address.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.contents: list[Content] = []
+        self.by_storage: dict[int, list[int]] = {}
+        # The last event that made a tensor suspect, and the last that was cleared by a hash, both by index.
+        self._suspected: dict[int, int] = {}
+        self._cleared: dict[int, int] = {}
+        self._versions = _versions(tensors)
+        self._layouts = _layouts(tensors)
+        self._contiguous = [tensor.is_contiguous() for tensor in tensors]
+        # Conjugate and negative views differ from what they view in nothing else.
+        self._views = [i for i, tensor in enumerate(tensors) if tensor.is_complex() or not self._contiguous[i]]
+        self._flags = self._view_flags(tensors)
+        # On a device, a copy by another thread would end the capture of a CUDA graph.
+        self._checkable = [
+            i for i, tensor in enumerate(tensors) if tensor.is_cpu and not tensor.is_conj() | tensor.is_neg()
+        ]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        # Of the tensors there are none: torch swaps no tensors that have weak references.
+        self._gone: list[Any] = []
+        self._storages = [weakref.ref(storage, self._gone.append) for storage in storages]
+        self._memory = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+        for index, storage in enumerate(storages):
+            self.by_storage.setdefault(storage.data_ptr(), []).append(index)
+        self._samples = samples_of(tensors)
+
+    def suspect(self, indices: Iterable[int]) -> None:
+        """Have tensors hashed again before they are next believed to be unchanged."""
+        event = next(_events)
+        self._suspected.update((index, event) for index in list(indices))
+
+    def in_place(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether ``tensors`` lie in the same memory, with the same shapes, strides and dtypes."""
+        return (
+            not self._gone  # as long as storages live, nothing else has their addresses
+            and _layouts(tensors) == self._layouts
+            and self._view_flags(tensors) == self._flags
+        )
+
+    def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the content of ``tensors`` is what was hashed; they must be in place.
+
+        What something speaks against is hashed again. If that finds nothing, nothing speaks against it any more.
+        """
+        if (
+            self._suspected == self._cleared
+            and _versions(tensors) == self._versions
+            and all(sample.same(tensors) for sample in self._samples)
+        ):
+            return True
+        # Both are read before hashing: what is written meanwhile is hashed the next time.
+        suspected, versions = self._suspected.copy(), _versions(tensors)
+        suspects = {index for index, event in suspected.items() if self._cleared.get(index) != event}
+        suspects.update(i for i, (now, was) in enumerate(zip(versions, self._versions, strict=True)) if now != was)
+        differing: set[int] = set().union(*(sample.differing(tensors) for sample in self._samples))
+        # Gaps between elements may be all that differs: they are not to raise an alarm for ever.
+        samples = samples_of(tensors) if differing else self._samples
+        suspects |= differing
+        if not self.holds(tensors, sorted(suspects)):
+            self.suspect(suspects)
+            return False
+        self._cleared, self._versions, self._samples = suspected, versions, samples
+        return True
+
+    def holds(self, tensors: Sequence[torch.Tensor], indices: Iterable[int]) -> bool:
+        """Whether the content of the tensors at ``indices`` is what was hashed."""
+        return all(content_of(tensors[index]) == self.contents[index] for index in indices)
+
+    def moved_first(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """All indices, first of those tensors that lie elsewhere than before."""
+        addresses = self._layouts[0]
+        return sorted(range(len(tensors)), key=lambda index: tensors[index].data_ptr() == addresses[index])
+
+    def portions(self) -> list[tuple[int, int, int]]:
+        """What ``check`` can do at a time: a tensor's index, its first block, the one after the last."""
+        portions: list[tuple[int, int, int]] = []
+        for index in self._checkable:
+            blocks = len(self.contents[index]) - 1
+            step = 1 if self._contiguous[index] else max(blocks, 1)
+            portions += [(index, first, min(first + step, blocks)) for first in range(0, blocks, step)]
+        return portions
+
+    def check(self, index: int, first: int, after: int) -> None:
+        """Hash blocks of one tensor again, in any thread, and suspect it if they differ."""
+        storage = self._storages[index]()
+        if storage is None:
+            return
+        # Not the tensor itself: its own thread may move it elsewhere meanwhile, but the storage stays.
+        if (storage.data_ptr(), storage.nbytes()) != self._memory[index]:
+            return
+        address, shape, strides, dtype = (column[index] for column in self._layouts)
+        data = row_major_bytes(elements_at(address, shape, strides, dtype.itemsize, storage))
+        if block_digests(data, first, after) != list(self.contents[index][1 + first : 1 + after]):
+            self.suspect([index])
+
+    def _view_flags(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        return [flag for i in self._views for flag in (tensors[i].is_conj(), tensors[i].is_neg())]
+
+
+def _layouts(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+    return (
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(_shape, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        list(map(_dtype, tensors)),
+    )
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:  # inference tensors have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,0 +1,107 @@
+"""The content of a region's state as one digest, and whether it changed. No version proves that it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from torchcache.identity.background import check_in_background, keep_checking
+from torchcache.identity.content import content_digest, contents_of, joined_digest, plain_tensors, readable
+from torchcache.identity.optimizers import suspect_after_steps
+from torchcache.identity.record import Record
+
+__all__ = ["State", "content_digest"]
+
+
+class State:
+    """The tensors that a region reads, known by their content.
+
+    A change is suspected when
+
+    - a tensor lies elsewhere, or has another shape, stride, dtype or version,
+    - an optimizer that holds its memory made a step,
+    - elements differ that are looked at in every call: all of tensors up to 2,048 elements, some of larger ones, others
+      each time, at least one in any run of 1/16,
+    - a thread that hashes everything again, within 0.5% of the time, finds a difference.
+
+    What is suspected is hashed as a whole. Only other content is a change.
+
+    It keeps no tensor alive. Several threads may call it at once.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Record, list[type], str, bytes] | None = None
+
+    def __reduce__(self) -> tuple[type[State], tuple[()]]:
+        # What is known of tensors says nothing about their copies.
+        return State, ()
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes over dtype, shape and elements of all tensors in order; empty before the first ``update``."""
+        return b"" if self._known is None else self._known[-1]
+
+    def update(self, tensors: Sequence[torch.Tensor]) -> bytes:
+        """Hash every byte of ``tensors``, and remember what they are.
+
+        Parameters
+        ----------
+        tensors : sequence of torch.Tensor
+            Of any shapes, strides, dtypes and devices.
+
+        Returns
+        -------
+        bytes
+            The new ``digest``.
+
+        Raises
+        ------
+        Bypass
+            When the elements of one cannot be read.
+        """
+        with readable():
+            plain, wrapping = plain_tensors(tensors)
+            record = _watched(plain)
+            record.contents = contents_of(plain)
+        return self._keep(record, tensors, wrapping)
+
+    def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the content of ``tensors`` is what was last hashed, as far as can be known without hashing it again.
+
+        Raises
+        ------
+        Bypass
+            When the elements of one cannot be read.
+        """
+        if self._known is None:
+            return False
+        keep_checking()
+        record, types, wrapping, _ = self._known
+        with readable():
+            if not wrapping and list(map(type, tensors)) == types and record.in_place(tensors):
+                return record.unchanged(tensors)
+            plain, now = plain_tensors(tensors)
+            if now != wrapping or len(plain) != len(record.contents):
+                return False
+            if record.in_place(plain):
+                return record.unchanged(plain)
+            fresh = _watched(plain)
+            if not record.holds(plain, record.moved_first(plain)):
+                return False
+            fresh.contents = record.contents
+        self._keep(fresh, tensors, wrapping)
+        return True
+
+    def _keep(self, record: Record, tensors: Sequence[torch.Tensor], wrapping: str) -> bytes:
+        digest = joined_digest(record.contents, wrapping)
+        self._known = (record, list(map(type, tensors)), wrapping, digest)
+        check_in_background(record)
+        return digest
+
+
+def _watched(plain: Sequence[torch.Tensor]) -> Record:
+    """A record to be filled; what optimizers write from here on is suspect."""
+    record = Record(plain)
+    suspect_after_steps(record)
+    return record

@@ -1,0 +1,58 @@
+"""Identities that come and go: which to forget, and when they change too often for a cache."""
+
+from __future__ import annotations
+
+from torchcache.errors import Restless
+
+__all__ = ["Turnover"]
+
+# Identities whose rows and plans are kept: weights may be swapped back and forth.
+KEPT = 4
+# Identities in a row of which no row was served.
+USELESS = 6
+
+
+class Turnover:
+    """The identities of one region, in the order of their last use.
+
+    Attributes
+    ----------
+    changes : int
+        How often another one took over.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self._latest = b""
+        self._known: dict[bytes, None] = {}
+        self._useless = 0
+        self._hits = 0
+
+    def note(self, who: bytes, hits: int) -> list[bytes]:
+        """Take note of the identity of a call, with the hits so far; the identities to forget.
+
+        Raises
+        ------
+        Restless
+            When many came in a row and none was of use.
+        """
+        if who == self._latest:
+            return []
+        if self._latest:
+            self.changes += 1
+            self._useless = 0 if hits > self._hits else self._useless + 1
+        if self._useless >= USELESS:
+            # The first identity after a pause gets a call; the next one decides.
+            self._useless, self._latest = USELESS - 1, b""
+            raise Restless(
+                "its weights or its program change between calls, and no row was served meanwhile",
+                "unmark what is updated in every step, such as an average of weights",
+                lasting=False,
+            )
+        self._latest, self._hits = who, hits
+        self._known.pop(who, None)
+        self._known[who] = None
+        gone = list(self._known)[:-KEPT]
+        for old in gone:
+            del self._known[old]
+        return gone

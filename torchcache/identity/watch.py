@@ -1,0 +1,288 @@
+"""The quick check that nothing a program was read from has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+from torchcache.dynamo import Stamps
+from torchcache.identity.objects import ABSENT
+
+__all__ = ["Namespace", "Watch", "same"]
+
+_BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
+
+# A dict that is written to in so many looks, while nothing that is read in it changes, is looked into each time.
+_ALARMS = 4
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same object, or immutable and equal in type and value."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if type(one) is tuple:
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) in _BY_VALUE and ((one == other and repr(one) == repr(other)) or (one != one and other != other))
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Namespace:
+    """A dict, and the entries of it that were read.
+
+    Attributes
+    ----------
+    live : dict
+        The dict itself.
+    read : dict
+        The entries that were read; ``ABSENT`` for one that was looked for.
+    differs : callable
+        Names of what differs, found at leisure.
+    closed : bool
+        Whether a new name in it may matter.
+    label : callable
+        The user's name for an entry.
+    """
+
+    live: dict[Any, Any]
+    read: dict[Any, Any]
+    differs: Callable[[], list[str]]
+    closed: bool = True
+    alarms: int = 0
+    keys: list[Any] = dataclasses.field(default_factory=list)
+
+    def intact(self) -> bool:
+        """Whether the entries are the very same, in the same order where a new one may matter."""
+        if self.closed and list(self.live) != self.keys:
+            return False
+        return all(self.live.get(name, ABSENT) is value for name, value in self.read.items())
+
+
+class Watch:
+    """Remembers what was read, and says whether it is still so.
+
+    All passes run in C. Dicts that were not written to are not looked into; those that are written to in every call,
+    beside what is read in them, are compared by the entries that are read.
+    """
+
+    def __init__(self) -> None:
+        self.namespaces: list[Namespace] = []
+        self.contents: list[tuple[Any, Callable[[Any], Any], Any, Callable[[], str]]] = []
+        self._objects: list[Any] = []
+        self._kinds: list[type] = []
+        self._kind_labels: list[Callable[[], str]] = []
+        self._owners: list[Any] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._labels: list[Callable[[], str]] = []
+        self._slow: list[tuple[Any, str, Any, Callable[[], str]]] = []
+        self._turn = 0
+        self._groups: list[Any] = []
+        self._items: list[list[Any]] = []
+        self._group_labels: list[Callable[[], str]] = []
+        self._references: list[Callable[[], Any]] = []
+        self._stamps: Stamps | None = None
+        self._quiet: list[Namespace] = []
+        self._empty: list[Namespace] = []
+        self._loud: list[Namespace] = []
+        self._single: list[Stamps | None] = []
+        self._rewritten = 0
+
+    # What is watched.
+
+    def kind(self, value: Any, label: Callable[[], str]) -> None:
+        """Watch the class of an object."""
+        self._objects.append(value)
+        self._kinds.append(type(value))
+        self._kind_labels.append(label)
+
+    def attribute(self, owner: Any, name: str, label: Callable[[], str], often: bool = True) -> None:
+        """Watch one attribute; in turns where it is one of many that hardly ever change."""
+        value = getattr(owner, name, ABSENT)
+        if not often:
+            self._slow.append((owner, name, value, label))
+            return
+        self._owners.append(owner)
+        self._names.append(name)
+        self._values.append(value)
+        self._labels.append(label)
+
+    def items(self, group: Any, label: Callable[[], str]) -> None:
+        """Watch the items of a list or a set, in order."""
+        self._groups.append(group)
+        self._items.append(list(group))
+        self._group_labels.append(label)
+
+    def alive(self, reference: Callable[[], Any]) -> None:
+        """Watch that a weak reference keeps its object."""
+        self._references.append(reference)
+
+    def content(self, owner: Any, read: Callable[[Any], Any], label: Callable[[], str]) -> None:
+        """Watch what ``read`` returns for ``owner``."""
+        self.contents.append((owner, read, read(owner), label))
+
+    def seal(self) -> None:
+        """No more is to be watched."""
+        for space in self.namespaces:
+            (self._empty if space.closed and not space.live else self._quiet).append(space)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._bare = [space.live for space in self._empty]
+        self._dicts = [space.live for space in self._quiet]
+        for space in self._quiet:
+            space.keys = list(space.live) if space.closed else []
+        self._open = [space.live for space in self._quiet if space.closed]
+        self._keys = [space.keys for space in self._quiet if space.closed]
+        pairs = [(space.live, name, value) for space in self._quiet for name, value in space.read.items()]
+        self._scopes = [live for live, _, _ in pairs]
+        self._entries = [name for _, name, _ in pairs]
+        self._held = [value for _, _, value in pairs]
+
+    # Whether it is what it was.
+
+    def unchanged(self) -> bool:
+        """Whether everything watched is what it was."""
+        try:
+            return self._others() and self._spaces()
+        except Exception:  # an exotic __eq__, a name deleted, a cell emptied: look again rather than trust it
+            return False
+
+    def _others(self) -> bool:
+        if self._loud and any(space.differs() for space in self._loud):
+            return False
+        if any(self._bare) and not self._filled():
+            return False
+        return (
+            (not self._owners or self._attributes())
+            and (not self._groups or all(map(_same_items, self._groups, self._items)))
+            and all(reference() is not None for reference in self._references)
+            and all(_unchanged(read(owner), known) for owner, read, known, _ in self.contents)
+            and self._next_turn()
+        )
+
+    def _filled(self) -> bool:
+        """Whether what was put into empty dicts matters to nobody."""
+        filled = [space for space in self._empty if space.live]
+        if any(space.differs() for space in filled):
+            return False
+        self._empty = [space for space in self._empty if not space.live]
+        self._set_apart(filled)
+        return True
+
+    def _attributes(self) -> bool:
+        now = list(map(getattr, self._owners, self._names, repeat(ABSENT)))
+        if all(map(operator.is_, now, self._values)):
+            return True
+        if not all(map(same, now, self._values)):
+            return False
+        self._values = now
+        return True
+
+    def _next_turn(self) -> bool:
+        if not self._slow:
+            return True
+        some = self._slow[self._turn : self._turn + 16]
+        self._turn = self._turn + 16 if self._turn + 16 < len(self._slow) else 0
+        return all(same(getattr(owner, name, ABSENT), value) for owner, name, value, _ in some)
+
+    def _spaces(self) -> bool:
+        if self._stamps is not None and self._stamps.hold():
+            self._rewritten = 0
+            return True
+        stamps = Stamps.take(self._dicts, self._objects)  # taken first: what changes from here on shows the next time
+        if not all(map(operator.is_, map(type, self._objects), self._kinds)):
+            return False
+        if not (
+            all(map(operator.is_, map(dict.get, self._scopes, self._entries, repeat(ABSENT)), self._held))
+            and all(map(operator.eq, map(list, self._open), self._keys))
+        ):
+            if not self._look_closely():
+                return False
+            stamps = Stamps.take(self._dicts, self._objects)
+        elif self._stamps is not None:
+            self._find_rewritten()
+        self._stamps = stamps
+        return True
+
+    def _look_closely(self) -> bool:
+        """Compare dict by dict; those that are written to beside what is read are set apart."""
+        loud = []
+        for space in self._quiet:
+            if space.intact():
+                continue
+            if space.differs():
+                return False
+            space.read = {name: space.live.get(name, ABSENT) for name in space.read}
+            space.alarms += 1
+            if space.alarms >= _ALARMS:
+                loud.append(space)
+        self._set_apart(loud)
+        return True
+
+    def _find_rewritten(self) -> None:
+        """Find dicts that are written to in every call with what they held already."""
+        self._rewritten += 1
+        if self._rewritten >= _ALARMS:
+            if self._single:
+                loud = [
+                    space
+                    for space, stamp in zip(self._quiet, self._single, strict=True)
+                    if stamp is not None and not stamp.hold()
+                ]
+                self._single = []
+                self._rewritten = 0
+                self._set_apart(loud)
+            else:
+                self._single = [Stamps.take([space.live]) for space in self._quiet]
+
+    def _set_apart(self, loud: Sequence[Namespace]) -> None:
+        if loud:
+            self._loud.extend(loud)
+            self._quiet = [space for space in self._quiet if space not in loud]
+            self._single = []
+        self._lay_out()
+
+    def changes(self) -> Iterable[str]:
+        """The user's names for what differs."""
+        for value, kind, label in zip(self._objects, self._kinds, self._kind_labels, strict=True):
+            if type(value) is not kind:
+                yield label()
+        for space in self.namespaces:
+            yield from space.differs()
+        everything = chain(zip(self._owners, self._names, self._values, self._labels, strict=True), self._slow)
+        for owner, name, known, label in everything:
+            if not same(getattr(owner, name, ABSENT), known):
+                yield label()
+        for group, items, label in zip(self._groups, self._items, self._group_labels, strict=True):
+            if not _same_items(group, items):
+                yield label()
+        for owner, read, known, label in self.contents:
+            if not _unchanged(read(owner), known):
+                yield label()
+
+
+def _unchanged(now: Any, known: Any) -> bool:
+    if type(known) is tuple:
+        return type(now) is tuple and len(now) == len(known) and all(map(_unchanged, now, known))
+    if type(known) is type(now) and type(known) in (str, bytes):
+        return bool(now == known)
+    return same(now, known) or (type(known).__module__.startswith("numpy") and bool(now == known))
+
+
+def _same_items(group: Any, items: list[Any]) -> bool:
+    if len(group) != len(items):
+        return False
+    return all(map(operator.is_, group, items)) or all(map(same, group, items))
+
+
+def beneath_proxy(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The dict beneath the namespace of a class."""
+    import gc
+
+    found = gc.get_referents(mapping)
+    return found[0] if len(found) == 1 and type(found[0]) is dict else mapping
