@@ -1,0 +1,1 @@
+"""Of what: the 128-bit digest of each row, where the row lives."""

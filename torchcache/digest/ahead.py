@@ -1,0 +1,161 @@
+"""Look-ahead: the coming batch's digests, and its rows from disk, while the current step runs.
+
+What a batch's tensors are to a lookup is learnt from the calls seen: where all row inputs of a call were tensors of
+the batch in use, the same places of the next batch will be the row inputs of its next call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from torchcache.forks import without_forks
+from torchcache.logging import logger
+from torchcache.store.tiers import Found
+
+__all__ = ["Ahead", "Routes", "learn", "prepared"]
+
+Prepare = Callable[[Sequence[torch.Tensor]], tuple[list[bytes], Found | None]]
+Routes = weakref.WeakKeyDictionary[Any, tuple[list[int], Prepare]]
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What was done ahead for one call.
+
+    Parameters
+    ----------
+    rows : list of torch.Tensor
+        Its row inputs.
+    versions : list of int
+        Their versions at that time.
+    digests : list of bytes
+        One a row.
+    found : Found or None
+        What the tiers held; ``None`` where that was not asked.
+    """
+
+    rows: list[torch.Tensor]
+    versions: list[int]
+    digests: list[bytes]
+    found: Found | None
+
+
+class Ahead:
+    """Works one batch ahead of the step, on a thread of its own, for one pass over a loader.
+
+    Parameters
+    ----------
+    routes : mapping
+        What was learnt in earlier passes, to be added to: for each owner, which tensors of a batch are its rows.
+    """
+
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+        self._batch: list[torch.Tensor] = []
+        self._coming: tuple[list[torch.Tensor], dict[int, Future[Prepared]]] = ([], {})
+        self._work: dict[int, Future[Prepared]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="torchcache-ahead")
+
+    def __enter__(self) -> Ahead:
+        with _lock:
+            _active.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with _lock:
+            _active.remove(self)
+        self._batch, self._work, self._coming = [], {}, ([], {})
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, batch: Any) -> None:
+        """Begin with the work for the batch that comes next."""
+        tensors = _tensors(batch)
+        work = {}
+        for owner, (places, prepare) in list(self._routes.items()):
+            if max(places) < len(tensors):
+                rows = [tensors[place] for place in places]
+                work[id(owner)] = self._pool.submit(_prepare, rows, prepare)
+        self._coming = (tensors, work)
+
+    def use(self) -> None:
+        """The batch that was started last is now the one in use."""
+        self._batch, self._work = self._coming
+
+    def prepared(self, owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:
+        """What was done ahead for a call of ``owner`` with these ``rows``, if nothing changed since."""
+        future = self._work.get(id(owner))
+        if future is None:
+            return None
+        try:
+            done = future.result()
+        except Exception:  # what fails ahead is done by the call itself, which says what is wrong
+            logger.debug("look-ahead failed", exc_info=True)
+            return None
+        same = len(rows) == len(done.rows) and all(map(_same_memory, rows, done.rows))
+        return done if same and _versions(done.rows) == done.versions else None
+
+    def learn(self, owner: Any, rows: Sequence[torch.Tensor], prepare: Prepare) -> None:
+        """Note how to prepare calls of ``owner``, if ``rows`` are tensors of the batch in use."""
+        places = []
+        for row in rows:
+            place = next((place for place, tensor in enumerate(self._batch) if _same_memory(row, tensor)), None)
+            if place is None:
+                self._routes.pop(owner, None)
+                return
+            places.append(place)
+        if places:
+            self._routes[owner] = (places, prepare)
+
+
+_active: list[Ahead] = []
+_lock = threading.Lock()
+
+
+def prepared(owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:
+    """What any look-ahead did for this call."""
+    if not _active:
+        return None
+    return next((done for ahead in _active if (done := ahead.prepared(owner, rows)) is not None), None)
+
+
+def learn(owner: Any, rows: Sequence[torch.Tensor], prepare: Callable[[], Prepare]) -> None:
+    """Tell every look-ahead of a call; ``prepare`` is asked only where there is one."""
+    for ahead in list(_active):
+        ahead.learn(owner, rows, prepare())
+
+
+@without_forks
+def _prepare(rows: list[torch.Tensor], prepare: Prepare) -> Prepared:
+    versions = _versions(rows)
+    return Prepared(rows, versions, *prepare(rows))
+
+
+def _versions(rows: Sequence[torch.Tensor]) -> list[int]:
+    return [row._version for row in rows]
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.device == other.device
+    )
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return [tensor for item in batch for tensor in _tensors(item)]
+    return []

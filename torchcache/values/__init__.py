@@ -1,0 +1,1 @@
+"""Arguments and outputs as flat tensors and back: complete, or a bypass."""

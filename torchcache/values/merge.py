@@ -1,0 +1,69 @@
+"""A batch from up to three sources: rows in memory, rows read from disk, rows that were just computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from torchcache.store.buffers import Buffers
+from torchcache.store.select import place_rows, select_rows
+from torchcache.store.slab import ABSENT
+from torchcache.store.tiers import Found
+from torchcache.values.layout import Layout
+
+__all__ = ["assemble"]
+
+
+def assemble(
+    digests: Sequence[bytes],
+    missing: dict[bytes, int],
+    found: Found,
+    computed: Sequence[torch.Tensor],
+    layouts: Sequence[Layout],
+    near: torch.device,
+    buffers: Buffers,
+) -> list[torch.Tensor]:
+    """Fresh leaves of shape ``(len(digests), *)``, rows first, in the caller's order.
+
+    Parameters
+    ----------
+    digests : sequence of bytes
+        One a row of the batch.
+    missing : dict of bytes to int
+        The digests that were computed, in the order of ``computed``.
+    found : Found
+        What the tiers hold.
+    computed : sequence of torch.Tensor
+        The rows that were computed, one tensor a leaf.
+    layouts : sequence of Layout
+        What each leaf looks like to its user.
+    near : torch.device
+        Where the arguments are.
+    buffers : Buffers
+        Where leaves on the CPU are made.
+    """
+    order = {digest: row for row, digest in enumerate(missing)}
+    held: list[int] = []
+    slots: list[int] = []
+    read: tuple[list[int], list[int]] = ([], [])
+    fresh: tuple[list[int], list[int]] = ([], [])
+    for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
+        if slot != ABSENT:
+            held.append(row)
+            slots.append(slot)
+        elif digest in found.extra:
+            read[0].append(row)
+            read[1].append(found.extra[digest])
+        else:
+            fresh[0].append(row)
+            fresh[1].append(order[digest])
+    merged = [layout.empty(len(digests), near, buffers) for layout in layouts]
+    parts = [(held, found.slab.gather(slots))] if found.slab is not None and held else []
+    for source, (rows, taken) in ((found.extra_rows, read), (computed, fresh)):
+        if rows:
+            parts.append((rows, [select_rows(leaf, taken) for leaf in source]))
+    for rows, leaves in parts:
+        for target, leaf in zip(merged, leaves, strict=True):
+            place_rows(target, rows, leaf)
+    return merged

@@ -1,0 +1,375 @@
+"""The arguments or outputs of a call as flat tensors, a key of all the rest, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from torchcache.errors import Bypass
+from torchcache.values.constants import ATOMS, DEEPEST, constant_bytes, is_constant, too_deep, type_name
+from torchcache.values.containers import KEEP_NO_CACHE, open_container
+from torchcache.values.tensors import TENSORS, check_tensor
+
+__all__ = ["Taken", "take_arguments", "take_outputs"]
+
+# Values in one call: above, they are data and belong into tensors.
+MOST_VALUES = 100_000
+Path = tuple[Any, ...]
+
+
+class _Leaf(NamedTuple):
+    """Stands where a tensor was."""
+
+    place: int
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return tensors[self.place]
+
+    def paths(self) -> Iterator[Path]:
+        yield ()
+
+    def classes(self) -> Iterator[type]:
+        return iter(())
+
+
+class _Stacked(NamedTuple):
+    """Stands where a list or tuple of equal tensors was: one leaf is their stack."""
+
+    place: int
+    kind: type
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return self.kind(tensors[self.place].unbind(0))
+
+    def paths(self) -> Iterator[Path]:
+        yield ()
+
+    def classes(self) -> Iterator[type]:
+        return iter(())
+
+
+class _Constant(NamedTuple):
+    """A value that nobody can write to."""
+
+    value: Any
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return self.value
+
+    def paths(self) -> Iterator[Path]:
+        return iter(())
+
+    def classes(self) -> Iterator[type]:
+        yield type(self.value)
+
+
+class _Container(NamedTuple):
+    """A container without its parts."""
+
+    kind: type
+    make: Callable[[list[Any]], Any]
+    names: Sequence[Any]
+    parts: Sequence[Any]
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
+        return self.make([part.build(tensors) for part in self.parts])
+
+    def paths(self) -> Iterator[Path]:
+        for name, part in zip(self.names, self.parts, strict=True):
+            for path in part.paths():
+                yield (name, *path)
+
+    def classes(self) -> Iterator[type]:
+        yield self.kind
+        for name, part in zip(self.names, self.parts, strict=True):
+            yield type(name)
+            yield from part.classes()
+
+
+_Plan = _Leaf | _Stacked | _Constant | _Container
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Taken:
+    """A nested value taken apart.
+
+    Attributes
+    ----------
+    tensors : list of torch.Tensor
+        Its tensors, in the order of its places.
+    key : bytes
+        128-bit digest of all the rest: structure, classes, plain values. Of the tensors it has the places alone.
+    """
+
+    tensors: list[torch.Tensor]
+    key: bytes
+    _plan: _Plan
+
+    def rebuild(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The same value around other tensors, in containers that nobody else holds.
+
+        Parameters
+        ----------
+        tensors : sequence of torch.Tensor
+            One for each of ``self.tensors``.
+        """
+        return self._plan.build(tensors)
+
+    def path(self, index: int) -> str:
+        """Where a tensor stands, for people: ``" 'mask'[0]"``; empty where it is all there is."""
+        return _path_text([*self._plan.paths()][index])
+
+    def without_tensors(self) -> Taken:
+        """The same to be kept: it rebuilds, and holds no tensor."""
+        return dataclasses.replace(self, tensors=[])
+
+    def classes(self) -> list[type]:
+        """The classes of its containers and enums, without Python's own: the key has their names, not their code."""
+        return [kind for kind in dict.fromkeys(self._plan.classes()) if kind.__module__ not in _BUILT_IN]
+
+
+def take_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], *, stack_lists: bool = False
+) -> Taken:
+    """The arguments of a call, taken apart.
+
+    ``f(x)`` and ``f(x=x)`` have the same key and the same order of tensors. What ``rebuild`` returns is in the
+    caller's own form: ``(args, kwargs)``.
+
+    Parameters
+    ----------
+    args, kwargs
+        What the caller passed.
+    names : sequence of str
+        The parameters that take positional arguments, in order, without ``self``. One that is positional-only goes by
+        a name that is no keyword, such as ``"x/"``.
+    stack_lists : bool, default: False
+        Whether a list or tuple of tensors of equal shape, dtype and device is one tensor, their stack ``(N, *)``. Its
+        length is then no part of the key.
+
+    Raises
+    ------
+    Bypass
+        For anything that is not understood completely, with the argument's name.
+    """
+    form = _form(len(args), tuple(kwargs), tuple(names))
+    given = (*args, *kwargs.values()) if kwargs else args
+    values = [given[place] for place in form.order]
+    if _all_plain(values):
+        return Taken(values, form.plain_key, form.plain_plan)
+    return _Walk("argument", stack_lists).arguments(values, form)
+
+
+def take_outputs(outputs: Any, *, stack_lists: bool = False) -> Taken:
+    """What a call returned, taken apart.
+
+    Parameters
+    ----------
+    outputs : object
+        The outputs.
+    stack_lists : bool, default: False
+        As for ``take_arguments``.
+
+    Raises
+    ------
+    Bypass
+        For anything that is not understood completely, with its place.
+    """
+    if _all_plain((outputs,)):
+        return Taken([outputs], _ONE_KEY, _ONE_LEAF)
+    return _Walk("output", stack_lists).outputs(outputs)
+
+
+def _all_plain(values: Sequence[Any]) -> bool:
+    """Whether all are tensors that are understood, without saying why not."""
+    for value in values:
+        if type(value) is not torch.Tensor:
+            return False
+    try:
+        for value in values:
+            check_tensor(value)
+    except Bypass:
+        return False
+    return True
+
+
+def _digest(data: Sequence[bytes]) -> bytes:
+    # Inputs may be chosen by others, and constants are short: a digest that nobody can make collide.
+    return hashlib.blake2b(b"".join(data), digest_size=16).digest()
+
+
+_ONE_KEY = _digest([TENSORS[torch.Tensor]])
+_ONE_LEAF = _Leaf(0)
+
+
+class _Form(NamedTuple):
+    """How a call passes its arguments, whatever they are.
+
+    Parameters
+    ----------
+    order : tuple of int
+        For each place in the key, which of ``(*args, *kwargs.values())`` stands there.
+    names : tuple of str
+        The argument at each place.
+    head : bytes
+        Canonical bytes of the names.
+    make : callable
+        From the values in the key's order to ``(args, kwargs)``.
+    plain_key, plain_plan
+        Of a call in which all of them are tensors.
+    """
+
+    order: tuple[int, ...]
+    names: tuple[str, ...]
+    head: bytes
+    make: Callable[[list[Any]], Any]
+    plain_key: bytes
+    plain_plan: _Container
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(positional: int, keywords: tuple[str, ...], parameters: tuple[str, ...]) -> _Form:
+    named = parameters[:positional]
+    # (rank, tag, name): by position, by name, beyond the parameters (*args), of other names (**kwargs).
+    places = [(0, b"n", name) for name in named]
+    places += [(2, b"*", f"*[{index}]") for index in range(positional - len(named))]
+    rest = parameters[positional:]
+    places += [(1, b"n", name) if name in rest else (3, b"k", name) for name in keywords]
+    ranks = [(rank, rest.index(name) if rank == 1 else place) for place, (rank, _, name) in enumerate(places)]
+    order = tuple(sorted(range(len(places)), key=ranks.__getitem__))
+    names = tuple(places[place][2] for place in order)
+    head = b"".join(places[place][1] + constant_bytes(places[place][2]) for place in order)
+    head = len(order).to_bytes(8, "little") + head
+
+    def make(parts: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(order, parts, strict=True))
+        values = [given[place] for place in range(len(order))]
+        return tuple(values[:positional]), dict(zip(keywords, values[positional:], strict=True))
+
+    plain_plan = _Container(tuple, make, names, [_Leaf(index) for index in range(len(order))])
+    return _Form(order, names, head, make, _digest([head, TENSORS[torch.Tensor] * len(order)]), plain_plan)
+
+
+class _Walk:
+    """Takes one call's values apart, from the outside to the inside."""
+
+    def __init__(self, what: str, stack_lists: bool) -> None:
+        self._what = what
+        self._stack_lists = stack_lists
+        self._tensors: list[torch.Tensor] = []
+        self._data: list[bytes] = []
+        # By id, and held: a temporary's id would be given to another.
+        self._mutable: dict[int, Any] = {}
+        self._failed: list[Any] = []
+
+    def arguments(self, values: Sequence[Any], form: _Form) -> Taken:
+        """Arguments, in the key's order."""
+        self._data.append(form.head)
+        return self._taken(lambda: _Container(tuple, form.make, form.names, self._parts(form.names, values, DEEPEST)))
+
+    def outputs(self, outputs: Any) -> Taken:
+        """Outputs."""
+        return self._taken(lambda: self._take(outputs, DEEPEST))
+
+    def _taken(self, walk: Callable[[], _Plan]) -> Taken:
+        try:
+            plan = walk()
+        except RecursionError:
+            raise self._explained(too_deep()) from None
+        except Bypass as bypass:
+            raise self._explained(bypass) from None
+        except Exception as error:  # a user's own flatten function, metaclass or descriptor
+            failure = Bypass(f"something that cannot be looked at: {type(error).__name__}")
+            raise self._explained(failure) from error
+        return Taken(self._tensors, _digest(self._data), plan)
+
+    def _explained(self, bypass: Bypass) -> Bypass:
+        path = self._failed[::-1]
+        advice = KEEP_NO_CACHE if any(name in _MODEL_CACHES for name in path) else bypass.advice
+        return Bypass(f"{self._what}{_path_text(path)} is {bypass.reason}", advice)
+
+    def _parts(self, names: Sequence[Any], parts: Sequence[Any], depth: int) -> list[_Plan]:
+        plans = []
+        for name, part in zip(names, parts, strict=True):
+            try:
+                plans.append(self._take(part, depth))
+            except Exception:
+                self._failed.append(name)
+                raise
+        return plans
+
+    def _take(self, value: Any, depth: int) -> _Plan:
+        kind = type(value)
+        if kind in TENSORS:
+            check_tensor(value)
+            return self._leaf(value, TENSORS[kind])
+        atom = ATOMS.get(kind)
+        if atom is not None:
+            self._data.append(atom(value))
+            return _Constant(value)
+        if is_constant(kind):
+            self._data.append(constant_bytes(value))
+            return _Constant(value)
+        if depth == 0:
+            raise too_deep()
+        if len(self._data) > MOST_VALUES:
+            raise Bypass(f"one of more than {MOST_VALUES:,} values", "pass them as tensors")
+        opened = open_container(value)
+        if opened.mutable:
+            if id(value) in self._mutable:
+                raise Bypass(f"{type_name(value)} that stands in two places", "pass a copy in one of them")
+            self._mutable[id(value)] = value
+        if self._stack_lists and kind in _STACKED and _is_stackable(value):
+            return _Stacked(self._leaf(torch.stack(tuple(value)), _STACKED[kind]).place, kind)
+        self._data.append(opened.head)
+        parts = self._parts(opened.names, opened.parts, depth - 1)
+        return _Container(kind, opened.build, opened.names, parts)
+
+    def _leaf(self, tensor: torch.Tensor, mark: bytes) -> _Leaf:
+        self._tensors.append(tensor)
+        self._data.append(mark)
+        return _Leaf(len(self._tensors) - 1)
+
+
+# Tags of lists and tuples that stand for a stack.
+_STACKED: dict[type, bytes] = {list: b"L", tuple: b"U"}
+_BUILT_IN = ("builtins", "collections", "datetime", "decimal", "numpy", "torch")
+# What transformers calls the place of a cache that forward writes to.
+_MODEL_CACHES = ("past_key_values", "cache_params")
+
+
+def _is_stackable(values: Sequence[Any]) -> bool:
+    if not values or not _all_plain(values):
+        return False
+    first = values[0]
+    return all(
+        value.shape == first.shape and value.dtype == first.dtype and value.device == first.device for value in values
+    )
+
+
+def _path_text(path: Sequence[Any]) -> str:
+    """Where something stands: the first name as a word, the others as indices."""
+    names = [_name_text(name) for name in path[:_DEEPEST]]
+    if names and isinstance(path[0], str):
+        names[0] = f" {names[0]}"
+    else:
+        names[:1] = [f"[{name}]" for name in names[:1]]
+    return "".join([*names[:1], *(f"[{name}]" for name in names[1:]), "..." if len(path) > _DEEPEST else ""])
+
+
+def _name_text(name: Any) -> str:
+    try:
+        text = repr(name)
+    except Exception:  # a user's class, or an integer of too many digits
+        text = f"<{type(name).__qualname__}>"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+# Of a path for people: characters of a name, and names.
+_LONGEST = 60
+_DEEPEST = 8
