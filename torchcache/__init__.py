@@ -1,7 +1,7 @@
 """Caches the outputs of frozen PyTorch backbones, per sample, in memory and on disk."""
 
-from torchcache.audit import audit
 from torchcache.backend import torchcache_backend
+from torchcache.context import bypass, sample_keys
 from torchcache.errors import (
     ArgumentError,
     FingerprintError,
@@ -14,18 +14,18 @@ from torchcache.errors import (
     StoreVersionError,
     TorchcacheError,
 )
-from torchcache.explain import explain
-from torchcache.lookup.context import bypass, sample_keys
+from torchcache.loading.prefetch import prefetch
+from torchcache.loading.warm import warm
 from torchcache.marks import mark, torchcache, unmark
 from torchcache.options import CacheOptions
-from torchcache.plot import plot
-from torchcache.prefetch import prefetch
-from torchcache.stats import stats
+from torchcache.reports.audit import audit
+from torchcache.reports.explain import explain
+from torchcache.reports.plot import plot
+from torchcache.reports.stats import stats
+from torchcache.reports.summary import summary
 from torchcache.store.writer import flush
-from torchcache.summary import summary
 from torchcache.transform import graphs, transform
 from torchcache.version import __version__ as __version__
-from torchcache.warm import warm
 
 __all__ = [
     "ArgumentError",

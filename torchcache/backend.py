@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from torchcache import dynamo
+from torchcache.dynamo import takes_rows
 from torchcache.errors import TorchcacheError
-from torchcache.graph.feed import feed_state
 from torchcache.graph.frozen import is_number
 from torchcache.graph.rewrite import cache_regions
-from torchcache.graph.trust import trust_programs
 
 __all__ = ["torchcache_backend"]
 
 
+@takes_rows
 def torchcache_backend(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -28,7 +29,7 @@ def torchcache_backend(
     options: Mapping[str, Any] | None = None,
     **inner_options: Any,
 ) -> Callable[..., Any]:
-    """Cache the marked, frozen regions of a graph and compile the rest.
+    """Cache the frozen parts of marked modules in a graph and compile the rest.
 
     Used as ``torch.compile(model, backend=torchcache_backend)``, or by name as ``backend="torchcache"``.
 
@@ -68,23 +69,14 @@ def torchcache_backend(
         compile_misses = inner == "inductor"
     compile_graph = functools.partial(_compile, inner=inner, mode=mode, options=given)
     # A region's original is compiled when it first runs, for any number of rows.
-    regions = cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
-    inputs = module.graph.find_nodes(op="placeholder")
-    trust = trust_programs(module, regions)
-    left = set(module.graph.find_nodes(op="placeholder"))
-    example_inputs = [value for node, value in zip(inputs, example_inputs, strict=True) if node in left]
-    feed = feed_state(module, regions)
+    cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
     smaller, kept = _without_unused_inputs(module)
     compiled = compile_graph(smaller, [example_inputs[position] for position in kept])
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        if trust is not None:
-            trust.raise_interrupt()
-        feed(args)
         return compiled(*[args[position] for position in kept])
 
-    run.regions = regions  # type: ignore[attr-defined]  # the graph refers to them by name only
     return run
 
 
@@ -114,12 +106,10 @@ def _compile(
         compiled: Callable[..., Any] = inner(module, example_inputs, **options)
         return compiled
     if inner == "inductor":
-        inductor = torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)  # type: ignore[no-untyped-call]
-        compiled = inductor(module, example_inputs)
+        compiled = dynamo.inductor(mode, options)(module, example_inputs)
         return compiled
-    try:
-        backend = torch._dynamo.lookup_backend(inner)
-    except torch._dynamo.exc.InvalidBackend as error:
-        raise TorchcacheError(f"torchcache: inner={inner!r} is no torch.compile backend: {error}") from None
+    backend = dynamo.backend_named(inner)
+    if backend is None:
+        raise TorchcacheError(f"torchcache: inner={inner!r} is none of torch.compiler.list_backends()")
     compiled = backend(module, list(example_inputs), **options)
     return compiled

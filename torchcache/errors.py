@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from torchcache.printable import printable
+
 __all__ = [
     "ArgumentError",
+    "Bypass",
     "FingerprintError",
     "MarkError",
     "OutputError",
@@ -59,8 +62,46 @@ class StoreVersionError(TorchcacheError):
     """A cache directory was written by a newer torchcache than this one."""
 
 
+class Bypass(Exception):  # noqa: N818 - an outcome, which no user sees raised
+    """A call that is computed and not stored.
+
+    Parameters
+    ----------
+    reason : str
+        Why, in words that a user knows.
+    advice : str, default: ""
+        What the user can do about it.
+    lasting : bool, default: True
+        Whether calls of this form will be computed as long as what computes them stays as it is.
+    quiet : bool, default: False
+        Whether it is counted only: the user asked for it, or it is over soon.
+    """
+
+    def __init__(self, reason: str, advice: str = "", *, lasting: bool = True, quiet: bool = False) -> None:
+        super().__init__(reason, advice)
+        self.reason = reason
+        self.advice = advice
+        self.lasting = lasting
+        self.quiet = quiet
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.advice}" if self.advice else self.reason
+
+
+class Restless(Bypass):
+    """A bypass because what computes the call changes with every call: not looked at again for a while."""
+
+
+class Writes(Restless):
+    """A bypass because the original writes more than its output, which hits would not."""
+
+
+class Trains(Bypass):
+    """A bypass because the call computes gradients for what it reads."""
+
+
 def brief(error: BaseException) -> str:
     """The text of ``error`` in one short line: what SQLite says can hold as much of a damaged database as it likes."""
     text = str(error)
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    return "".join(sign if sign.isprintable() else "?" for sign in short)
+    return printable(short)

@@ -7,6 +7,9 @@ import logging
 import os
 import sys
 import time
+from typing import Any
+
+from torchcache.printable import printable
 
 __all__ = ["configure", "logger", "warn_once"]
 
@@ -44,12 +47,23 @@ def configure() -> None:
         logger.warning(complaint)
 
 
+class _Formatter(logging.Formatter):
+    """One line a message, whatever the names in it hold; tracebacks have their own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(map(printable, super().formatException(ei).splitlines()))
+
+
 def _level(complaints: list[str]) -> int:
     name = os.environ.get("TORCHCACHE_LOG_LEVEL", DEFAULT_LEVEL)
     level = logging.getLevelName(name.strip().upper())
     if isinstance(level, int):
         return level
-    if name.strip().isdigit():
+    if name.strip().isdecimal():
         return int(name)
     complaints.append(f"TORCHCACHE_LOG_LEVEL={name!r} is not a logging level; using {DEFAULT_LEVEL}")
     return logging.WARNING
@@ -65,11 +79,11 @@ def _formatter(complaints: list[str]) -> logging.Formatter:
         date_format = DEFAULT_DATE_FORMAT
     text_format = os.environ.get("TORCHCACHE_LOG_FMT", DEFAULT_FORMAT)
     try:
-        formatter = logging.Formatter(text_format, date_format)
+        formatter: logging.Formatter = _Formatter(text_format, date_format)
         formatter.format(record)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a format makes of Python's own formatting
         complaints.append(f"TORCHCACHE_LOG_FMT={text_format!r} is not a log format ({error!r}); using the default")
-        formatter = logging.Formatter(DEFAULT_FORMAT, date_format)
+        formatter = _Formatter(DEFAULT_FORMAT, date_format)
     return formatter
 
 

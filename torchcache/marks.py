@@ -1,29 +1,27 @@
-"""``@torchcache``, ``mark`` and ``unmark``: which modules and functions are cached, with which options."""
+"""``@torchcache``, ``mark`` and ``unmark``: which modules, methods and functions are cached, with which options."""
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
-import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import nn
 
-from torchcache import eager
+from torchcache.doors import door
 from torchcache.errors import MarkError
-from torchcache.graph.marked import Mark, enter, leave, register_door
-from torchcache.modes import is_frozen, settle
+from torchcache.mark import Mark, original_of
+from torchcache.modes import train
 from torchcache.options import CacheOptions
+from torchcache.usefulness import forget_mark, note_call, note_mark
 
-__all__ = ["mark", "mark_of", "marked_modules", "resemble", "torchcache", "unmark"]
-
-_numbers = itertools.count()
+__all__ = ["mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
 
 T = TypeVar("T", bound=Callable[..., Any])
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")
 
 
 def _with_options(function: T) -> T:
@@ -41,7 +39,7 @@ def torchcache(target: T, /) -> T: ...
 def torchcache(target: None = None, /, **options: Any) -> Callable[[T], T]: ...
 @_with_options
 def torchcache(target: Any = None, /, **options: Any) -> Any:
-    """Mark an ``nn.Module`` class, or a function of tensors, to be cached; with or without parentheses.
+    """Mark an ``nn.Module`` class, a method of one, or a function of tensors; with or without parentheses.
 
     The class stays the same class. Each instance is cached on its own; an attribute ``torchcache_<option>``
     set in ``__init__`` overrides an option for that instance.
@@ -72,13 +70,17 @@ def torchcache(target: Any = None, /, **options: Any) -> Any:
 
 
 @_with_options
-def mark(module: M, /, *, freeze: bool = False, **options: Any) -> M:
+def mark(module: M, /, *, method: str | Sequence[str] = "forward", freeze: bool = False, **options: Any) -> M:
     """Mark one module, whoever wrote its class, to be cached.
+
+    The module gets a class of its own, made from its class, so that copies and replicas are cached for themselves.
 
     Parameters
     ----------
-    module : nn.Module
-        The module; marking again replaces the options.
+    module : nn.Module, or a bound method of one
+        The module; marking again replaces the options. ``mark(clip.encode_image)`` marks that method.
+    method : str or sequence of str
+        The methods whose calls are cached, each for itself.
     freeze : bool
         Also put it in eval mode and set ``requires_grad_(False)``.
     **options
@@ -86,36 +88,52 @@ def mark(module: M, /, *, freeze: bool = False, **options: Any) -> M:
 
     Returns
     -------
-    nn.Module
-        The same module.
+    nn.Module or method
+        What was passed, marked.
 
     Raises
     ------
     TypeError, ValueError
         For an unknown option or a wrong value.
     MarkError
-        When ``module`` is no ``nn.Module``.
+        When ``module`` is no ``nn.Module``, has no such method, or is to be frozen before its lazy parameters exist.
     """
+    if isinstance(module, types.MethodType) and isinstance(module.__self__, nn.Module):
+        mark(module.__self__, method=module.__name__, freeze=freeze, **options)
+        bound: M = getattr(module.__self__, module.__name__)
+        return bound
     if not isinstance(module, nn.Module):
         raise MarkError(f"torchcache.mark takes an nn.Module instance, not {module!r}; decorate classes and functions")
     chosen = CacheOptions.of(options)
+    names = [method] if isinstance(method, str) else list(method)
+    for name in names:
+        if not callable(getattr(module, name, None)):
+            raise MarkError(f"torchcache.mark: {type(module).__name__} has no method {name!r}")
     if freeze:
+        if any(map(nn.parameter.is_lazy, module.parameters())):
+            raise MarkError(
+                f"torchcache.mark: {type(module).__name__} holds lazy parameters, with nothing to freeze yet: call "
+                "it once on a batch, or freeze it after its first call"
+            )
         module.requires_grad_(False)
         module.eval()
+    known = _instance_marks(module)
+    if "forward" in names:
+        known = {}
     unmark(module)
-    members = vars(module)
-    members.pop("torchcache_enabled", None)
-    holder: Any = members.get("forward")
-    if hasattr(holder, "previous"):  # transformed already: the mark goes beneath
-        holder.previous = MarkedForward(module, chosen, holder.previous)
-    else:
-        members["forward"] = MarkedForward(module, chosen, holder)
-    members["train"] = MarkedTrain(module)
+    vars(module).pop("torchcache_enabled", None)
+    own = vars(module)
+    for name in names:
+        if chosen.enabled:
+            note_mark(module, name)
+        if name in own:
+            own[f"_torchcache_own_{name}"] = own.pop(name)
+    _set_class(module, _marked_class(type(module), {**known, **dict.fromkeys(names, chosen)}))
     return module
 
 
-def unmark(module: M) -> M:
-    """Take the mark off one module; where its class is marked, only this instance is left out.
+def unmark(module: Any) -> Any:
+    """Take the marks off one module; where its class is marked, only this instance is left out.
 
     Parameters
     ----------
@@ -128,26 +146,31 @@ def unmark(module: M) -> M:
         The same module.
     """
     members = vars(module)
-    holder: Any = members.get("forward")
-    if isinstance(holder, MarkedForward):
-        del members["forward"]
-        if holder.inner is not None:
-            members["forward"] = holder.inner
-    elif isinstance(getattr(holder, "previous", None), MarkedForward):
-        holder.previous = holder.previous.inner
-    if isinstance(members.get("train"), MarkedTrain):
-        del members["train"]
-    if mark_of(module) is not None:
+    kind = type(module)
+    if "_torchcache_marks" in vars(kind):
+        for name in kind._torchcache_marks:
+            forget_mark(module, name)
+            if f"_torchcache_own_{name}" in members:
+                members[name] = members.pop(f"_torchcache_own_{name}")
+        _set_class(module, kind.torchcache_base)
+    if next(marks_of(module), None) is not None:
         members["torchcache_enabled"] = False
     return module
 
 
+def marks_of(module: nn.Module) -> Iterator[Mark]:
+    """The marks on ``module`` and its class, enabled or not."""
+    kind = type(module)
+    names = ["forward", *(name for name in getattr(kind, "_torchcache_methods", ()) if name != "forward")]
+    for name in names:
+        found = getattr(getattr(kind, name, None), "torchcache_mark", None)
+        if isinstance(found, Mark):
+            yield found
+
+
 def mark_of(module: nn.Module) -> Mark | None:
-    """The mark on ``module`` or its class, enabled or not."""
-    holder = vars(module).get("forward")
-    holder = getattr(holder, "previous", None) or holder
-    found = getattr(holder if isinstance(holder, MarkedForward) else type(module).forward, "torchcache_mark", None)
-    return found if isinstance(found, Mark) else None
+    """The first mark on ``module`` or its class, enabled or not."""
+    return next(marks_of(module), None)
 
 
 def marked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Mark]]:
@@ -159,159 +182,79 @@ def marked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Mark]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        found = mark_of(module)
-        if found is not None and found.options_for(module).enabled:
-            yield path or type(module).__name__, module, found
-            continue
-        children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
-        pending.extend(reversed(children))
-
-
-class MarkedForward:
-    """The ``forward`` of a marked instance.
-
-    It refers to its module and nothing else, so that copies and pickles of the module carry a mark of their own.
-    """
-
-    def __init__(self, module: nn.Module, options: CacheOptions, inner: Callable[..., Any] | None = None) -> None:
-        self.module = module
-        self.options = options
-        self.inner = inner
-        self._bind()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.door(self.module, *args, **kwargs)
-
-    @property
-    def torchcache_mark(self) -> Mark:
-        """The mark."""
-        found: Mark = self.door.torchcache_mark
-        return found
-
-    @property
-    def torchcache_function(self) -> Callable[..., Any]:
-        """The original, which takes the module first."""
-        return self.torchcache_mark.function
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.torchcache_function)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "options": self.options, "inner": self.inner}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._bind()
-
-    def _bind(self) -> None:
-        original = _class_forward(type(self.module)) if self.inner is None else _instance_forward(self.inner)
-        self.door: Any = make_door(Mark(original, self.options, of_module=True))
-        resemble(self, original)
-
-
-def resemble(holder: Any, function: Callable[..., Any]) -> None:
-    """Show ``function``'s name, docstring and annotations on ``holder``.
-
-    There is no ``__wrapped__``: libraries that patch a forward follow it to take their patch off, and go too far.
-    """
-    for name in ("__name__", "__qualname__", "__doc__", "__annotations__"):
-        setattr(holder, name, getattr(function, name, None))
-
-
-def _class_forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a class as it is when called: a class may be given another one after its instance was marked."""
-    found = getattr(cls.forward, "torchcache_function", cls.forward)
-
-    @functools.wraps(found)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = type(self).forward
-        return getattr(current, "torchcache_function", current)(self, *args, **kwargs)
-
-    forward.torchcache_function = found  # type: ignore[attr-defined]
-    return forward
-
-
-def _instance_forward(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that was set on the instance before it was marked, as a function that takes the module first."""
-
-    @functools.wraps(inner)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs)
-
-    signature = inspect.signature(inner)
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
-    return forward
-
-
-class MarkedTrain:
-    """The ``train`` of a marked instance: frozen parts stay in eval mode."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return _train(type(self.module).train, self.module, mode)
+        found = [mark for mark in marks_of(module) if mark.options_for(module).enabled]
+        yield from ((path or type(module).__name__, module, mark) for mark in found)
+        if not any(mark.name == "forward" for mark in found):
+            children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+            pending.extend(reversed(children))
 
 
 def _decorate(target: Any, options: CacheOptions) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
-        original = getattr(target.forward, "torchcache_function", target.forward)
-        target.forward = make_door(Mark(original, options, of_module=True))
-        target.train = _settled_train(target.train)  # type: ignore[method-assign]
+        target.forward = door(Mark("forward", options, original_of(target.forward)))
+        if not hasattr(target.train, "torchcache_function"):
+            target.train = _settled_train(target.train)  # type: ignore[method-assign]
         return target
     if isinstance(target, types.FunctionType):
-        return make_door(Mark(target, options, of_module=False))
+        return door(Mark(target.__name__, options, original_of(target)))
     advice = "use torchcache.mark for instances" if isinstance(target, nn.Module) else "mark a class or a function"
     raise MarkError(f"@torchcache takes an nn.Module class or a function, not {target!r}: {advice}")
 
 
-def _settled_train(train: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(train)
+def _settled_train(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def settled(self: nn.Module, mode: bool = True) -> nn.Module:
-        return _train(train, self, mode)
+        found = mark_of(self)
+        return train(self, original, mode, kept=found is not None and found.options_for(self).enabled)
 
+    settled.torchcache_function = original  # type: ignore[attr-defined]
     return settled
 
 
-def _train(train: Callable[..., Any], module: nn.Module, mode: bool) -> nn.Module:
-    found = mark_of(module)
-    kept = found is not None and found.options_for(module).enabled
-    # Trainers call this in every step; a round trip through train mode would be a write to every part.
-    if not (kept and is_frozen(module) and all(map(_sets_flags_only, module.modules()))):
-        train(module, mode)
-    if kept:
-        settle(module)
-    return module
+@functools.cache
+def _class_of(base: type[nn.Module], marks: tuple[tuple[str, CacheOptions], ...]) -> type[nn.Module]:
+    """A subclass of ``base`` whose methods of these names are doors; the same one for the same marks."""
+    members: dict[str, Any] = {
+        name: door(Mark(name, options, base=base), of=getattr(base, name, None)) for name, options in marks
+    }
+    members["train"] = _settled_train(original_of(base.train))
+    members["__reduce_ex__"] = _reduce
+    members["torchcache_base"] = base
+    later = getattr(base, "cls_to_become", None)  # the class that a lazy module gets when it is called first
+    if isinstance(later, type):
+        members["cls_to_become"] = _class_of(later, marks)
+    members["_torchcache_marks"] = dict(marks)
+    members["_torchcache_methods"] = tuple(name for name, _ in marks)
+    made = type(base.__name__, (base,), members)
+    made.__module__, made.__qualname__, made.__doc__ = base.__module__, base.__qualname__, base.__doc__
+    return made
 
 
-def _sets_flags_only(module: nn.Module) -> bool:
-    """Whether ``train`` of this module does nothing else."""
-    train = type(module).train
-    own = vars(module).get("train")
-    return getattr(train, "__wrapped__", train) is nn.Module.train and (own is None or isinstance(own, MarkedTrain))
+def _marked_class(base: type[nn.Module], marks: dict[str, CacheOptions]) -> type[nn.Module]:
+    return _class_of(base, tuple(marks.items()))  # type: ignore[arg-type]
 
 
-def make_door(marked: Mark) -> Any:
-    """``marked.function``, cached: traced through where Dynamo is tracing, looked up where it is not."""
-    function = marked.function
+def _instance_marks(module: nn.Module) -> dict[str, CacheOptions]:
+    return dict(vars(type(module)).get("_torchcache_marks", {}))
 
-    def door(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            torch._dynamo.comptime.comptime(enter)
-            outputs = function(*args, **kwargs)
-            torch._dynamo.comptime.comptime(leave)
-            return outputs
-        return eager.call(marked, opened, args, kwargs)
 
-    # Dynamo keeps its caches by code object, and the trace-time hooks find the mark by it. Code objects compare by
-    # value, so each door's has a name of its own.
-    code = door.__code__.replace(co_name=f"door_{next(_numbers)}")
-    opened = types.FunctionType(code, globals(), door.__name__, None, door.__closure__)
-    functools.update_wrapper(opened, function)
-    opened.torchcache_function = function  # type: ignore[attr-defined]
-    opened.torchcache_mark = marked  # type: ignore[attr-defined]
-    register_door(opened.__code__, marked)
-    return opened
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Copies and pickles: the user's class and the marks, since the class made for them has no name to import."""
+    note_call()
+    kind: Any = type(self)
+    reduced = super(kind, self).__reduce_ex__(protocol) if "_torchcache_marks" in vars(kind) else None
+    if reduced is None:  # a class that somebody made from ours
+        return nn.Module.__reduce_ex__(self, protocol)
+    if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1][:1] == (kind,):  # type: ignore[attr-defined]
+        return (_new, (kind.torchcache_base, kind._torchcache_marks, *reduced[1][1:]), *reduced[2:])
+    return reduced
+
+
+def _new(base: type[nn.Module], marks: dict[str, CacheOptions], *args: Any) -> nn.Module:
+    kind = _marked_class(base, marks)
+    made: nn.Module = kind.__new__(kind, *args)
+    return made

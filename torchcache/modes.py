@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 from torch import nn
 
-__all__ = ["is_frozen", "settle"]
+from torchcache.logging import warn_once
+
+__all__ = ["differs_in_training", "is_frozen", "settle", "train"]
+
+_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -15,13 +22,72 @@ def is_frozen(module: nn.Module) -> bool:
 def settle(module: nn.Module) -> None:
     """Put ``module`` in eval mode if it is frozen, else those of its subtrees that hold frozen parameters only.
 
-    A subtree without parameters, such as a dropout beside trainable layers, keeps its mode.
+    A subtree without parameters, such as a dropout beside trainable layers, keeps its mode. Where eval mode changes
+    what is computed, this is said once.
     """
+    changed = [part for part in _kept_in_eval(module) if part.training]
+    for part in changed:  # only where needed: a write costs those who watch the module a closer look
+        part.training = False
+    kinds = _acting_in_training(changed)
+    if kinds:
+        warn_once(
+            f"{type(module).__name__} is frozen and cached, so it stays in eval mode, also under model.train(): its "
+            f"{', '.join(kinds)} would act otherwise in train mode"
+        )
+
+
+def differs_in_training(module: nn.Module) -> list[str]:
+    """The kinds of parts that stay in eval mode and would compute something else in train mode."""
+    return _acting_in_training(_kept_in_eval(module))
+
+
+def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: bool) -> nn.Module:
+    """``module.train(mode)``, frozen parts of marked modules left in eval mode.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module.
+    original : callable
+        The ``train`` of its class.
+    mode : bool
+        What was asked for.
+    kept : bool
+        Whether a mark on it is enabled.
+    """
+    # Trainers call this in every step; a round trip through train mode would be a write to every part.
+    if not (kept and is_frozen(module) and all(map(_sets_flags_only, module.modules()))):
+        original(module, mode)
+    if kept:
+        settle(module)
+    return module
+
+
+def _kept_in_eval(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a marked module that stay in eval mode."""
     if is_frozen(module):
-        for part in module.modules():
-            if part.training:  # a write costs those who watch the module a closer look
-                part.training = False
+        yield from module.modules()
         return
     for child in module.children():
         if next(child.parameters(), None) is not None:
-            settle(child)
+            yield from _kept_in_eval(child)
+
+
+def _acting_in_training(parts: Iterable[nn.Module]) -> list[str]:
+    return sorted({type(part).__name__ for part in parts if _acts_in_training(part)})
+
+
+def _acts_in_training(part: nn.Module) -> bool:
+    """Whether train mode of this part alone changes what it computes, as far as torch's own modules tell."""
+    if isinstance(part, _DROPOUTS):
+        return bool(getattr(part, "p", 1.0))
+    if isinstance(part, nn.MultiheadAttention):
+        return bool(part.dropout)
+    return isinstance(part, nn.modules.batchnorm._BatchNorm)
+
+
+def _sets_flags_only(module: nn.Module) -> bool:
+    """Whether ``train`` of this module does nothing else."""
+    own = type(module).train
+    original = getattr(own, "torchcache_function", own)
+    return original is nn.Module.train and "train" not in vars(module)

@@ -13,7 +13,9 @@ from typing import Any
 import platformdirs
 import torch
 
-__all__ = ["CacheOptions", "default_cache_dir"]
+from torchcache.logging import warn_once
+
+__all__ = ["CacheOptions", "absolute", "default_cache_dir"]
 
 DIGESTS = ("xxh3_128", "blake3")
 
@@ -22,13 +24,34 @@ REMOVED = {
     "subsample_count": "every byte of an input is hashed, since a sampled hash returns wrong rows; leave it out",
     "zstd_compression": "compression is chosen per row; set zstd_compression_level (an int, or None for none)",
     "zstd_compression_threads": "rows are compressed behind the step by the store's own thread; leave it out",
+    "verify": "rows are always checked before they are stored; audit=0 turns later checks off",
     "use_mmap_on_load": "rows are read straight into the batch, nothing is mapped; leave it out",
 }
 
 
 def default_cache_dir() -> Path:
-    """``$TORCHCACHE_DIR`` where set, else the platform's cache directory for the user."""
-    return Path(os.environ.get("TORCHCACHE_DIR") or platformdirs.user_cache_dir("torchcache"))
+    """``$TORCHCACHE_DIR`` where that is a path, else the platform's cache directory for the user; absolute."""
+    chosen = os.environ.get("TORCHCACHE_DIR")
+    default = Path(platformdirs.user_cache_dir("torchcache")).absolute()
+    try:
+        return absolute(chosen) if chosen else default
+    except ValueError as error:
+        warn_once(f"TORCHCACHE_DIR={chosen!r} cannot be used ({error}): {default} is used")
+        return default
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` and ``~user`` in its place, from the root on; nothing else in it is replaced.
+
+    Raises
+    ------
+    ValueError
+        There is no such user, or no home directory.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{os.fspath(path)!r}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +81,14 @@ class CacheOptions:
         Level for rows on disk that gain from compression (-7 to 22); ``None`` stores all as they are.
     digest : {"xxh3_128", "blake3"}
         Hash of the inputs; "blake3" (extra ``torchcache[blake3]``) where inputs come from adversaries.
-    verify : bool
-        Check on a region's first miss that each row depends on its own inputs alone.
+    audit : float
+        Share of the run's time, 0 to 0.5, in which rows that were served are computed again and compared; 0 compares
+        only the first rows that come from disk.
+    batch_dim : int
+        The dimension of the arguments along which samples lie: 1 for sequence-first modules.
+    pure : bool
+        Your promise that what the original writes beside its output (a counter, a log, a kept attention map) need not
+        happen for rows that are served.
 
     Raises
     ------
@@ -77,10 +106,12 @@ class CacheOptions:
     cache_dtype: torch.dtype | None = None
     zstd_compression_level: int | None = 1
     digest: str = "xxh3_128"
-    verify: bool = True
+    audit: float = 0.01
+    batch_dim: int = 0
+    pure: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "persistent", "verify"):
+        for name in ("enabled", "persistent", "pure"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         for name in ("max_persistent_cache_size", "max_memory_cache_size"):
             size = getattr(self, name)
@@ -90,6 +121,8 @@ class CacheOptions:
             object.__setattr__(self, name, int(size))
         path, given = self.persistent_cache_dir, self.persistent_module_hash
         _require(path is None or isinstance(path, (str, os.PathLike)), "persistent_cache_dir", "a path or None", path)
+        if path:
+            absolute(path)
         _require(given is None or isinstance(given, str), "persistent_module_hash", "a string or None", given)
         _require(given != "", "persistent_module_hash", "a name that is not empty, or None", given, ValueError)
         self._check_device()
@@ -98,6 +131,13 @@ class CacheOptions:
         number = level is None or (isinstance(level, int) and not isinstance(level, bool))
         _require(number, "zstd_compression_level", "an int or None", level)
         _require(level is None or -7 <= level <= 22, "zstd_compression_level", "from -7 to 22", level, ValueError)
+        share, dim = self.audit, self.batch_dim
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        _require(number, "audit", "a share of time", share)
+        _require(0 <= share <= 0.5, "audit", "a share of time from 0 to 0.5", share, ValueError)
+        number = isinstance(dim, int) and not isinstance(dim, bool)
+        _require(number, "batch_dim", "an int", dim)
+        _require(dim >= 0, "batch_dim", "0 or a higher dimension", dim, ValueError)
         _require(self.digest in DIGESTS, "digest", f"one of {DIGESTS}", self.digest, ValueError)
         if self.digest == "blake3" and importlib.util.find_spec("blake3") is None:
             raise ValueError("torchcache: digest='blake3' needs the blake3 package: pip install 'torchcache[blake3]'")
@@ -123,7 +163,7 @@ class CacheOptions:
         """Directory of the disk tier, absolute; ``None`` where nothing is persistent."""
         if not self.persistent:
             return None
-        return Path(self.persistent_cache_dir or default_cache_dir()).expanduser().absolute()
+        return absolute(self.persistent_cache_dir) if self.persistent_cache_dir else default_cache_dir()
 
     def replace(self, changes: Mapping[str, Any]) -> CacheOptions:
         """These options with ``changes`` made; unknown names are a ``TypeError``."""

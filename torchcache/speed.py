@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from torchcache.digest.cpu import digest_rows
 from torchcache.errors import StoreError
-from torchcache.lookup.digest import digest_rows
 from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.disk import DiskTier
 

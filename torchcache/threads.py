@@ -12,8 +12,6 @@ from typing import TypeVar
 
 import torch
 
-from torchcache.openmp import call_in_team
-
 __all__ = ["THREADED_ROW", "in_parts", "yield_to_training"]
 
 # Rows shorter than this are done faster by one thread than handed to several.
@@ -29,8 +27,7 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) -> list[T]:
     """What ``work(start, stop)`` returns for all ``count`` rows, in order; by several threads where rows are large.
 
-    The calling thread does its share, and what others do not come to. The others are those of OpenMP right after an
-    operator of torch, when these keep the cores busy anyway.
+    The calling thread does its share, and what others do not come to.
 
     Parameters
     ----------
@@ -55,8 +52,7 @@ def in_parts(count: int, row_bytes: int, work: Callable[[int, int], list[T]]) ->
                 return
             done[part] = work(part * rows, min(count, (part + 1) * rows))
 
-    if threads > parts or not call_in_team(take_turns, threads):
-        _with_helpers(take_turns, min(threads, parts) - 1)
+    _with_helpers(take_turns, min(threads, parts) - 1)
     return list(itertools.chain.from_iterable(done))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from torchcache.graph.frozen import Analysis, is_number, storage_of, tensor_of
-from torchcache.graph.marked import MarkedCall, outermost
-from torchcache.graph.sizes import expression_of
+from torchcache.dynamo import expression_of, storage_of
+from torchcache.graph.frozen import Analysis, is_number, tensor_of
+from torchcache.graph.parts import part_of, parts_of
 
-__all__ = ["Cut", "batch_of", "calls_of", "cut_region", "has_rows"]
+__all__ = ["Cut", "batch_of", "cut_region", "has_rows"]
 
 # Operators so cheap that their results are recomputed rather than stored.
 CHEAP = frozenset(
@@ -172,8 +172,12 @@ def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -
     """Whether the region does more than rearrange, unless it is all there is of its marks."""
     if not all(_is_cheap(node, analysis) for node in kept):
         return True
-    calls = set(calls_of(kept))
-    everything = [n for n in nodes[0].graph.nodes if outermost(n) in calls and not is_number(n) and n.op != "get_attr"]
+    parts = set(parts_of(kept))
+    everything = [
+        node
+        for node in nodes[0].graph.nodes
+        if part_of(node) in parts and not is_number(node) and node.op not in ("placeholder", "get_attr")
+    ]
     return len(everything) <= len(nodes)
 
 
@@ -199,8 +203,3 @@ def _orderly(kept: list[fx.Node], outputs: list[fx.Node], analysis: Analysis) ->
         if writers and min(readers) < max(writers):
             return False
     return True
-
-
-def calls_of(nodes: Iterable[fx.Node]) -> list[MarkedCall]:
-    """The marked calls that ``nodes`` belong to, in order."""
-    return list(dict.fromkeys(call for node in nodes if (call := outermost(node)) is not None))

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchcache.graph.marked import MarkedCall, outermost
+from torchcache import dynamo
+from torchcache.dynamo import ENTER_AUTOCAST, EXIT_AUTOCAST, FakeTensor, TorchDispatchMode, source_of, storage_of
+from torchcache.graph.parts import part_of
 
-__all__ = ["Analysis", "Verdict", "analyse", "is_context_node", "is_number", "storage_of", "tensor_of"]
+__all__ = ["Analysis", "Verdict", "analyse", "is_context_node", "is_number", "tensor_of"]
 
-ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 _PROBABILITIES = ("dropout_p", "p", "dropout")
 _TRAINING = ("training", "train", "use_input_stats")
 
@@ -80,15 +79,14 @@ class Analysis:
 
     def cacheable(self, node: fx.Node) -> bool:
         """Whether ``node`` is marked and may be cached."""
-        call = outermost(node)
+        part = part_of(node)
         return (
-            call is not None
-            and call.problem is None
-            and node.op in ("call_function", "call_method", "call_module")
+            part is not None
+            and part.options.enabled
+            and node.op in ("call_function", "call_method")
             and node not in self.verdicts
             and not is_number(node)
             and not is_context_node(node)
-            and call.options.enabled
         )
 
 
@@ -134,7 +132,7 @@ def analyse(graph: fx.Graph) -> Analysis:
             _classify(node, analysis)
             inherited = _inherited(node, analysis)
             verdict = inherited or _own(node, analysis, levels)
-            if inherited is not None or outermost(node) is None:
+            if inherited is not None or part_of(node) is None:
                 _note_writes(node, analysis)
             if verdict is not None:
                 analysis.verdicts[node] = verdict if verdict.source else _sourced(verdict, node)
@@ -166,22 +164,14 @@ def _placeholder_kind(node: fx.Node) -> str:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return "size"
-    grapharg = node.meta.get("grapharg")
-    if grapharg is not None and not getattr(grapharg, "is_tensor", True):
-        return "scalar"
-    source = getattr(grapharg, "source", None) or getattr(node, "_dynamo_source", None)
+    source = source_of(node)
     if isinstance(value, nn.Parameter) or source is None:
         return "state" if isinstance(value, nn.Parameter) else "data"
-    name = source.name if isinstance(source.name, str) else source.name()
+    if source.example is None:
+        return "scalar"
     places = ("_parameters[", "_buffers[", "_modules[", "__closure__", "cell_contents")
-    held = name.startswith("G[") or any(place in name for place in places)
-    module = "UNSPECIALIZED" in getattr(_guard_source(source), "name", "")
-    return "state" if held or module else "data"
-
-
-def _guard_source(source: Any) -> Any:
-    found = source.guard_source
-    return found() if callable(found) else found
+    held = source.name.startswith("G[") or any(place in source.name for place in places)
+    return "state" if held or source.in_module else "data"
 
 
 def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
@@ -205,11 +195,8 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
         return Verdict("functorch", f"{_where(node)} runs under a functorch transform")
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _leaves(node.meta.get("example_value"))):
         return Verdict("gradient", f"{_where(node)} computes from an input that needs a gradient")
-    call = outermost(node)
-    if call is None:
+    if part_of(node) is None:
         return None  # upstream of a mark, dropout and the like only make the mark's input different every time
-    if call.written:
-        return Verdict("mutation", f"{call.written} is written before the call, in the same forward: pass it instead")
     return _operator_verdict(node, analysis)
 
 
@@ -217,6 +204,8 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
     settings = _act(node)
     if settings in analysis.harmless:
         return None
+    if not _is_known(node):
+        return Verdict("untraceable", f"{_where(node)} is a function that torch does not define")
     try:
         recorder = _record(node)
     except _NestedError:
@@ -234,7 +223,7 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
         storage_of(value)
         for source in analysis.contexts
         if (value := tensor_of(source)) is not None
-        and (source.op in ("placeholder", "get_attr") or outermost(source) is None)
+        and (source.op in ("placeholder", "get_attr") or part_of(source) is None)
     }
     analysis.written[node] = recorder.written
     if recorder.written & outliving:
@@ -261,10 +250,23 @@ def _record(node: fx.Node) -> _Recorder:
     """What a node does, from running it on fake tensors."""
     recorder = _Recorder()
     arguments = fx.map_arg((node.args, node.kwargs), _example)
-    fake = next((leaf for leaf in _leaves(arguments) if isinstance(leaf, FakeTensor)), None)
+    # What makes a tensor from a size has the mode of others: outside of it the size would become a constant.
+    examples = itertools.chain(_leaves(arguments), (other.meta.get("example_value") for other in node.graph.nodes))
+    fake = next((leaf for leaf in examples if isinstance(leaf, FakeTensor)), None)
     with contextlib.nullcontext() if fake is None else fake.fake_mode, recorder:
         _run(node, *arguments)
     return recorder
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether the target's name says what it does: a function that a graph calls without being traced need not."""
+    if node.op == "call_method":
+        return True
+    package = str(getattr(node.target, "__module__", None) or "builtins").partition(".")[0]
+    return package in _KNOWN or isinstance(node.target, dynamo.OPERATORS)
+
+
+_KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 
 
 def _act(node: fx.Node) -> str:
@@ -352,24 +354,16 @@ def _is_instance_norm(node: fx.Node) -> bool:
     return len(node.args) < 2 or node.args[1] is None
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _where(node: fx.Node) -> str:
     """Module path and operator of a node, for people."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    path = path.replace("L['self'].", "").replace("L['self']", "")
-    call = outermost(node)
+    found = list(stack.values())[-1][0] if stack else ""
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", str(found)) if isinstance(found, str) else ""
     name = getattr(node.target, "__name__", str(node.target))
-    return f"{path or (call.path if isinstance(call, MarkedCall) else 'the model')}: {name}"
+    return f"{path or 'the model'}: {name}"
 
 
 def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", node.name)
-    name = name() if callable(name) else name
-    parts = str(name).replace("_modules['", "").replace("_parameters['", "").replace("L['self'].", "")
-    return parts.replace("']", "").replace("['", ".")
+    source = source_of(node)
+    found = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", source.name) if source is not None else []
+    return ".".join(found) or node.name

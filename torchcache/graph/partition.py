@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from torchcache.graph.frozen import Analysis, tensor_of
-from torchcache.graph.marked import MarkedCall, outermost
+from torchcache.graph.parts import Part, part_of
 from torchcache.options import CacheOptions
 
 __all__ = ["partition"]
@@ -66,7 +66,7 @@ def partition(graph: fx.Graph, analysis: Analysis) -> list[list[fx.Node]]:
         else:
             behind |= set(feeding)
         outside[node] = behind
-    found = _join_calls([group for group in groups if group.root() is group])
+    found = _join([group for group in groups if group.root() is group], analysis)
     return sorted((sorted(group.nodes, key=order.__getitem__) for group in found), key=lambda nodes: order[nodes[0]])
 
 
@@ -82,9 +82,9 @@ def _feeds_functorch(node: fx.Node, analysis: Analysis) -> bool:
 
 def _choose(node: fx.Node, feeding: list[_Group], behind: set[_Group]) -> _Group:
     """The group that ``node`` joins: those of its inputs, merged as far as they may be, or a new one."""
-    call = outermost(node)
-    assert call is not None
-    options = call.options
+    part = part_of(node)
+    assert part is not None
+    options = part.options
     chosen: _Group | None = None
     for group in feeding:
         if group.options != options or group in _closure(behind | (set(feeding) - {group})):
@@ -112,12 +112,13 @@ def _independent(first: _Group, second: _Group) -> bool:
     return first not in _closure(second.outside) and second not in _closure(first.outside)
 
 
-def _join_calls(groups: list[_Group]) -> list[_Group]:
-    """Put parts of the same call that read the same tensor together; two calls of one module stay two regions."""
+def _join(groups: list[_Group], analysis: Analysis) -> list[_Group]:
+    """Put parts of one mark that read the same data together; calls of one module with other data stay apart."""
     joined: list[_Group] = []
     for group in groups:
         for other in joined:
-            if other.options == group.options and _reads(other) & _reads(group) and _independent(other, group):
+            shared = _reads(other, analysis) & _reads(group, analysis)
+            if other.options == group.options and shared and _independent(other, group):
                 other.merge(group)
                 break
         else:
@@ -125,11 +126,11 @@ def _join_calls(groups: list[_Group]) -> list[_Group]:
     return joined
 
 
-def _reads(group: _Group) -> set[tuple[MarkedCall | None, fx.Node]]:
+def _reads(group: _Group, analysis: Analysis) -> set[tuple[Part | None, fx.Node]]:
     inside = set(group.nodes)
     return {
-        (outermost(node), source)
+        (part_of(node), source)
         for node in group.nodes
         for source in node.all_input_nodes
-        if source not in inside and tensor_of(source) is not None
+        if source not in inside and source not in analysis.state and tensor_of(source) is not None
     }

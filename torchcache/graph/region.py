@@ -1,273 +1,245 @@
-"""A region at run time: from the op's inputs to a call of its lookup."""
+"""The part of a mark that was cut out of a graph, as what a region stands for, and the node's call of it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from torchcache.graph.marked import MarkedCall
-from torchcache.graph.sizes import BatchSymbol, evaluate, hint, same_shape
-from torchcache.logging import logger
-from torchcache.lookup.cache_lookup import CacheLookup, Call
-from torchcache.lookup.context import bypassed
-from torchcache.lookup.digest import digest_bytes
-from torchcache.lookup.fingerprint import Program, State, program_of
-from torchcache.lookup.key import NumericMode
-from torchcache.lookup.rows import Layout, dense, inverted, memory_order
-from torchcache.store.select import concatenate, select_rows
+from torchcache import dynamo
+from torchcache.call import Region
+from torchcache.digest.cpu import digest_bytes
+from torchcache.dynamo import hint
+from torchcache.errors import Bypass
+from torchcache.graph.parts import Part
+from torchcache.graph.sizes import Rows, same_shape
+from torchcache.graph.state import ModuleState
+from torchcache.identity.identity import Identity
+from torchcache.identity.state import State
+from torchcache.op import unaliased
+from torchcache.regions import add_region, kept_region, region_of
+from torchcache.store.select import concatenate
+from torchcache.values.layout import dense, inverted, memory_order
 
-__all__ = [
-    "GraphRegion",
-    "RegionPlan",
-    "add_lookup",
-    "lookup_for",
-    "lookups_of",
-    "program_now",
-]
+__all__ = ["GraphCall", "Plan", "copied", "region_for"]
 
+Tensors = Sequence[torch.Tensor]
 Original = Callable[..., Sequence[torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
-class RegionPlan:
+class Plan:
     """What the pass found out about a region; never changes.
 
     Parameters
     ----------
     module : fx.GraphModule
-        The original subgraph: placeholders for tensors, then for sizes.
-    roles : tuple of str
-        Role of each tensor input: "row", "shared", "state" or "scalar".
-    sizes : tuple of (int or SymInt)
-        The traced value of each size input.
-    inputs, outputs : tuple of torch.Tensor
+        The original: it takes data, then state, then sizes.
+    data, state, outputs : tuple of torch.Tensor
         Fake tensors, as traced.
-    calls : tuple of MarkedCall
-        The marked calls it covers, in order.
-    identity : bytes
-        Digest of which part of those calls it is: operators, wiring, outputs.
+    rows : Rows
+        How its sizes follow the number of rows.
+    parts : tuple of Part
+        The marked calls that it is part of.
+    digest : bytes
+        Digest of all that is written in the graph.
     """
 
     module: fx.GraphModule
-    roles: tuple[str, ...]
-    sizes: tuple[Any, ...]
-    inputs: tuple[torch.Tensor, ...]
+    data: tuple[torch.Tensor, ...]
+    state: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
-    calls: tuple[MarkedCall, ...]
-    identity: bytes
-
-    def positions(self, role: str) -> list[int]:
-        """Indices of the tensor inputs with this role."""
-        return [index for index, found in enumerate(self.roles) if found == role]
+    rows: Rows
+    parts: tuple[Part, ...]
+    digest: bytes
 
 
-class GraphRegion:
-    """What ``torch.ops.torchcache.lookup`` calls for one region of one graph.
+class GraphIdentity:
+    """Who computes a region: its graph, the programs that this is part of, and the state that it reads.
 
     Parameters
     ----------
-    plan : RegionPlan
-        The region.
-    lookup : CacheLookup
-        Its cache, shared by all graphs that hold the same region.
-    compile_original : callable or None
-        Compiles the original before its first run, given its module; ``None`` runs it eagerly.
+    parts : sequence of (Identity, str or None)
+        The identities of the marked calls, and the user's own names for them.
+    graph : bytes
+        Digest of all that is written in the graph.
     """
 
-    def __init__(
-        self,
-        plan: RegionPlan,
-        lookup: CacheLookup,
-        compile_original: Callable[[fx.GraphModule], Original] | None = None,
-    ) -> None:
-        self.plan = plan
-        self.lookup = lookup
-        self.name = ""
-        self._pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
-        self._arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = tuple
-        self._fed = threading.local()
-        self._latest: Callable[[], Sequence[Any]] = tuple
-        self._missing: list[torch.Tensor] = []
-        self.given = list(range(len(plan.inputs)))
-        self._rows = plan.positions("row")
-        self._held = plan.positions("state")
-        self._find_given()
-        self._state = State(guarded=True)
-        self._numbers: list[float] = []
-        self._programs: dict[int, bytes] = {}
-        self._fingerprint = b""
+    def __init__(self, parts: Sequence[tuple[Identity, str | None]], graph: bytes) -> None:
+        self._parts = parts
+        self._graph = graph
+        self._state = State()
+        self._given = threading.local()
+        self._programs: list[bytes] = []
+        self.digest = b""
+
+    @contextlib.contextmanager
+    def reading(self, state: Tensors) -> Iterator[None]:
+        """Calls within this block, on this thread, read ``state``."""
+        before = self.look()
+        self._given.state = list(state)
+        try:
+            yield
+        finally:
+            self._given.state = before
+
+    def look(self) -> list[torch.Tensor]:
+        """The state that a call on this thread reads."""
+        found: list[torch.Tensor] = getattr(self._given, "state", [])
+        return found
+
+    def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
+        """16 bytes that name graph, programs and state as they are now.
+
+        Parameters
+        ----------
+        tensors : list of torch.Tensor or None
+            What ``look`` returned just now; ``None`` looks.
+
+        Raises
+        ------
+        Bypass
+            When a program reads something that has no identity.
+        """
+        tensors = self.look() if tensors is None else tensors
+        programs = self._programs_now()
+        named = all(name is not None for _, name in self._parts)
+        if not (self.digest and programs == self._programs and (named or self._state.unchanged(tensors))):
+            state = b"" if named else self._state.update(tensors)
+            self.digest = digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
+            self._programs = programs
+        return self.digest
+
+    def changes(self) -> list[str]:
+        """Names of what is not as it was when ``current`` was last asked."""
+        found = [name for identity, _ in self._parts for name in identity.program().changes()]
+        if not found and self.digest and not self._state.unchanged(self.look()):
+            found.append("a parameter or buffer")
+        return found
+
+    def _programs_now(self) -> list[bytes]:
+        found = []
+        for identity, name in self._parts:
+            if name is not None:
+                found.append(b"name:" + name.encode("utf-8", "surrogatepass"))
+                continue
+            program = identity.program()
+            if program.problem is not None:
+                raise Bypass(program.problem, "name program and weights yourself with persistent_module_hash")
+            found.append(b"program:" + program.digest)
+        return found
+
+
+class GraphSubject:
+    """What a region that was cut out of a graph stands for. Its arguments are data tensors, then numbers.
+
+    Parameters
+    ----------
+    plan : Plan
+        The region.
+    compile_original : callable or None
+        Compiles the original before it first runs, given its module; ``None`` runs it eagerly.
+    """
+
+    names = ()
+
+    def __init__(self, plan: Plan, compile_original: Callable[[fx.GraphModule], Original] | None) -> None:
+        regions = [region_of(part.mark, part.module) for part in plan.parts]
+        self.name = " + ".join(dict.fromkeys(region.name for region in regions))
+        identities: list[Any] = [region.subject.identity for region in regions]
+        names = [part.options.persistent_module_hash for part in plan.parts]
+        self.identity: Any = GraphIdentity(list(zip(identities, names, strict=True)), plan.digest)
+        self._module = plan.module
+        self._rows = plan.rows
+        self._data = len(plan.data)
         self._compile = compile_original
         self._original: Original | None = None if compile_original is not None else plan.module.forward
+
+    @property
+    def module(self) -> nn.Module | None:
+        """``None``: a region writes to no module."""
+        return None
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The original on any number of rows."""
+        tensors, numbers = args[: self._data], args[self._data :]
+        state = self.identity.look()
+        pieces = []
+        for data, count in self._rows.portions(tensors):
+            outputs = self._run(data, state, numbers)
+            pieces.append([leaf if leaf.shape[0] == count else leaf[:count] for leaf in outputs])
+        return tuple(pieces[0]) if len(pieces) == 1 else tuple(map(concatenate, zip(*pieces, strict=True)))
+
+    def _run(self, data: Tensors, state: Tensors, numbers: Sequence[int]) -> Sequence[torch.Tensor]:
+        if self._original is None:
+            assert self._compile is not None
+            # Dynamo leaves code untraced that was made while it ran.
+            self._original = self._compile(fx.GraphModule(self._module, copied(self._module.graph), "Region"))
+        if self._compile is not None and self._rows.fixed is None:
+            data = [_any_number(leaf) for leaf in data]
+        with torch.no_grad():
+            return self._original(*data, *state, *numbers)
+
+
+class GraphCall:
+    """What the node of a region calls.
+
+    Parameters
+    ----------
+    region : Region
+        The region, shared by all graphs that hold it.
+    plan : Plan
+        The region as one graph holds it.
+    held : ModuleState
+        Where the first of its state tensors are found; the others are inputs of the node, after its data.
+
+    Attributes
+    ----------
+    autocast : torch.dtype or None
+        What the graph was traced under; ``None`` where autocast was off.
+    """
+
+    def __init__(self, region: Region, plan: Plan, held: ModuleState) -> None:
+        self.region = region
+        self._plan = plan
+        self._held = held
         self._device = plan.outputs[0].device.type
-        # Dynamo guards the ambient autocast state, so what it is at the time of tracing holds for every call.
-        self._autocast = NumericMode.current(self._device).autocast
-        self._named = all(call.options.persistent_module_hash is not None for call in plan.calls)
-        self._size = BatchSymbol(plan.inputs, plan.sizes, self._rows[0])
         self._orders = [memory_order([*map(hint, leaf.shape)], [*map(hint, leaf.stride())]) for leaf in plan.outputs]
+        # Dynamo guards the ambient autocast state; compiled graphs run with autocast off.
+        enabled = torch.is_autocast_enabled(self._device)
+        self.autocast = torch.get_autocast_dtype(self._device) if enabled else None
 
-    def take_state(self, node: Any, taken: Sequence[int], sources: Sequence[int] = ()) -> None:
-        """Expect the inputs at ``taken`` past the op, and leave them out of the lookup ``node`` of the graph.
-
-        They come from ``feed``, which finds them at ``sources`` of the graph's inputs, or from ``hold``.
-        """
-        apart = set(taken)
-        self.given = [index for index in range(len(self.plan.roles)) if index not in apart]
-        places = {index: place for place, index in enumerate([*self.given, *taken])}
-        self._pick = operator.itemgetter(*sources, sources[0]) if sources else None
-        self._arrange = operator.itemgetter(*(places[index] for index in range(len(places))), 0)
-        self._missing = [self.plan.inputs[index] for index in taken]
-        self._find_given()
-        tensors, *rest = node.args
-        node.args = ([tensors[index] for index in self.given], *rest)
-
-    def _find_given(self) -> None:
-        """Note where the inputs of each role are among those that the op is given."""
-        roles = [self.plan.roles[index] for index in self.given]
-        self._places = {
-            role: [place for place, found in enumerate(roles) if found == role] for role in ("row", "shared", "scalar")
-        }
-
-    def feed(self, arguments: Sequence[Any]) -> None:
-        """Take the state for this thread's next call from the inputs of the graph."""
-        if self._pick is not None:
-            # Compiled code outlives the model whose tensors these are.
-            references = [*map(weakref.ref, self._pick(arguments)[:-1])]
-            self._latest = self._fed.state = lambda: [reference() for reference in references]
-
-    def hold(self, state: Sequence[torch.Tensor]) -> None:
-        """Use ``state`` for the calls that come."""
-        kept = tuple(state)
-        self._latest = lambda: kept
-
-    def _whole(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All inputs of the region, in its order."""
-        return list(self._arrange((*inputs, *state))[:-1]) if self._missing else list(inputs)
-
-    def __call__(self, inputs: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+    def real(self, tensors: Tensors, numbers: Sequence[int]) -> list[torch.Tensor]:
         """The region's outputs for one batch, as fresh tensors."""
-        # Backward passes that compute a region again may do so on threads of their own.
-        state = getattr(self._fed, "state", self._latest)()
-        rows, shared, numbers = ([inputs[place] for place in places] for places in self._places.values())
-        call = Call(
-            b"",
-            NumericMode.current(self._device, self._autocast),
-            rows,
-            shared,
-            lambda some: self._compute(self._whole(inputs, state), sizes, some),
-            lambda: self._layouts(self._whole(inputs, state), sizes),
-            # A graph of one row cannot show whether rows mix.
-            probeable=rows[0].shape[0] > 1,
-        )
-        if bypassed() or not all(marked.options.enabled for marked in self.plan.calls):
-            outputs = self.lookup.bypass(call)
-        else:
-            call.region = self._region(self._state_of(inputs, state), [number.item() for number in numbers])
-            call.state = self._state.digest
-            outputs = self.lookup(call)
-        return list(map(dense, outputs, self._orders))
+        data, passed = tensors[: len(self._plan.data)], tensors[len(self._plan.data) :]
+        state = [*self._held.tensors(), *passed]
+        if len(state) != len(self._plan.state):
+            raise RuntimeError("torchcache: a compiled graph calls a marked module that is gone: compile it again")
+        identity: Any = self.region.subject.identity
+        with _autocast(self._device, self.autocast), identity.reading(state):
+            outputs = self.region((*data, *numbers), {})
+        return unaliased([*map(dense, outputs, self._orders)], [*tensors, *state])
 
-    def _state_of(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The tensors that the fingerprint is of."""
-        if self._named:
-            return ()
-        if len(state) == len(self._held):
-            return state
-        whole = self._whole(inputs, state)
-        return [whole[position] for position in self._held]
-
-    def fake(self, inputs: list[torch.Tensor], sizes: Sequence[int | torch.SymInt]) -> list[torch.Tensor]:
-        """Outputs without their contents: the traced ones, with this batch's size."""
-        expected = [self.plan.inputs[index] for index in self.given]
-        if all(same_shape(given, traced) for given, traced in zip(inputs, expected, strict=True)):
-            outputs = list(self.plan.outputs)
-        else:
+    def fake(self, tensors: Tensors, numbers: Sequence[Any]) -> list[torch.Tensor]:
+        """The traced outputs without contents, or those of this batch's size."""
+        plan = self._plan
+        data, passed = tensors[: len(plan.data)], tensors[len(plan.data) :]
+        outputs: Sequence[torch.Tensor] = plan.outputs
+        if not all(map(same_shape, data, plan.data)):
+            state = [*map(_stand_in, plan.state[: len(plan.state) - len(passed)]), *passed]
             with torch.no_grad():
-                outputs = self.plan.module(*self._whole(inputs, [*map(_stand_in, self._missing)]), *sizes)
+                outputs = plan.module(*data, *state, *numbers)
         return [
             torch.empty([leaf.shape[dim] for dim in order], dtype=leaf.dtype, device=leaf.device).permute(
                 inverted(order)
             )
             for leaf, order in zip(outputs, self._orders, strict=True)
         ]
-
-    def _region(self, held: Sequence[torch.Tensor], numbers: list[float]) -> bytes:
-        """The region's fingerprint, recomputed when weights or module numbers changed."""
-        if self._fingerprint and numbers == self._numbers and self._state.unchanged(held):
-            return self._fingerprint
-        started = time.perf_counter()
-        if not self._programs or numbers != self._numbers:
-            self._programs = {}
-            for index, call in enumerate(self.plan.calls):
-                if call.options.persistent_module_hash is None:
-                    self._programs[index] = program_now(call).digest
-        parts = [self.plan.identity]
-        for index, call in enumerate(self.plan.calls):
-            name = call.options.persistent_module_hash
-            parts.append(self._programs[index] if name is None else b"name:" + name.encode())
-            parts.append(call.constants)
-        parts.append(self._state.update(held))
-        self._numbers = numbers
-        self._fingerprint = digest_bytes(b"".join(digest_bytes(part) for part in parts))
-        self.lookup.tag = self._fingerprint.hex()
-        logger.debug("fingerprint of %s in %.1f ms", self.lookup.name, 1e3 * (time.perf_counter() - started))
-        return self._fingerprint
-
-    def _compute(self, inputs: list[torch.Tensor], sizes: list[int], rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run the original on ``rows``, padded where the graph does not take as few."""
-        count = rows[0].shape[0]
-        full = inputs[self._rows[0]].shape[0]
-        run, sizes = self._size.fit(count, full, sizes)
-        if run < count:
-            parts = [
-                self._compute(inputs, sizes, [leaf[at : at + run] for leaf in rows]) for at in range(0, count, run)
-            ]
-            return [concatenate(pieces) for pieces in zip(*parts, strict=True)]
-        if run > count:
-            padding = [*range(count), *([count - 1] * (run - count))]
-            rows = [select_rows(leaf, padding) for leaf in rows]
-        if self._compile is not None and self._size.known:
-            rows = [_any_number(leaf) for leaf in rows]
-        given = list(inputs)
-        for position, leaf in zip(self._rows, rows, strict=True):
-            given[position] = leaf
-        if self._original is None:
-            assert self._compile is not None
-            self._original = self._compile(self._size.follow(self.plan.module))
-        with _autocast(self._device, self._autocast):
-            outputs = _unaliased(self._original(*given, *sizes), given)
-        return [leaf[:count] for leaf in outputs] if run > count else list(outputs)
-
-    def _layouts(self, inputs: list[torch.Tensor], sizes: list[int]) -> tuple[Layout, ...]:
-        """What the outputs look like at this batch's sizes, from the traced shapes, without running anything."""
-        known = self._size.bind(inputs, self.plan.inputs)
-        layouts = []
-        for leaf in self.plan.outputs:
-            shape = [evaluate(size, known) for size in leaf.shape]
-            stride = [evaluate(step, known) for step in leaf.stride()]
-            shape[0] = max(shape[0], 2)
-            layouts.append(
-                Layout(leaf.dtype, tuple(shape[1:]), memory_order(shape, stride), _indexed(leaf.device, inputs))
-            )
-        return tuple(layouts)
-
-
-def program_now(call: MarkedCall) -> Program:
-    """The program of a marked call as it is now."""
-    return program_of(call.subject_module, call.mark.function, call.path)
-
-
-def _indexed(device: torch.device, inputs: Sequence[torch.Tensor]) -> torch.device:
-    """``device`` with the index that the inputs have, since graphs are shared between devices of a kind."""
-    return next((leaf.device for leaf in inputs if leaf.device.type == device.type), device)
 
 
 @contextlib.contextmanager
@@ -287,48 +259,26 @@ def _stand_in(state: torch.Tensor) -> torch.Tensor:
 
 def _any_number(rows: torch.Tensor) -> torch.Tensor:
     """``rows`` in a form that is compiled for any number of them: where they start in memory is guarded, too."""
-    rows = rows.clone() if rows.storage_offset() else rows
-    if rows.shape[0] > 1:
-        torch._dynamo.maybe_mark_dynamic(rows, 0)
+    rows = rows.clone() if rows.storage_offset() else rows.detach()
+    if rows.ndim and rows.shape[0] > 1:
+        dynamo.vary(rows)
     return rows
 
 
-def _unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs that share memory neither with an input nor with each other, as the op promises."""
-    taken = {leaf.untyped_storage().data_ptr() for leaf in inputs}
-    fresh = []
-    for leaf in outputs:
-        pointer = leaf.untyped_storage().data_ptr()
-        fresh.append(leaf.clone() if pointer in taken and leaf.numel() else leaf)
-        taken.add(pointer)
-    return fresh
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph``."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
 
 
-_lookups: weakref.WeakKeyDictionary[Any, dict[bytes, CacheLookup]] = weakref.WeakKeyDictionary()
-
-
-def lookup_for(calls: Sequence[MarkedCall], identity: bytes) -> CacheLookup:
-    """The lookup of a region, the same one for every graph that holds the region, kept with its marked subjects."""
-    owners: list[nn.Module | Any] = []
-    for call in calls:
-        module = call.subject_module
-        owners.append(call.mark if module is None else module)
-    options = repr(calls[0].options).encode()
-    key = digest_bytes(identity + options + b"".join(digest_bytes(call.constants) for call in calls))
-    lookup = _lookups.setdefault(owners[0], {}).get(key)
-    if lookup is None:
-        names = list(dict.fromkeys(call.describe() for call in calls))
-        lookup = CacheLookup(" + ".join(names), calls[0].options)
+def region_for(plan: Plan, compile_original: Callable[[fx.GraphModule], Original] | None) -> Region:
+    """The region of a plan, the same one for every graph that holds it, kept with its marked subjects."""
+    owners = [part.owner for part in plan.parts]
+    key = plan.digest, tuple(part.subject for part in plan.parts), plan.parts[0].options
+    region = kept_region(owners[0], key)
+    if region is None:
+        region = Region(GraphSubject(plan, compile_original), plan.parts[0].options)
     for owner in owners:
-        _lookups.setdefault(owner, {})[key] = lookup
-    return lookup
-
-
-def lookups_of(owner: Any) -> list[CacheLookup]:
-    """Every lookup of a marked module or of a function's mark."""
-    return list(_lookups.get(owner, {}).values())
-
-
-def add_lookup(owner: Any, key: bytes, lookup: CacheLookup) -> None:
-    """Keep ``lookup`` with its owner."""
-    _lookups.setdefault(owner, {})[key] = lookup
+        add_region(owner, key, region)
+    return region

@@ -1,116 +1,92 @@
-"""Symbolic sizes: what they were in the call that was traced, and how they follow the number of rows."""
+"""How the sizes that a part of a graph is given follow the number of its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
-from torch import fx
 
-__all__ = ["BatchSymbol", "evaluate", "expression_of", "hint", "same_shape"]
+from torchcache.dynamo import expression_of, hint, origin_of
+from torchcache.store.select import select_rows
+
+__all__ = ["Rows", "Unfit", "same_shape"]
 
 
-class BatchSymbol:
-    """How the size inputs of a graph follow the number of rows.
+class Unfit(Exception):  # noqa: N818 - an outcome of the pass, which no user sees raised
+    """A part of a graph cannot be cached; its text says why."""
+
+
+class Rows:
+    """The rows that a part of a graph was traced with.
+
+    Traced with a symbol for them it runs any number; traced with a fixed number it runs that many.
 
     Parameters
     ----------
-    inputs : sequence of torch.Tensor
-        The graph's tensor inputs, as traced.
+    tensors : sequence of torch.Tensor
+        Its data inputs, as traced.
     sizes : sequence of (int or SymInt)
-        Its size inputs, as traced; they come after the tensors.
-    row : int
-        Which tensor input has the rows.
+        Its size inputs, as traced.
+    batch : sympy expression
+        The number of rows, as traced.
+
+    Attributes
+    ----------
+    first : int
+        The first data input that has rows.
+    fixed : int or None
+        The number of rows, where it is no symbol.
+    counts : list of bool
+        Which sizes are the number of rows.
+
+    Raises
+    ------
+    Unfit
+        When no number of rows but that of each call can be run.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], sizes: Sequence[Any], row: int) -> None:
-        self._row = row
-        self._tensors = len(inputs)
-        traced = inputs[row].shape[0]
-        expression = expression_of(traced)
+    def __init__(self, tensors: Sequence[torch.Tensor], sizes: Sequence[Any], batch: Any) -> None:
+        firsts = [expression_of(tensor.shape[0]) if tensor.ndim else None for tensor in tensors]
+        if batch not in firsts:
+            raise Unfit("none of its inputs has the rows that its outputs have")
+        self.first = firsts.index(batch)
+        # Of symbols that are as large, a graph need not say that they are the same.
+        count = hint(tensors[self.first].shape[0])
+        self._long = [tensor.ndim > 0 and hint(tensor.shape[0]) == count for tensor in tensors]
+        self.fixed = int(batch) if batch.is_Integer else None
         # Sizes that happened to be equal get one symbol: where other dimensions have it too, it does not mean rows.
-        others = [size for fake in inputs for size in fake.shape[1:]]
-        shared = any(expression in expression_of(size).free_symbols for size in others)
-        self._symbol = expression if isinstance(expression, sympy.Symbol) and not shared else None
-        self._sizes = [expression_of(size) for size in sizes]
+        others = [size for tensor in tensors for size in tensor.shape[1:]]
+        if self.fixed is None and (
+            not batch.is_Symbol or any(batch in expression_of(size).free_symbols for size in others)
+        ):
+            raise Unfit("its number of rows cannot be told from other sizes")
+        expressions = [*map(expression_of, sizes)]
+        self.counts = [self.fixed is None and expression == batch for expression in expressions]
+        if self.fixed is None and any(e != batch and batch in e.free_symbols for e in expressions):
+            raise Unfit("a number in it is computed from the number of rows")
 
-    @property
-    def known(self) -> bool:
-        """Whether the graph takes any number of rows."""
-        return self._symbol is not None
+    def portions(self, tensors: Sequence[torch.Tensor]) -> list[tuple[list[torch.Tensor], int]]:
+        """``tensors`` in portions of rows that can be run, each with how many of its rows count.
 
-    def follow(self, module: fx.GraphModule) -> fx.GraphModule:
-        """A copy of the graph's module that reads the batch size from its row input and not from its size inputs.
-
-        It is made outside the trace: Dynamo leaves code untraced that was made while it ran.
+        A portion is filled up with copies of its last row where fewer cannot be run: no graph with a symbol is traced
+        for one row.
         """
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(module.graph, copies))
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        with graph.inserting_after(placeholders[-1]):
-            count = graph.call_method("size", (placeholders[self._row], 0))
-        for node, expression in zip(placeholders[self._tensors :], self._sizes, strict=True):
-            if expression == self._symbol:
-                node.replace_all_uses_with(count)
-        return fx.GraphModule(module, graph, "Region")
-
-    def fit(self, count: int, full: int, sizes: list[int]) -> tuple[int, list[int]]:
-        """The rows to run for ``count`` rows, and the size inputs for that many.
-
-        A graph with a symbolic batch runs any number from two on (one is specialised by Dynamo);
-        one traced at a fixed batch runs only that.
-        """
-        if count == full:
-            return full, sizes
-        if self._symbol is None:
-            return full, sizes
-        run = max(count, 2)
-        known = {self._symbol: run}
-        fitted = []
-        for size, expression in zip(sizes, self._sizes, strict=True):
-            symbols = expression.free_symbols
-            if self._symbol not in symbols:
-                fitted.append(size)
-            elif symbols == {self._symbol}:
-                fitted.append(int(expression.xreplace(known)))
-            else:
-                return full, sizes
-        return run, fitted
-
-    @staticmethod
-    def bind(inputs: Sequence[torch.Tensor], traced: Sequence[torch.Tensor]) -> dict[Any, int]:
-        """The value of each symbol that is a dimension of an input."""
-        known: dict[Any, int] = {}
-        for given, fake in zip(inputs, traced, strict=True):
-            for size, expected in zip(given.shape, fake.shape, strict=True):
-                expression = expression_of(expected)
-                if isinstance(expression, sympy.Symbol):
-                    known[expression] = size
-        return known
-
-
-def expression_of(size: Any) -> Any:
-    """The sympy expression of a traced size."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
-def hint(size: Any) -> int:
-    """A traced size as it was in the call that was traced."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def evaluate(size: Any, known: dict[Any, int]) -> int:
-    """The value of a traced size, given those of its symbols."""
-    return int(expression_of(size).xreplace(known))
+        count = tensors[self.first].shape[0]
+        run = max(count, 2) if self.fixed is None else self.fixed
+        if count == run:
+            return [(list(tensors), count)]
+        portions = []
+        for start in range(0, count, run):
+            places = [min(row, count - 1) for row in range(start, start + run)]
+            filled = [
+                select_rows(tensor, places) if long and tensor.shape[0] == count else tensor
+                for tensor, long in zip(tensors, self._long, strict=True)
+            ]
+            portions.append((filled, min(run, count - start)))
+        return portions
 
 
 def same_shape(given: torch.Tensor, traced: torch.Tensor) -> bool:
     """Whether shapes are the very same, as expressions: nothing here may add a guard."""
-    return [_origin(size) for size in given.shape] == [_origin(size) for size in traced.shape]
-
-
-def _origin(size: Any) -> tuple[Any, int]:
-    return expression_of(size), id(size.node.shape_env) if isinstance(size, torch.SymInt) else 0
+    return [*map(origin_of, given.shape)] == [*map(origin_of, traced.shape)]

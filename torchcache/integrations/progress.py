@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from torchcache.stats import stats
+from torchcache.reports.stats import stats
+from torchcache.reports.summary import summary
 from torchcache.store.writer import flush
-from torchcache.summary import summary
 
 __all__ = ["Epochs", "show_summary"]
 

@@ -1,0 +1,150 @@
+"""One call of a region: as it was made, and taken apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from torchcache.context import computing
+from torchcache.errors import Bypass
+from torchcache.identity.identity import Identity
+from torchcache.identity.numeric import NumericMode
+from torchcache.values.take import Taken
+
+__all__ = ["Batch", "Given", "Subject"]
+
+
+class Subject(Protocol):
+    """What a region stands for: a marked function or method, or a part of one that was cut out of a graph.
+
+    Attributes
+    ----------
+    name : str
+        Module path and class, for people.
+    identity : Identity
+        Who computes.
+    """
+
+    name: str
+    identity: Identity
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of its positional parameters."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that it may write to."""
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original, on any arguments."""
+
+
+class Given:
+    """A call as it was made. The original runs on the caller's own arguments at most once.
+
+    Parameters
+    ----------
+    subject : Subject
+        What is called.
+    args, kwargs
+        The caller's arguments.
+    """
+
+    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.subject = subject
+        self.args, self.kwargs = args, kwargs
+        self.error: BaseException | None = None
+        self._outputs: tuple[Any] | None = None
+
+    def run(self) -> Any:
+        """What the original returns, or raises, in the caller's own grad mode."""
+        if self.error is not None:
+            raise self.error
+        if self._outputs is None:
+            try:
+                with computing():
+                    self._outputs = (self.subject.run(self.args, self.kwargs),)
+            except BaseException as error:
+                self.error = error
+                raise
+        return self._outputs[0]
+
+    @property
+    def ran(self) -> bool:
+        """Whether the original returned already."""
+        return self._outputs is not None
+
+    @property
+    def rows(self) -> int:
+        """About how many rows it has, for counting: the first dimension of the first tensor that has one."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+                return len(value)
+            if isinstance(value, torch.Tensor) and value.ndim:
+                return int(value.shape[0])
+        return 0
+
+
+@dataclasses.dataclass
+class Batch:
+    """A call taken apart.
+
+    Parameters
+    ----------
+    given : Given
+        The call.
+    taken : Taken
+        Its arguments.
+    who : bytes
+        The identity that computes it.
+    mode : NumericMode
+        The numeric mode.
+    rows : list of torch.Tensor
+        The arguments that have rows, rows first; known once the form of the call is.
+    shared : list of bytes
+        Content digests of the arguments that all rows share.
+    wrote : list of str
+        What the original wrote in its module when it ran on the whole batch.
+    """
+
+    given: Given
+    taken: Taken
+    who: bytes
+    mode: NumericMode
+    rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    shared: list[bytes] = dataclasses.field(default_factory=list)
+    wrote: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return int(self.rows[0].shape[0])
+
+    @property
+    def coarse(self) -> bool:
+        """Whether outputs are computed in a lower precision than their dtypes."""
+        return self.mode.autocast is not None
+
+    def original(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What the original returns with ``tensors`` in place of the caller's.
+
+        Raises
+        ------
+        Bypass
+            When it fails, where it might not have failed on the caller's own.
+        """
+        args, kwargs = self.taken.rebuild(tensors)
+        try:
+            with computing(), torch.no_grad():
+                return self.given.subject.run(args, kwargs)
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0][:200]
+            raise Bypass(
+                f"it does not run on other rows than it was given ({type(error).__name__}: {said})",
+                "mark a part that takes any number of rows",
+            ) from None

@@ -1,0 +1,398 @@
+"""The one way through a marked call: hash, split, call the original, merge; or compute it, with a reason."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torchcache.batch import Batch, Given, Subject
+from torchcache.checks.alarm import Alarm, Recomputation, inspect
+from torchcache.checks.audit import Schedule, choose
+from torchcache.checks.chance import generators_kept
+from torchcache.checks.learning import Learning, Plan
+from torchcache.checks.probe import select
+from torchcache.context import ASKED, bypassed, current_explainer, current_ids, current_watcher, normal_tensors
+from torchcache.counters import Counters
+from torchcache.digest.ahead import learn, prepared
+from torchcache.digest.cpu import digest_rows
+from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Writes, brief
+from torchcache.history import History
+from torchcache.identity.key import call_fingerprint, layout_fingerprint
+from torchcache.identity.numeric import NumericMode
+from torchcache.identity.turnover import Turnover
+from torchcache.logging import logger, warn_once
+from torchcache.looked import Looked
+from torchcache.options import CacheOptions
+from torchcache.store.blob import RowSpec
+from torchcache.store.select import select_rows
+from torchcache.store.slab import ABSENT
+from torchcache.store.tiers import Found, Tiers
+from torchcache.usefulness import Usefulness
+from torchcache.values.layout import pick_rows
+from torchcache.values.merge import assemble
+from torchcache.values.take import Taken, take_arguments, take_outputs
+
+__all__ = ["Region"]
+
+Tensors = list[torch.Tensor]
+
+# Reasons that are told apart; a reason may hold a number that differs every time.
+MOST_REASONS = 64
+# Calls that are computed without a look after something that keeps changing; more with every time.
+SHORTEST_PAUSE, LONGEST_PAUSE = 32, 4096
+# So many times stored rows were found to be wrong before a region is given up.
+MOST_ALARMS = 3
+
+
+class Region:
+    """What one lookup replaces: a marked function or method, or a part that was cut out of a graph.
+
+    Parameters
+    ----------
+    subject : Subject
+        What it stands for.
+    options : CacheOptions
+        The mark's options.
+
+    Attributes
+    ----------
+    reasons : collections.Counter
+        Why rows were computed and not stored, and how many.
+    writes : bool
+        Whether the original was seen to write more than its output: graphs do not hold it as one call then.
+    partly : callable or None
+        Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
+    """
+
+    def __init__(self, subject: Subject, options: CacheOptions) -> None:
+        self.subject = subject
+        self.options = options
+        self.tiers = Tiers(options)
+        self.counters = Counters()
+        self.history = History()
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.schedule = Schedule(options.audit)
+        self._learning = Learning(subject, options)
+        self._turnover = Turnover()
+        self._usefulness = Usefulness(self.counters, self.reasons, self._turnover, options.persistent)
+        self._usefulness.watch(self)
+        self.writes = False
+        self.partly: Callable[[Given, Trains], Any] | None = None
+        self._refused: Bypass | None = None
+        self._pause = 0
+        self._next_pause = SHORTEST_PAUSE
+
+    @property
+    def name(self) -> str:
+        """Module path and class, for people."""
+        return self.subject.name
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the original returns for these arguments.
+
+        Raises
+        ------
+        TorchcacheError
+            For what can never be cached, at a call before any was served.
+        """
+        given = Given(self.subject, args, kwargs)
+        explainer = current_explainer()
+        if explainer is not None:
+            return explainer(self, given)
+        if self.counters.calls >= self._usefulness.next_look:
+            self._usefulness.look(self.name)
+        try:
+            return self._cached(given)
+        except Trains as bypass:
+            return self.partly(given, bypass) if self.partly is not None else self.compute(given, bypass)
+        except Restless as bypass:
+            self.writes = isinstance(bypass, Writes)
+            if not bypass.quiet and bypass is not self._refused:
+                self._refused, self._pause = bypass, self._next_pause
+                self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
+            return self.compute(given, bypass)
+        except Bypass as bypass:
+            return self.compute(given, bypass)
+        except TorchcacheError as error:
+            if not self.counters.calls:
+                raise
+            return self.compute(given, Bypass(str(error)))
+        except Exception as error:
+            if error is given.error:  # the original failed on the caller's own arguments
+                raise
+            logger.debug("the lookup of %s failed", self.name, exc_info=True)
+            failure = Bypass(f"its lookup failed ({type(error).__name__}: {brief(error)})", "please report it")
+            return self.compute(given, failure)
+
+    def trains(self) -> bool:
+        """Whether the original reads anything that is trainable, or may."""
+        held, module = self.subject.identity.look(), self.subject.module
+        if module is not None and self.subject.identity.problem is not None:
+            held = [*held, *module.parameters()]
+        return any(tensor.requires_grad for tensor in held)
+
+    def compute(self, given: Given, bypass: Bypass) -> Any:
+        """The original on the whole batch, not stored; counted, and said the first time."""
+        self.count(given, bypass)
+        return given.run()
+
+    def count(self, given: Given, bypass: Bypass) -> None:
+        """Count a call that is computed and not stored, and say so the first time."""
+        # It may be kept to be raised again, and is not to keep the arguments of every call meanwhile.
+        bypass.__traceback__ = bypass.__context__ = bypass.__cause__ = None
+        reason = bypass.reason if len(self.reasons) < MOST_REASONS or bypass.reason in self.reasons else "other reasons"
+        self.reasons[reason] += given.rows
+        self.counters.count_bypass(given.rows)
+        if not bypass.quiet:
+            warn_once(f"{self.name} is computed, not cached: {bypass}")
+
+    def _cached(self, given: Given) -> Any:
+        batch = self._take(given)
+        try:
+            plan = self._learning.plan(batch, self.tiers.knows)
+            hashed = self._hash(batch, plan)
+            return self._look_up(batch, plan, *hashed)
+        except RowwiseError as error:
+            self._learning.refuse(batch, str(error))
+            raise
+
+    def examine(self, given: Given) -> tuple[Batch, Plan]:
+        """The call taken apart, and what is known of calls like it; nothing is looked up.
+
+        Raises
+        ------
+        Bypass
+            When it is to be computed.
+        RowwiseError
+            When its rows depend on each other or on chance.
+        """
+        batch = self._take(given)
+        return batch, self._learning.plan(batch, self.tiers.knows)
+
+    def _take(self, given: Given) -> Batch:
+        """The call taken apart, and who computes it."""
+        if bypassed():
+            raise Bypass(ASKED, quiet=True)
+        if self._refused is not None:
+            self._pause -= 1
+            if self._pause:  # never zero where it was not positive: refused for good
+                raise self._refused
+            self._refused = None
+        taken = take_arguments(given.args, given.kwargs, self.subject.names)
+        tensors = taken.tensors
+        if not tensors:
+            raise Bypass("no argument is a tensor", "mark a part that takes tensors")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise Bypass("an argument needs a gradient", "detach it where its gradient is not wanted")
+        held = self.subject.identity.look()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+            raise Trains(*self._trainable(held))
+        who = self.subject.identity.current(held)
+        for gone in self._turnover.note(who, self.counters.hits):
+            self._learning.forget(gone)
+            self.tiers.memory.drop_state(gone)
+        return Batch(given, taken, who, NumericMode.current(tensors[0].device.type))
+
+    def _trainable(self, held: Tensors) -> tuple[str, str]:
+        """Why a call that trains is computed."""
+        module = self.subject.module
+        names = [name for name, held in module.named_parameters() if held.requires_grad] if module is not None else []
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"it trains {shown or 'a tensor that it reads'}", "freeze it with torchcache.mark(module, freeze=True)"
+
+    def _hash(self, batch: Batch, plan: Plan) -> tuple[bytes, list[bytes], Found | None]:
+        """What the rows are filed under, their digests, and what was found for them ahead."""
+        start = time.perf_counter()
+        ids, named = current_ids(self, batch.count, self.name)
+        key = self._key(batch, plan, batch.rows, named)
+        found = None
+        if ids is not None:
+            digests = ids
+        elif (done := prepared(self, batch.rows)) is not None:
+            digests, found = done.digests, done.found
+        else:
+            digests = digest_rows(batch.rows, self.options.digest)
+        if ids is None:
+            learn(self, batch.rows, lambda: self._prepare_as(batch, plan))
+        self.counters.hash_seconds += time.perf_counter() - start
+        return key, digests, found
+
+    def _key(self, batch: Batch, plan: Plan, rows: Sequence[torch.Tensor], named: int) -> bytes:
+        call = call_fingerprint(plan.form, self.options, batch.mode, rows, batch.shared, named)
+        return layout_fingerprint(call, plan.layout)
+
+    def _prepare_as(self, batch: Batch, plan: Plan) -> Callable[[Sequence[torch.Tensor]], Any]:
+        """How to work ahead for a call like this one."""
+        who, expected = batch.who, self._expected(batch, plan)
+
+        def prepare(rows: Sequence[torch.Tensor]) -> tuple[list[bytes], Found | None]:
+            digests = digest_rows(rows, self.options.digest)
+            if self.tiers.disk is None or not plan.believed:
+                return digests, None
+            return digests, self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who)
+
+        return prepare
+
+    def _expected(self, batch: Batch, plan: Plan) -> Callable[[], tuple[RowSpec, torch.device]]:
+        return lambda: (RowSpec.of(plan.rows_first(plan.output)), plan.output.tensors[0].device)
+
+    def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
+        start = time.perf_counter()
+        with normal_tensors():
+            found = self.tiers.find(key, digests, self._expected(batch, plan), batch.who, ahead)
+        missing: dict[bytes, int] = {}
+        if ABSENT in found.slots:
+            for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
+                if slot == ABSENT and digest not in found.extra:
+                    missing.setdefault(digest, row)
+        if found.from_disk:
+            self.tiers.tell(batch.who.hex(), self.name)
+        self.counters.lookup_seconds += time.perf_counter() - start
+        if missing:
+            before = (batch.who, plan.layout)
+            plan = self._learning.prove(batch, plan)
+            if (batch.who, plan.layout) != before:
+                raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
+        computed = self._compute(batch, plan, key, digests, missing, found)
+        served = self._merge(batch, plan, digests, missing, found, computed)
+        outputs, leaves = served
+        looked = Looked(
+            digests,
+            missing,
+            found.from_disk,
+            leaves,
+            lambda places: plan.rows_first(self._original(batch, plan, places)),
+            plan.learnt.rounding,
+        )
+        first = bool(found.from_disk) and not plan.believed
+        if first or self.schedule.due(batch.taken.key, batch.count):
+            alarm = self._audit(batch, plan, looked, first)
+            if alarm is not None:
+                self._react(batch, alarm)
+                return batch.given.run()
+        self._count(looked)
+        watcher = current_watcher()
+        if watcher is not None:
+            watcher(self, looked)
+        return outputs
+
+    def _count(self, looked: Looked) -> None:
+        disk, computed = len(looked.from_disk), len(looked.missing)
+        rows = len(looked.digests)
+        if rows != self._usefulness.rows:
+            self._usefulness.note_rows(rows)
+        self.counters.calls += 1
+        self.counters.misses += computed
+        self.counters.disk_hits += disk
+        self.counters.memory_hits += rows - computed - disk
+        self.history.note(self.counters, self.tiers.memory.used, self.tiers.disk_bytes)
+
+    def _compute(
+        self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], missing: dict[bytes, int], found: Found
+    ) -> Tensors:
+        """The rows that are missing, computed and stored."""
+        if not missing:
+            return []
+        start = time.perf_counter()
+        places = list(missing.values())
+        if batch.given.ran or len(missing) == batch.count:
+            with torch.no_grad():
+                output = take_outputs(batch.given.run())
+        else:
+            output = self._original(batch, plan, places)
+        self.counters.compute_seconds += time.perf_counter() - start
+        if not plan.fits(output):
+            raise Bypass(
+                "the structure of its output, or a number in it, differs between calls",
+                "mark a part that returns the same structure for all rows",
+                lasting=False,
+            )
+        leaves = plan.rows_first(output)
+        if leaves[0].shape[0] > 1:  # one row alone does not tell where the batch lies in memory
+            plan.note(batch, output)
+        if leaves[0].shape[0] > len(missing):
+            leaves = [select_rows(leaf, places) for leaf in leaves]
+        start = time.perf_counter()
+        with normal_tensors(), torch.no_grad():
+            slab, slots = self.tiers.keep(
+                key, batch.who.hex(), self.name, list(missing), leaves, RowSpec.of(leaves), batch.who
+            )
+        if slab is not None:
+            found.slab = slab
+        if len(slots) == len(missing) < len(digests) and self.options.cache_dtype is None and slab is not None:
+            found.slots = slab.find(digests)
+        self.counters.merge_seconds += time.perf_counter() - start
+        return leaves
+
+    def _original(self, batch: Batch, plan: Plan, places: Sequence[int]) -> Taken:
+        """What the original returns for rows of the batch."""
+        rows = [pick_rows(leaf, places) for leaf in batch.rows]
+        with normal_tensors():
+            return take_outputs(batch.original(select(batch.taken.tensors, plan.learnt.rows, rows)))
+
+    def _merge(
+        self,
+        batch: Batch,
+        plan: Plan,
+        digests: list[bytes],
+        missing: dict[bytes, int],
+        found: Found,
+        computed: Tensors,
+    ) -> tuple[Any, Tensors]:
+        """The outputs as the original gives them, and their leaves, rows first."""
+        if batch.given.ran:
+            outputs = batch.given.run()
+            return outputs, plan.rows_first(take_outputs(outputs))
+        start = time.perf_counter()
+        with normal_tensors():
+            layouts = plan.layouts(batch, lambda places: self._original(batch, plan, places))
+            near, buffers = batch.rows[0].device, self.tiers.memory.buffers
+            if found.slab is not None and ABSENT not in found.slots:
+                leaves = found.slab.gather(found.slots)
+            else:
+                leaves = assemble(digests, missing, found, computed, layouts, near, buffers)
+            merged = [layout.apply(leaf, near, buffers) for layout, leaf in zip(layouts, leaves, strict=True)]
+        self.counters.merge_seconds += time.perf_counter() - start
+        return plan.output.rebuild(merged), plan.rows_first_of(merged)
+
+    def _audit(self, batch: Batch, plan: Plan, looked: Looked, first: bool) -> Alarm | None:
+        """Compute some of the rows again, those from disk before they are believed."""
+        start = time.perf_counter()
+        misses = list(looked.missing.values())
+        hits = [row for row, digest in enumerate(looked.digests) if digest not in looked.missing]
+        if first:
+            hits, misses = [row for row in hits if looked.digests[row] in looked.from_disk], []
+        early = self.schedule.early(batch.taken.key, batch.count)
+        again = Recomputation(
+            looked.outputs,
+            batch.count,
+            frozenset(misses),
+            looked.compute,
+            lambda: plan.rows_first(take_outputs(batch.given.run())),
+            plan.learnt.rounding,
+            self.options.cache_dtype,
+        )
+        with generators_kept(), normal_tensors(), torch.no_grad():
+            alarm = inspect(again, choose(hits, misses, ends=early))
+        plan.believed = plan.believed or (first and alarm is None)
+        seconds = time.perf_counter() - start
+        self.counters.audit_seconds += seconds
+        self.schedule.note(batch.taken.key, batch.count, seconds)
+        return alarm
+
+    def _react(self, batch: Batch, alarm: Alarm) -> None:
+        """Empty the region; a region whose rows depend on each other, or keep being wrong, is given up."""
+        self.counters.alarms += 1
+        self.counters.count_bypass(batch.count)
+        self.tiers = self.tiers.emptied(batch.who.hex())
+        if alarm.stale and self.counters.alarms < MOST_ALARMS:
+            what = "its program or its weights changed in a way that cannot be seen; its rows are computed anew"
+        else:
+            what = "its rows depend on each other or on chance; it is computed from now on"
+            self._refused = Bypass("rows that were served differed from what the original gives", quiet=True)
+        self.reasons["rows were found to be wrong when computed again"] += batch.count
+        logger.warning("%s was cached wrongly and its rows are dropped: %s: %s", self.name, alarm.found, what)

@@ -1,0 +1,94 @@
+"""What it means that a row comes out otherwise when it is computed again: rounding, stale rows, or rows that mix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torchcache.checks.compare import Rounding
+
+__all__ = ["Alarm", "Recomputation", "inspect"]
+
+Tensors = list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """Rows were served that the original does not give.
+
+    Parameters
+    ----------
+    stale : bool
+        Whether they come from another program or other weights; else rows depend on their company, or on chance.
+    found : str
+        What differed and by how much, for people.
+    """
+
+    stale: bool
+    found: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomputation:
+    """Rows that were served, and how to compute them again.
+
+    Parameters
+    ----------
+    served : list of torch.Tensor
+        The outputs of a call, rows first.
+    count : int
+        The number of rows.
+    computed : frozenset of int
+        Places of rows that were computed in this call.
+    compute : callable
+        From places of rows to what the original computes for them together, rows first.
+    whole : callable
+        What the original computes for the whole batch, rows first.
+    rounding : Rounding
+        What differences are rounding.
+    dtype : torch.dtype or None
+        What floating rows are stored as, if not as they are.
+    """
+
+    served: Tensors
+    count: int
+    computed: frozenset[int]
+    compute: Callable[[Sequence[int]], Tensors]
+    whole: Callable[[], Tensors]
+    rounding: Rounding
+    dtype: torch.dtype | None = None
+
+
+def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
+    """Compute the rows at ``places`` again, and confirm a difference in other company before it is an alarm."""
+    served = _rows(again, again.served, places)
+    first = _rows(again, again.compute(places), range(len(places)))
+    wrong = [index for index, row in enumerate(served) if not again.rounding.agree(row, first[index])]
+    if not wrong:
+        return None
+    others = [place for place in range(again.count) if place not in places][:1]
+    company = [*reversed(places), *others]
+    second = _rows(again, again.compute(company), [company.index(place) for place in places])
+    whole = _rows(again, again.whole(), places)
+    for index in wrong:
+        apart = again.rounding.disagreement(served[index], first[index])
+        assert apart is not None
+        output, share = apart
+        found = f"output {output} of a row differs by {share:.2g} of its largest magnitude"
+        alike = again.rounding.agree(first[index], second[index]) and again.rounding.agree(first[index], whole[index])
+        if alike and places[index] not in again.computed:
+            return Alarm(True, found)
+        if not again.rounding.agree(served[index], second[index]) or not alike:
+            return Alarm(False, found)
+    return None
+
+
+def _rows(again: Recomputation, leaves: Tensors, places: Sequence[int]) -> list[Tensors]:
+    """Each of the rows at ``places``, as far as the store keeps it."""
+    found = [[leaf[place : place + 1] for leaf in leaves] for place in places]
+    if again.dtype is None:
+        return found
+    dtype = again.dtype
+    return [[leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in row] for row in found]

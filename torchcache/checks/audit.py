@@ -1,0 +1,73 @@
+"""The audit: rows that were served are computed again in other company, within a share of the run's time."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+__all__ = ["Schedule", "choose"]
+
+# The first calls of a form are looked at whatever it costs, and those with more rows: most mistakes show at once.
+FIRST_CALLS = 4
+MOST_FORMS = 1024
+# Rows that are computed again at a time.
+ROWS = 2
+# Apart from the generator that training draws from.
+_random = random.Random()
+
+
+class Schedule:
+    """When to compute rows again: in first and larger calls of each form, and then as often as a share of time allows.
+
+    Parameters
+    ----------
+    share : float
+        Share of the wall time since the first call that audits may take; 0 turns them off.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._began = time.perf_counter()
+        self._spent = 0.0
+        self._cost = 0.0
+        self._next = 0.0
+        self._looked: dict[bytes, tuple[int, int]] = {}
+
+    def due(self, form: bytes, rows: int) -> bool:
+        """Whether this call of ``form`` is to be looked at."""
+        return bool(self._share) and (self.early(form, rows) or time.perf_counter() >= self._next)
+
+    def early(self, form: bytes, rows: int) -> bool:
+        """Whether this is one of the first calls of ``form``, or has more rows than any that was looked at."""
+        calls, most = self._looked.get(form, (0, 0))
+        return calls < FIRST_CALLS or rows > most
+
+    def note(self, form: bytes, rows: int, seconds: float) -> None:
+        """Take note of what an audit took; what early ones took is not deducted."""
+        self._cost = min(seconds, 2 * self._cost) if self._cost else seconds
+        if self.early(form, rows):
+            if len(self._looked) >= MOST_FORMS:
+                self._looked.clear()
+            calls, most = self._looked.get(form, (0, 0))
+            self._looked[form] = calls + 1, max(most, rows)
+        else:
+            self._spent += seconds
+        if self._share:
+            self._next = self._began + (self._spent + self._cost) / self._share
+
+
+def choose(hits: Sequence[int], misses: Sequence[int], *, ends: bool) -> list[int]:
+    """Places of rows to compute together: hits beside misses where there are both; the ends of the batch, or any."""
+    pick = _ends if ends else _any
+    if hits and misses:
+        return [*pick(hits, 1), *pick(misses, 1)]
+    return pick(hits or misses, ROWS)
+
+
+def _ends(places: Sequence[int], count: int) -> list[int]:
+    return [places[-1]] if count == 1 or len(places) == 1 else [places[0], places[-1]]
+
+
+def _any(places: Sequence[int], count: int) -> list[int]:
+    return _random.sample(places, min(count, len(places)))

@@ -1,0 +1,109 @@
+"""How far two computations of the same row are apart, and what of that is rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from torchcache.store.select import element_bytes
+
+__all__ = ["FLOOR", "LARGEST_ROUNDING", "Rounding", "difference", "identical"]
+
+# The largest difference between batch sizes that counts as rounding, as a share of the row's largest magnitude.
+LARGEST_ROUNDING = {8: 1e-6, 4: 2e-3, 2: 5e-2, 1: 0.3}
+# Differences up to here are never an alarm: another processor, another number of threads.
+FLOOR = {8: 1e-10, 4: 1e-4, 2: 2e-2, 1: 0.15}
+# Rounding that was seen is allowed this many times over, since few rows were looked at.
+MARGIN = 8.0
+# Share of the elements of an integer output that rounding upstream (an argmax, a threshold) may flip.
+FLIPPED = 0.1
+
+
+class Rounding:
+    """What differences between two computations of a row are rounding, for each output; learnt in the probe.
+
+    Parameters
+    ----------
+    leaves : sequence of torch.Tensor
+        The outputs.
+    coarse : bool
+        Whether they are computed in a lower precision than their dtypes (autocast).
+    """
+
+    def __init__(self, leaves: Sequence[torch.Tensor], coarse: bool) -> None:
+        widths = [min(_width(leaf.dtype), 2) if coarse else _width(leaf.dtype) for leaf in leaves]
+        self._caps = [LARGEST_ROUNDING[width] for width in widths]
+        self.allowed = [FLOOR[width] for width in widths]
+
+    def learn(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+        """Take the difference of two computations of the same rows for rounding; ``False`` where it is too large."""
+        found = [_relative(one, other) for one, other in zip(a, b, strict=True)]
+        if any(share > cap for share, cap in zip(found, self._caps, strict=True)):
+            return False
+        self.allowed = [
+            min(cap, max(allowed, MARGIN * share))
+            for allowed, share, cap in zip(self.allowed, found, self._caps, strict=True)
+        ]
+        return True
+
+    def agree(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+        """Whether two computations of the same rows differ by rounding at most."""
+        return self.disagreement(a, b) is None
+
+    def disagreement(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> tuple[int, float] | None:
+        """The first output that differs by more than rounding, and by how much of its largest magnitude."""
+        for index, (one, other) in enumerate(zip(a, b, strict=True)):
+            if not self.agrees(index, one, other):
+                return index, _relative(one, other)
+        return None
+
+    def agrees(self, index: int, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether two computations of output ``index`` differ by rounding at most, also that of a narrower dtype."""
+        return _relative(a, b) <= max(self.allowed[index], FLOOR[_width(a.dtype)])
+
+
+def _width(dtype: torch.dtype) -> int:
+    """Bytes of the real numbers behind a dtype; integers count as the widest, since they do not round."""
+    if dtype.is_complex:
+        return dtype.itemsize // 2
+    return min(dtype.itemsize, 8) if dtype.is_floating_point else 8
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference as a share of the largest magnitude; for integers 0 where few elements flipped."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return math.inf
+    if not a.numel() or identical(a, b):
+        return 0.0
+    if not (a.is_floating_point() or a.is_complex()):
+        return 0.0 if float((a != b).float().mean()) <= FLIPPED and a.numel() > 1 else math.inf
+    share = difference(a, b)[1]
+    return math.inf if math.isnan(share) else share
+
+
+def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype are the same bit for bit."""
+    return a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(leaf: torch.Tensor) -> torch.Tensor:
+    return element_bytes(leaf.resolve_conj().resolve_neg().contiguous())
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """The largest difference of two tensors of one shape, and its share of their largest magnitude.
+
+    Both are not-a-number where one tensor has such an element, or an infinity, and the other has not.
+    """
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to(wide).flatten(), b.to(wide).flatten()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0, 0.0
+    largest = (a[~same] - b[~same]).abs().max()
+    finite = torch.cat((a, b)).abs()
+    finite = finite[finite.isfinite()]
+    scale = finite.max() if finite.numel() else torch.ones((), dtype=torch.float64)
+    return float(largest), float(largest / scale) if scale else math.inf

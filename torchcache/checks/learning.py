@@ -1,0 +1,396 @@
+"""What is learnt of a region's calls before any is served: the form of each, and what its outputs look like."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torchcache.batch import Batch, Subject
+from torchcache.checks.chance import Generators, generators_kept
+from torchcache.checks.probe import Learnt, Unproven, learn, rows_of, select
+from torchcache.context import normal_tensors
+from torchcache.digest.cpu import digest_bytes, digest_tensor
+from torchcache.errors import Bypass, RowwiseError, Writes
+from torchcache.identity.key import call_fingerprint
+from torchcache.identity.state import content_digest
+from torchcache.identity.written import Written
+from torchcache.options import CacheOptions
+from torchcache.values.layout import Layout, memory_order, pick_rows
+from torchcache.values.take import Taken, take_arguments, take_outputs
+
+__all__ = ["Learning", "Plan"]
+
+Roles = tuple[int | None, ...]
+
+# A module may set itself up in its first calls; one that changes in so many keeps state.
+SETUP_CALLS = 3
+EMPTY = "the batch is empty"
+# Forms and plans that are remembered.
+MOST = 256
+
+
+@dataclasses.dataclass
+class _Form:
+    """What was learnt of calls whose arguments have one structure.
+
+    Parameters
+    ----------
+    roles : tuple of (int or None) or None
+        For each tensor argument the dimension of its rows.
+    learnt : Learnt or None
+        What the last probe learnt.
+    refused : tuple of (bytes, Bypass or str) or None
+        Why such calls are computed, or the text of a ``RowwiseError``, and the identity that this was learnt of.
+    spare : list of torch.Tensor or None
+        The arguments of a call with one row, to probe others with.
+    unsettled : int
+        Calls in a row that changed what computes them.
+    """
+
+    roles: Roles | None = None
+    learnt: Learnt | None = None
+    refused: tuple[bytes, Bypass | str] | None = None
+    spare: list[torch.Tensor] | None = None
+    unsettled: int = 0
+
+
+@dataclasses.dataclass
+class Plan:
+    """What was learnt of calls of one identity, form, numeric mode and row shape.
+
+    Parameters
+    ----------
+    form : bytes
+        Which calls these are.
+    learnt : Learnt
+        Roles, dimensions and rounding.
+    output : Taken
+        An output, for its structure and constants.
+    layout : bytes
+        Digest of structure, constants, row shapes and dtypes of the output.
+    proven : bool
+        Whether rows of this shape were probed in this process.
+    believed : bool
+        Whether rows from disk were computed and compared.
+    """
+
+    form: bytes
+    learnt: Learnt
+    output: Taken
+    layout: bytes
+    proven: bool = True
+    believed: bool = False
+    _layouts: dict[Any, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
+
+    def rows_first(self, output: Taken) -> list[torch.Tensor]:
+        """The leaves of ``output`` with their rows first."""
+        return self.rows_first_of(output.tensors)
+
+    def rows_first_of(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Leaves of an output with their rows first."""
+        return rows_of(leaves, self.learnt.output_dims)
+
+    def fits(self, output: Taken) -> bool:
+        """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan."""
+        return _layout_digest(output, self.learnt.output_dims) == self.layout
+
+    def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
+        """How outputs lie in memory for arguments that lie as these do; two rows are computed to see."""
+        lie = tuple([_order(leaf) for leaf in batch.rows])
+        found = self._layouts.get(lie)
+        if found is None:
+            found = self.note(batch, compute([0, batch.count - 1]))
+        return found
+
+    def note(self, batch: Batch, output: Taken) -> tuple[Layout, ...]:
+        """Remember how ``output``, of two rows or more, lies in memory."""
+        lie = tuple([_order(leaf) for leaf in batch.rows])
+        dims = self.learnt.output_dims
+        found = self._layouts[lie] = tuple(map(Layout.of, output.tensors, dims))
+        return found
+
+
+def _order(leaf: torch.Tensor) -> tuple[int, ...] | None:
+    return None if leaf.is_contiguous() else memory_order(leaf.shape, leaf.stride())
+
+
+def _layout_digest(output: Taken, dims: Sequence[int]) -> bytes:
+    shapes = [
+        (str(leaf.dtype), dim, (*leaf.shape[:dim], *leaf.shape[dim + 1 :]))
+        for leaf, dim in zip(output.tensors, dims, strict=True)
+    ]
+    return digest_bytes(output.key + repr(shapes).encode())
+
+
+class Learning:
+    """What is known of one region's calls.
+
+    Parameters
+    ----------
+    subject : Subject
+        What the region stands for.
+    options : CacheOptions
+        Its options.
+    """
+
+    def __init__(self, subject: Subject, options: CacheOptions) -> None:
+        self._subject = subject
+        self._options = options
+        self._forms: dict[bytes, _Form] = {}
+        self._plans: dict[bytes, Plan] = {}
+        self._stacked: set[bytes] = set()
+
+    def plan(self, batch: Batch, stored: Callable[[bytes], bool]) -> Plan:
+        """The plan for ``batch``, whose rows are known then.
+
+        Where the form is new the caller's batch is computed on the way, unless ``stored`` says that a directory knows
+        this identity: then a few of its rows are.
+
+        Raises
+        ------
+        Bypass
+            When such calls cannot be cached.
+        RowwiseError
+            When their rows depend on each other or on chance.
+        """
+        self._read_lists(batch)
+        form = self._form(batch)
+        if form.roles is not None and self._assign(batch, form.roles):
+            plan = self._plans.get(self._key(batch, form.roles))
+            if plan is not None:
+                return plan
+        first, dim = batch.taken.tensors[0], self._options.batch_dim
+        if first.ndim > dim and not first.shape[dim]:
+            raise Bypass(EMPTY, lasting=False, quiet=True)
+        try:
+            if not stored(batch.who):
+                return self._learn_either(batch, form, self._run_watched(batch))
+            plan = self._recall(batch, form)
+            return plan if plan is not None else self._learn_either(batch, form, None)
+        except Bypass as bypass:
+            if bypass.lasting:
+                form.refused = (batch.who, bypass)
+            raise
+
+    def prove(self, batch: Batch, plan: Plan) -> Plan:
+        """``plan``, probed before rows of its shape are stored; raises as ``plan``."""
+        if plan.proven:
+            return plan
+        form = self._form(batch)
+        try:
+            return self._learn(batch, form, None)
+        except Bypass as bypass:
+            if bypass.lasting:
+                form.refused = (batch.who, bypass)
+            raise
+
+    def _recall(self, batch: Batch, form: _Form) -> Plan | None:
+        """A plan for rows of another shape than before, which a directory may hold: two rows show the layout.
+
+        Rows are stored after a probe only, by whichever process, so finding them needs none.
+        """
+        learnt = form.learnt
+        if learnt is None or form.roles is None or not batch.rows:
+            return None
+        rows = [pick_rows(leaf, [0, batch.count - 1]) for leaf in batch.rows]
+        with generators_kept(), normal_tensors(), torch.no_grad():
+            output = take_outputs(batch.original(select(batch.taken.tensors, form.roles, rows)))
+        dims = learnt.output_dims
+        if len(output.tensors) != len(dims):
+            return None
+        if any(leaf.ndim <= dim or leaf.shape[dim] != 2 for leaf, dim in zip(output.tensors, dims, strict=True)):
+            return None
+        return self._keep(batch, learnt, output, proven=False)
+
+    def _keep(self, batch: Batch, learnt: Learnt, output: Taken, *, proven: bool) -> Plan:
+        if len(self._plans) >= MOST:
+            self._plans.clear()
+        key = self._key(batch, learnt.rows)
+        plan = Plan(key, learnt, output, _layout_digest(output, learnt.output_dims), proven)
+        self._plans[key] = plan
+        return plan
+
+    def refuse(self, batch: Batch, why: str) -> None:
+        """Refuse calls of this form as long as the identity that ``batch`` was looked at with computes them.
+
+        Other rows, or fewer, may be such that a probe of them shows nothing.
+        """
+        self._form(batch).refused = (batch.who, why)
+
+    def forget(self, who: bytes) -> None:
+        """Drop what was learnt of an identity."""
+        self._plans = {key: plan for key, plan in self._plans.items() if not key.startswith(who)}
+
+    def _form(self, batch: Batch) -> _Form:
+        tensors = batch.taken.tensors
+        key = batch.taken.key + bytes([tensor.ndim for tensor in tensors])  # one sample alone is another form
+        form = self._forms.get(key)
+        if form is None:
+            if len(self._forms) >= MOST:
+                self._forms.clear()
+            form = self._forms[key] = _Form()
+        if form.refused is not None:
+            if form.refused[0] == batch.who:
+                why = form.refused[1]
+                raise RowwiseError(why) if isinstance(why, str) else why
+            form.refused = None
+        return form
+
+    def _assign(self, batch: Batch, roles: Roles) -> bool:
+        """Divide the arguments into rows and shared ones; ``False`` where these cannot have the roles."""
+        counts = {
+            tensor.shape[dim] if tensor.ndim > dim else -1
+            for tensor, dim in zip(batch.taken.tensors, roles, strict=True)
+            if dim is not None
+        }
+        if len(counts) != 1 or -1 in counts:
+            return False
+        batch.rows = rows_of(batch.taken.tensors, roles)
+        if None in roles:
+            shared = [tensor for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None]
+            batch.shared = [self._digest(tensor) for tensor in shared]
+        if not batch.count:
+            raise Bypass(EMPTY, lasting=False, quiet=True)
+        return True
+
+    def _digest(self, shared: torch.Tensor) -> bytes:
+        """Digest of an argument that all rows share, by the user's choice as that of rows is."""
+        chosen = self._options.digest
+        if chosen == "xxh3_128":
+            return content_digest(shared)
+        described = f"{shared.dtype} {tuple(shared.shape)}".encode()
+        return digest_bytes(described + digest_tensor(shared, chosen), chosen)
+
+    def _key(self, batch: Batch, roles: Roles) -> bytes:
+        """Identity and all else that a proof holds for: not the contents of shared arguments, but their shapes."""
+        shared = [tensor.shape for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None]
+        what = batch.taken.key + repr((roles, shared)).encode()
+        return batch.who + call_fingerprint(what, self._options, batch.mode, batch.rows, (), 0)
+
+    def _read_lists(self, batch: Batch) -> None:
+        """Take lists of tensors for batches where such calls were learnt so."""
+        if self._stacked:
+            taken = self._stack(batch)
+            if taken.key in self._stacked:
+                batch.taken = taken
+
+    def _stack(self, batch: Batch) -> Taken:
+        given = batch.given
+        return take_arguments(given.args, given.kwargs, self._subject.names, stack_lists=True)
+
+    def _learn_either(self, batch: Batch, form: _Form, whole: Taken | None) -> Plan:
+        """Learn with the arguments as they are; where that fails, with lists of tensors taken for batches."""
+        try:
+            return self._learn(batch, form, whole)
+        except Writes:
+            raise
+        except (Bypass, RowwiseError) as failed:
+            plain, stacked = batch.taken, self._stack(batch)
+            if stacked.key == plain.key:
+                raise
+            batch.taken = stacked
+            try:
+                plan = self._learn(batch, self._form(batch), whole)
+            except (Bypass, RowwiseError) as again:
+                batch.taken = plain
+                early = isinstance(again, Bypass) and not again.lasting
+                raise (again if early else failed) from None
+        self._stacked.add(stacked.key)
+        return plan
+
+    def _learn(self, batch: Batch, form: _Form, whole: Taken | None) -> Plan:
+        written = self._watch(batch.wrote)
+        try:
+            with generators_kept(), normal_tensors(), torch.no_grad():
+                learnt, output = learn(
+                    self._subject.name,
+                    batch.taken.tensors,
+                    whole,
+                    lambda tensors: take_outputs(batch.original(tensors)),
+                    batch_dim=self._options.batch_dim,
+                    spare=form.spare,
+                    coarse=batch.coarse,
+                )
+        except Unproven:
+            first = batch.taken.tensors[0]
+            if first.ndim and first.shape[0] == 1:
+                form.spare = [tensor.detach().clone() for tensor in batch.taken.tensors]
+            alike = "its rows are all alike so far, so that it cannot be told whether they depend on each other"
+            raise Bypass(alike, lasting=False, quiet=True) from None
+        except RowwiseError:
+            names = written.changes() if written is not None else []
+            if written is None or not names:
+                raise
+            written.restore()
+            raise self._writes(form, names) from None
+        self._settle(batch, form, written)
+        form.roles, form.learnt, form.spare = learnt.rows, learnt, None
+        self._assign(batch, learnt.rows)
+        return self._keep(batch, learnt, output, proven=True)
+
+    def _run_watched(self, batch: Batch) -> Taken:
+        """The original on the caller's own arguments: what it is given must stay as it is, and nothing be drawn."""
+        given = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
+        generators, versions = Generators(), _versions(given.tensors)
+        written = self._watch()
+        outputs = batch.given.run()
+        batch.wrote = written.changes() if written is not None else []
+        if generators.moved():
+            raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
+        taken = take_outputs(outputs)
+        if any(leaf.requires_grad for leaf in taken.tensors):
+            raise Bypass("its output needs a gradient", "freeze what it reads, or call it under torch.no_grad()")
+        again = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
+        same = again.key == given.key and all(map(_is, again.tensors, given.tensors))
+        if not same or _versions(given.tensors) != versions:
+            raise Bypass("it writes to its arguments", "return what it would write, or mark a part that does not write")
+        if not taken.tensors:
+            raise Bypass("its output holds no tensor", "mark a part that returns tensors")
+        return taken
+
+    def _settle(self, batch: Batch, form: _Form, written: Written | None) -> None:
+        """Go on with the identity after a first call, which may set a module up; another call must not change it."""
+        names = written.changes() if written is not None else []
+        if written is not None and not set(names).isdisjoint(batch.wrote):  # a probe must not show in what is kept
+            written.restore()
+        identity = self._subject.identity
+        who = identity.current()
+        if not names and who != batch.who:
+            settled = Written(self._subject.module) if self._subject.module is not None else None
+            with generators_kept():
+                batch.original(batch.taken.tensors)
+            names = identity.changes()
+            if names:
+                identity.current()
+            elif settled is not None:
+                names = settled.changes()
+        batch.who = who
+        if not names:
+            form.unsettled = 0
+            return
+        raise self._writes(form, names)
+
+    def _watch(self, contents_of: Sequence[str] = ()) -> Written | None:
+        """The module as it is, where it matters what is written to it."""
+        module = self._subject.module
+        return Written(module, contents_of) if module is not None and not self._options.pure else None
+
+    def _writes(self, form: _Form, names: list[str]) -> Writes:
+        """Why a call that writes is computed; said where it is no setting up."""
+        form.unsettled += 1
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        reason = f"its forward writes to {shown}"
+        advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
+        return Writes(reason, advice, lasting=False, quiet=form.unsettled < SETUP_CALLS)
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Versions, which move when a tensor is written to; tensors of inference mode have none."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,0 +1,365 @@
+"""The probe: which arguments have rows, where outputs have them, and whether row i is a function of row i alone.
+
+Tried on real rows that differ, in small batches: a row must come out the same beside other neighbours, elsewhere,
+in batches of other sizes and when repeated. What differs between batch sizes within rounding is learnt as rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from torchcache.checks.compare import Rounding, identical
+from torchcache.checks.culprit import Run, find_culprit
+from torchcache.digest.cpu import digest_rows
+from torchcache.errors import Bypass, RowwiseError
+from torchcache.store.select import concatenate, select_rows
+from torchcache.values.layout import pick_rows
+from torchcache.values.take import Taken
+
+__all__ = ["Learnt", "Original", "Unproven", "learn", "rows_of", "select"]
+
+Tensors = Sequence[torch.Tensor]
+Original = Callable[[Tensors], Taken]
+
+# Ways to tell rows from shared arguments that are tried before giving up.
+MOST_GUESSES = 8
+# In batches of one size the same kernels run: what neighbours change beyond this many units in the last place is no
+# rounding.
+ULPS = 64
+
+
+class Unproven(Exception):  # noqa: N818
+    """The rows at hand are too much alike to tell whether they depend on each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnt:
+    """What the probe learnt of calls of one form.
+
+    Parameters
+    ----------
+    rows : tuple of (int or None)
+        For each tensor argument the dimension of its rows; ``None`` where all rows share it.
+    output_dims : tuple of int
+        For each output the dimension of its rows.
+    rounding : Rounding
+        What differences between computations of a row are rounding.
+    """
+
+    rows: tuple[int | None, ...]
+    output_dims: tuple[int, ...]
+    rounding: Rounding
+
+
+class _InconsistentError(Exception):
+    """These roles do not explain what the original returns."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def learn(
+    where: str,
+    tensors: Tensors,
+    whole: Taken | None,
+    original: Original,
+    *,
+    batch_dim: int = 0,
+    spare: Tensors | None = None,
+    known: tuple[int | None, ...] | None = None,
+    coarse: bool = False,
+) -> tuple[Learnt, Taken]:
+    """Find the roles of the arguments, and check that rows depend on nothing but themselves.
+
+    Parameters
+    ----------
+    where : str
+        The region, for errors.
+    tensors : sequence of torch.Tensor
+        The tensor arguments of a call.
+    whole : Taken or None
+        What the original returned for them; ``None`` where it was not run.
+    original : callable
+        From tensors in place of ``tensors`` to the outputs.
+    batch_dim : int
+        The dimension of rows that the user named.
+    spare : sequence of torch.Tensor or None
+        The arguments of an earlier call of the same form with one row, for neighbours.
+    known : tuple or None
+        The roles, where they were learnt before.
+    coarse : bool
+        Whether outputs are computed in a lower precision than their dtypes.
+
+    Returns
+    -------
+    learnt : Learnt
+        Roles, dimensions and rounding.
+    output : Taken
+        An output of three rows.
+
+    Raises
+    ------
+    RowwiseError
+        When a row depends on another row or on chance; the message names the likely culprit.
+    Unproven
+        When the rows are too much alike to tell.
+    Bypass
+        When the original cannot run on fewer rows, or an output has no rows.
+    """
+    first: Exception | None = None
+    guesses = [known] if known is not None else _guesses(tensors, whole, batch_dim)
+    for roles in itertools.islice(guesses, MOST_GUESSES):
+        trial = _Trial(where, tensors, whole, original, roles, coarse)
+        try:
+            return trial.learn(spare)
+        except _InconsistentError as failed:
+            first = first if first is not None else failed.error
+    if first is None and not all(tensor.numel() for tensor in tensors):
+        raise Bypass("the batch is empty", lasting=False, quiet=True)
+    if first is None:
+        raise Bypass(
+            "no argument has a first dimension that its outputs share, so there are no rows to cache",
+            "pass batches of two rows or more, or name the dimension with mark(..., batch_dim=1)",
+        )
+    raise first
+
+
+def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[tuple[int | None, ...]]:
+    """Roles that could explain the outputs: all tensors as long as the batch have rows, or all but one, or two."""
+    sizes: dict[int, None] = {}
+    for tensor in tensors:
+        for dim in dict.fromkeys((batch_dim, 0)):
+            if tensor.ndim > dim:
+                sizes.setdefault(tensor.shape[dim])
+    shapes = [tuple(leaf.shape) for leaf in whole.tensors] if whole is not None else []
+    for size in sizes:
+        if not size or not all(size in shape for shape in shapes):
+            continue
+        roles = [
+            next(
+                (dim for dim in dict.fromkeys((batch_dim, 0)) if tensor.ndim > dim and tensor.shape[dim] == size), None
+            )
+            for tensor in tensors
+        ]
+        candidates = [place for place, dim in enumerate(roles) if dim is not None]
+        for count in range(min(3, len(candidates))):
+            for shared in itertools.combinations(reversed(candidates), count):
+                yield tuple(None if place in shared else dim for place, dim in enumerate(roles))
+
+
+def rows_of(tensors: Tensors, roles: Sequence[int | None]) -> list[torch.Tensor]:
+    """The tensors that have rows, with their rows first."""
+    return [
+        tensor if dim == 0 else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, roles, strict=True)
+        if dim is not None
+    ]
+
+
+def select(tensors: Tensors, roles: Sequence[int | None], rows: Tensors) -> list[torch.Tensor]:
+    """``tensors`` with ``rows``, rows first, in place of those that have rows."""
+    given = iter(rows)
+    return [
+        tensor if dim is None else (next(given) if dim == 0 else next(given).movedim(0, dim))
+        for tensor, dim in zip(tensors, roles, strict=True)
+    ]
+
+
+class _Trial:
+    """One guess of the roles, tried on small batches."""
+
+    def __init__(
+        self,
+        where: str,
+        tensors: Tensors,
+        whole: Taken | None,
+        original: Original,
+        roles: tuple[int | None, ...],
+        coarse: bool,
+    ) -> None:
+        self._where = where
+        self._tensors = tensors
+        self._whole = whole
+        self._original = original
+        self._roles = roles
+        self._coarse = coarse
+        self._given = rows_of(tensors, roles)
+        self._count = self._given[0].shape[0]
+
+    def learn(self, spare: Tensors | None) -> tuple[Learnt, Taken]:
+        """What these roles explain; with rows that were made from others where there are too few, if these run."""
+        extra = rows_of(spare, self._roles) if spare is not None else None
+        try:
+            return self._learn(*self._choose(extra, made=True))
+        except Unproven:
+            return self._learn(*self._choose(extra, made=False))
+
+    def _learn(self, first: int, second: int, third: int) -> tuple[Learnt, Taken]:
+        pair = self._run((first, second))
+        # The third batch lacks the first row: what looks for a largest row must meet a batch without it.
+        others = (second, third, second) if third != second else (second, first, second)
+        trio = self._run(others)
+        dims = self._dims(pair, trio)
+        self._outputs = dims
+        rounding = Rounding(pair.tensors, self._coarse)
+        self._neighbours(pair, first, second, third)
+        runs = [(place, trio, others.index(row)) for place, row in enumerate((first, second)) if row in others]
+        if self._whole is not None:
+            runs += [(place, self._whole, row) for place, row in enumerate((first, second)) if row < self._count]
+        batches = {id(trio): others, id(self._whole): tuple(range(self._count))}
+        for place, other, row in runs:
+            if not rounding.learn(self._row(pair, place), self._row(other, row)):
+                raise self._refusal((first, second), place, batches[id(other)], row, exact=False)
+        return Learnt(self._roles, dims, rounding), trio
+
+    def _choose(self, spare: list[torch.Tensor] | None, *, made: bool) -> tuple[int, int, int]:
+        """Places of three rows that differ, of two where no more can be had."""
+        digests = digest_rows(self._given, "xxh3_128")
+        places = list(dict(zip(reversed(digests), reversed(range(self._count)), strict=True)).values())
+        chosen = sorted({min(places), max(places)})
+        chosen += [place for place in places if place not in chosen][:1]
+        extra = []
+        if spare is not None and len(chosen) < 3 and digest_rows(spare, "xxh3_128")[0] not in digests:
+            extra.append(spare)
+        self._real = True
+        if made and len(chosen) + len(extra) < 3:
+            source = extra[-1] if extra else [select_rows(leaf, [chosen[-1]]) for leaf in self._given]
+            altered = [_altered(leaf) for leaf in source]
+            if not all(map(identical, altered, source)):
+                extra.append(altered)
+                self._real = False
+        self._pool = self._given
+        for rows in extra:
+            chosen.append(self._pool[0].shape[0])
+            self._pool = [concatenate((leaf, row)) for leaf, row in zip(self._pool, rows, strict=True)]
+        if len(chosen) < 2:
+            raise Unproven
+        return chosen[0], chosen[1], chosen[2] if len(chosen) > 2 else chosen[1]
+
+    def _batch(self, places: Sequence[int]) -> list[torch.Tensor]:
+        return select(self._tensors, self._roles, [pick_rows(leaf, places) for leaf in self._pool])
+
+    def _run(self, places: Sequence[int]) -> Taken:
+        try:
+            return self._original(self._batch(places))
+        except Bypass as bypass:
+            if not self._real:
+                raise Unproven from bypass
+            raise _InconsistentError(bypass) from None
+
+    def _dims(self, pair: Taken, trio: Taken) -> tuple[int, ...]:
+        """The dimension of each output that follows the number of rows."""
+        keys = {taken.key for taken in (pair, trio, self._whole) if taken is not None}
+        if len(keys) > 1:
+            raise _InconsistentError(
+                Bypass(
+                    "a number or the structure of its output depends on the batch",
+                    "mark a part that returns tensors with one row a sample",
+                )
+            )
+        dims = []
+        for index, (two, three) in enumerate(zip(pair.tensors, trio.tensors, strict=True)):
+            whole = self._whole.tensors[index] if self._whole is not None else None
+            found = [dim for dim in range(two.ndim) if _follows(dim, two, three, whole, self._count)]
+            if len(found) != 1:
+                shown = tuple((three if whole is None else whole).shape)
+                count = 3 if whole is None else self._count
+                raise _InconsistentError(
+                    Bypass(
+                        f"output{pair.path(index)} has shape {shown} for {count} rows, not one row a sample",
+                        "mark a part that returns one row a sample",
+                    )
+                )
+            dims.append(found[0])
+        return tuple(dims)
+
+    def _neighbours(self, pair: Taken, first: int, second: int, third: int) -> None:
+        """In a batch of the same size, other neighbours must change nothing."""
+        if third == second:
+            return
+        beside = self._run((first, third))
+        if beside.key != pair.key:
+            raise _InconsistentError(Bypass("the structure of its output depends on the rows", ""))
+        mine, other = self._row(pair, 0), self._row(beside, 0)
+        if all(map(identical, mine, other)):
+            return
+        again = self._row(self._run((first, second)), 0)
+        exact = all(map(identical, mine, again))
+        if not exact:
+            rounding = Rounding(mine, self._coarse)
+            if not (rounding.learn(mine, again) and rounding.learn(mine, other)):
+                raise self._refusal((first, second), 0, (first, third), 0, exact=False)
+        elif not all(map(_nearly, mine, other)):
+            raise self._refusal((first, second), 0, (first, third), 0, exact=True)
+
+    def _row(self, taken: Taken, place: int) -> list[torch.Tensor]:
+        return [leaf.narrow(dim, place, 1) for leaf, dim in zip(taken.tensors, self._outputs, strict=True)]
+
+    def _refusal(
+        self, places: tuple[int, ...], place: int, others: tuple[int, ...], other: int, *, exact: bool
+    ) -> _InconsistentError:
+        """Why these roles fail: rows mix, or come out different each time."""
+
+        def compute(rows: list[torch.Tensor]) -> Taken:
+            return self._original(select(self._tensors, self._roles, rows))
+
+        def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+            return identical(a, b) if exact else Rounding([a], self._coarse).learn([a], [b])
+
+        here = Run([select_rows(leaf, places) for leaf in self._pool], place)
+        there = Run([select_rows(leaf, others) for leaf in self._pool], other)
+        mine, again = (self._row(self._run(places), place) for _ in range(2))
+        if Rounding(mine, self._coarse).learn(mine, again):
+            return _InconsistentError(_mixing(self._where, find_culprit(compute, here, there, same)))
+        return _InconsistentError(_unstable(self._where, find_culprit(compute, here, here, same)))
+
+
+def _follows(dim: int, two: torch.Tensor, three: torch.Tensor, whole: torch.Tensor | None, count: int) -> bool:
+    """Whether ``dim`` of an output has as many entries as there are rows, and nothing else of its shape changes."""
+    ranks = {leaf.ndim for leaf in (two, three, whole) if leaf is not None}
+    if len(ranks) > 1 or (two.shape[dim], three.shape[dim]) != (2, 3):
+        return False
+    if whole is not None and whole.shape[dim] != count:
+        return False
+    rests = {(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf in (two, three, whole) if leaf is not None}
+    return len(rests) == 1
+
+
+def _nearly(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not (a.is_floating_point() or a.is_complex()):
+        return identical(a, b)
+    allowed = ULPS * torch.finfo(a.dtype).eps * float(torch.nan_to_num(a.abs().to(torch.float64)).max())
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    gaps = (a.to(wide) - b.to(wide)).abs()
+    return bool(((gaps <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _altered(leaf: torch.Tensor) -> torch.Tensor:
+    """Another row of the same kind: the elements of ``leaf`` in reverse, which keeps them valid."""
+    return select_rows(leaf.flatten(), range(leaf.numel() - 1, -1, -1)).reshape(leaf.shape)
+
+
+def _unstable(where: str, culprit: str | None) -> RowwiseError:
+    likely = f"First seen at {culprit}." if culprit else "Likely: dropout in train mode, noise, a counter."
+    return RowwiseError(
+        f"{where} cannot be cached: the same rows give different outputs when computed again, so it is random or "
+        f"keeps state between calls. {likely} Call .eval() on it, mark a smaller part, or unmark it"
+    )
+
+
+def _mixing(where: str, culprit: str | None) -> RowwiseError:
+    likely = (
+        f"First seen at {culprit}."
+        if culprit
+        else "Likely: BatchNorm in train mode, a mean, softmax or matmul over dim 0, or an input without a batch "
+        "dimension whose first dimension equals the batch size."
+    )
+    return RowwiseError(
+        f"{where} cannot be cached: a row's output changes with the other rows of the batch. {likely} Call .eval() if "
+        "that is its train mode, mark a smaller part, or unmark it"
+    )

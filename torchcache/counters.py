@@ -1,0 +1,54 @@
+"""What one region did so far: rows, calls and seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["Counters"]
+
+
+@dataclasses.dataclass
+class Counters:
+    """Totals since the region's first call.
+
+    Parameters
+    ----------
+    memory_hits, disk_hits, misses, bypasses : int
+        Rows served by a tier (a repeat within a batch counts as memory), computed and stored, computed only.
+    calls : int
+        Batches.
+    alarms : int
+        How often stored rows were found to be wrong, and dropped.
+    hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
+        Where the time of those batches went.
+    """
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    bypasses: int = 0
+    calls: int = 0
+    alarms: int = 0
+    hash_seconds: float = 0.0
+    lookup_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    merge_seconds: float = 0.0
+    audit_seconds: float = 0.0
+
+    def count_bypass(self, rows: int) -> None:
+        """Count a batch that was computed and not stored."""
+        self.calls += 1
+        self.bypasses += rows
+
+    @property
+    def hits(self) -> int:
+        """Rows served by any tier."""
+        return self.memory_hits + self.disk_hits
+
+    @property
+    def saved_seconds(self) -> float | None:
+        """Time that the hits would have taken in the original, less what lookups cost; ``None`` until measured."""
+        if not self.misses or not self.compute_seconds:
+            return None
+        spent = self.hash_seconds + self.lookup_seconds + self.merge_seconds + self.audit_seconds
+        return self.hits * self.compute_seconds / self.misses - spent

@@ -1,0 +1,172 @@
+"""What stands in place of a marked function: a lookup, one opaque node where a graph is traced, or the original."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchcache import dynamo
+from torchcache.batch import Given
+from torchcache.call import Region
+from torchcache.context import bypassed, inside_region
+from torchcache.errors import Bypass
+from torchcache.graph.traced import Traced
+from torchcache.logging import warn_once
+from torchcache.mark import Mark
+from torchcache.op import NOTHING, opaque, subject_name
+from torchcache.regions import region_of
+from torchcache.usefulness import note_call
+
+__all__ = ["door"]
+
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
+LOOKUP, PART, OWN, PLAIN = "lookup", "part", "own", "plain"
+
+
+def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
+    """The function to call in place of what ``mark`` names.
+
+    Parameters
+    ----------
+    mark : Mark
+        The mark.
+    of : callable or None
+        What it looks like, where the mark itself does not say.
+    """
+    shown = mark.function if mark.function is not None else of
+    base, name, own = mark.base, mark.name, mark.own
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return _enter(mark, args, kwargs)
+        module = args[0] if args and isinstance(args[0], nn.Module) else None
+        gradients = torch.is_grad_enabled()
+        enabled = getattr(module, "torchcache_enabled", None)  # Dynamo traces anew where it changed
+        # Dynamo guards no constant without a source: a new string has none.
+        how, subject = f"{_traced(mark, module, gradients, enabled)}".split(" ")
+        if how == LOOKUP:
+            given = args if module is None else args[1:]
+            known, trains = _look(given, kwargs)
+            if not known:
+                return _enter(mark, args, kwargs)
+            if not (gradients and trains):
+                given, kwargs = pytree.tree_map(_passed, (given, kwargs))
+                outputs, structure = pytree.tree_flatten(opaque(subject, given, kwargs))
+                return pytree.tree_unflatten(outputs, structure)  # with constants in the place of their stand-ins
+        if how == OWN:
+            return getattr(module, own)(*args[1:], **kwargs)
+        original: Any = shown if base is None else _beneath(base, name)
+        if how == PART:
+            with torch.fx.traceback.annotate({"torchcache": subject}):
+                return original(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    if shown is not None:
+        functools.update_wrapper(opened, shown)
+        # Libraries that patch a forward follow it to take their patch off, and go too far.
+        del opened.__wrapped__  # type: ignore[attr-defined]
+        opened.__signature__ = inspect.signature(shown)  # type: ignore[attr-defined]
+    opened.torchcache_function = shown  # type: ignore[attr-defined]
+    opened.torchcache_mark = mark  # type: ignore[attr-defined]
+    return opened
+
+
+def _beneath(base: type, name: str) -> Any:
+    found = getattr(base, name)
+    return getattr(found, "torchcache_function", found)
+
+
+def _look(*values: Any) -> tuple[bool, bool]:
+    """Whether arguments hold only what a graph can pass on, and whether a tensor among them needs a gradient."""
+    trains = False
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            trains = trains or value.requires_grad
+        elif isinstance(value, (tuple, list)):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif not (value is None or isinstance(value, _CONSTANTS)) or (isinstance(value, str) and value == NOTHING):
+            return False, trains
+    return True, trains
+
+
+def _passed(leaf: Any) -> Any:
+    """An argument as a call in a graph takes it: ``None`` is none of its types."""
+    return NOTHING if leaf is None else leaf
+
+
+@dynamo.constant
+def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool | None) -> str:
+    """How a call is traced, and the subject's name in graphs. Dynamo asks once a trace, and guards who was called."""
+    note_call()
+    dynamo.nonstrict(opaque)
+    dynamo.retrace()
+    how = PLAIN
+    if not (inside_region() or bypassed() or torch.compiler.is_exporting()) and mark.options_for(module).enabled:
+        region = region_of(mark, module)
+        how = _how(region, module, gradients)
+        dynamo.guard(_still(region, gradients))
+        if how == PART:
+            dynamo.vary_rows()
+        if how == PART and not dynamo.is_ours():
+            warn_once(
+                f"{region.name} is computed, not cached: it is partly trainable, and torch.compile caches the frozen "
+                "part of it with backend=torchcache_backend only"
+            )
+    if how != LOOKUP and module is not None and mark.own in vars(module):
+        how = OWN
+    return f"{how} {subject_name(mark, module)}"
+
+
+def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
+    if region.subject.identity.reads(*dynamo.pending_writes()):
+        return PLAIN  # what was written does not show before the graph has run
+    if gradients and region.trains():
+        return PART if module is not None else PLAIN
+    return PLAIN if region.writes else LOOKUP
+
+
+def _still(region: Region, gradients: bool) -> Callable[[], bool]:
+    """Tells later whether what decided how a call is traced is as it was."""
+
+    def now() -> tuple[bool, bool]:
+        reference = held()
+        return (reference.writes, gradients and reference.trains()) if reference is not None else (False, False)
+
+    held = weakref.ref(region)
+    before = now()
+    return lambda: now() == before
+
+
+@dynamo.untraced
+def _enter(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A marked call outside of any trace."""
+    module = args[0] if args and isinstance(args[0], nn.Module) else None
+    if inside_region() or dynamo.is_scripted() or torch.compiler.is_exporting() or not mark.options_for(module).enabled:
+        original = mark.original(module)
+        return original(*args, **kwargs)
+    region = region_of(mark, module)
+    given = args if module is None else args[1:]
+    if dynamo.is_watched():
+        seen = Bypass("a mode or a function transform sees every operator", "", lasting=False, quiet=True)
+        return region.compute(Given(region.subject, given, kwargs), seen)
+    if module is not None and vars(module).get("_is_replica"):
+        replica = Bypass(
+            "it is a replica of DataParallel, which makes one for every step",
+            "use DistributedDataParallel",
+            lasting=False,
+        )
+        return region.compute(Given(region.subject, given, kwargs), replica)
+    if module is not None and region.partly is None:
+        region.partly = Traced(mark, module, region)
+    return region(*mark.without_defaults(module, given, kwargs))

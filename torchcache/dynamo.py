@@ -1,0 +1,456 @@
+"""Every name of torch that is not public. Dynamo takes as long to import as torch, and is not before it compiles."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import fx, nn
+from torch._C._dynamo import eval_frame
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, fake_tensor_tls, unset_fake_temporarily
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "ENTER_AUTOCAST",
+    "EXIT_AUTOCAST",
+    "OPAQUE_TAGS",
+    "OPERATORS",
+    "FakeTensor",
+    "Stamps",
+    "TorchDispatchMode",
+    "backend_named",
+    "compile_with",
+    "constant",
+    "custom_operator",
+    "default_device",
+    "expression_of",
+    "fake_state",
+    "fix_rows",
+    "guard",
+    "has_global_hooks",
+    "hint",
+    "hints",
+    "inductor",
+    "is_fake",
+    "is_ours",
+    "is_scripted",
+    "is_traced",
+    "is_watched",
+    "is_wrapped",
+    "no_mode",
+    "nonstrict",
+    "origin_of",
+    "pending_writes",
+    "retrace",
+    "retrace_later",
+    "source_of",
+    "storage_of",
+    "takes_rows",
+    "traced_shapes",
+    "tracing_failed",
+    "untraced",
+    "vary",
+    "vary_rows",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPAQUE_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
+
+# Whether a tensor is one of functorch's, as ``vmap`` and ``grad`` hand them around.
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def custom_operator(name: str) -> Any:
+    """What ``torch.library.custom_op`` made of the operator of this name; ``None`` where it made none."""
+    return torch._library.custom_ops.OPDEFS.get(name)
+
+
+ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
+
+
+# What stands for an operator in a graph.
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """torch.compile's own backend, with a mode and options as ``torch.compile`` takes them."""
+    backend: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)  # type: ignore[no-untyped-call]
+    return backend
+
+
+def backend_named(name: str) -> Callable[..., Any] | None:
+    """The backend that is registered under a name; ``None`` where none is."""
+    try:
+        backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    except torch._dynamo.exc.InvalidBackend:
+        return None
+    return backend
+
+
+def vary(rows: torch.Tensor) -> None:
+    """Have Dynamo trace the number of ``rows`` as a symbol, if it can."""
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+
+
+def nonstrict(function: Callable[..., Any]) -> None:
+    """Have Dynamo, while it traces, put ``function`` into its graphs as a call that it does not look into."""
+    rules = torch._dynamo.trace_rules  # ``function`` is never gone, so that its id stays its own
+    for known in (rules._allowed_callable_ids, rules._nonstrict_trace_callable_ids):
+        known.add(id(function))
+
+
+def constant(function: F) -> F:
+    """Have Dynamo run ``function`` while it traces, and take what it returns for a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def untraced(function: F) -> F:
+    """Have Dynamo leave ``function`` and what it calls alone, and end a graph before it.
+
+    As ``torch.compiler.disable``, which loads Dynamo. It may be watching the thread that gets there.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        watching = eval_frame.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            eval_frame.set_eval_frame(watching)
+
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    eval_frame.set_code_exec_strategy(cast(Any, alone).__code__, skip)
+    alone._torchdynamo_disable = alone._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
+    alone._torchdynamo_disable_msg = "torchcache runs this call as it is"  # type: ignore[attr-defined]
+    return cast(F, alone)
+
+
+def is_watched() -> bool:
+    """Whether operators on this thread are seen by a mode or a transform that a lookup would hide them from."""
+    return (
+        bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def default_device() -> str:
+    """Type of the device on which tensors are made; what sets it is a mode of functions."""
+    return torch.get_default_device().type if torch._C._len_torch_function_stack() else "cpu"
+
+
+def is_scripted() -> bool:
+    """Whether ``torch.jit.trace`` records what runs."""
+    return bool(torch._C._is_tracing())
+
+
+def is_fake(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether any of ``tensors`` is fake."""
+    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def is_traced(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a call with ``tensors`` is being traced, and not made."""
+    return is_watched() or any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors)
+
+
+def traced_shapes(tensors: Sequence[torch.Tensor], numbers: Sequence[Any]) -> Any:
+    """What tells calls apart for a fake kernel: sizes as expressions, dtypes, devices, strides."""
+    sizes = [size for tensor in tensors for size in (*tensor.shape, *tensor.stride())]
+    symbolic = [size for size in (*sizes, *numbers) if isinstance(size, torch.SymInt)]
+    environment = id(symbolic[0].node.shape_env) if symbolic else 0
+    kinds = [(tensor.dtype, tensor.device, tensor.ndim) for tensor in tensors]
+    return environment, tuple(map(str, (*sizes, *numbers))), tuple(kinds)
+
+
+def hint(size: Any) -> int:
+    """A traced size as it was in the call that was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def hints(tensors: Sequence[torch.Tensor]) -> str:
+    """Dtypes, sizes and strides of traced tensors as they were in the call that was traced, where that is known."""
+    sizes = [(leaf.dtype, *leaf.shape, *leaf.stride()) for leaf in tensors]
+    return str([[size.node.hint if isinstance(size, torch.SymInt) else size for size in each] for each in sizes])
+
+
+@contextlib.contextmanager
+def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Fake tensors for the parameters and buffers of ``module``, in the mode of ``tensors``, which is in force."""
+    mode = detect_fake_mode(list(tensors))
+    assert mode is not None
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True  # tensors that are no parameters and no buffers
+    try:
+        with mode:
+            yield {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in held}
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
+
+
+def expression_of(size: Any) -> Any:
+    """The sympy expression of a traced size."""
+    import sympy  # Dynamo loads it
+
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def origin_of(size: Any) -> tuple[Any, int]:
+    """What tells traced sizes apart: the expression, and the trace that it belongs to."""
+    return expression_of(size), id(size.node.shape_env) if isinstance(size, torch.SymInt) else 0
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tensors that share memory have in common; fake ones have no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class Source(NamedTuple):
+    """Where an input of a graph comes from.
+
+    Parameters
+    ----------
+    name : str
+        By which way Dynamo found it.
+    example : object
+        What it was when the graph was traced.
+    in_module : bool
+        Whether a module holds it.
+    """
+
+    name: str
+    example: Any
+    in_module: bool
+
+
+def source_of(node: fx.Node) -> Source | None:
+    """The source of a placeholder of Dynamo's graph, if it has one."""
+    argument: Any = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    if source is None:
+        return None
+    # A number that is wrapped as a tensor is not kept as one.
+    example = argument.example if getattr(argument, "is_tensor", True) else None
+    guarded = source.guard_source
+    kind = guarded() if callable(guarded) else guarded
+    name = source.name if isinstance(source.name, str) else source.name()
+    return Source(name, example, "UNSPECIALIZED" in getattr(kind, "name", ""))
+
+
+def vary_rows() -> None:
+    """Have Dynamo trace the first dimensions of the tensors that its frame was given as symbols.
+
+    To be called while it traces. The tensors are the user's: ``fix_rows`` takes back what this notes on them.
+
+    Raises
+    ------
+    RestartAnalysis
+        For Dynamo, which then traces the frame again.
+    """
+    config = torch._dynamo.config
+    if (tracer := _tracer()) is None:  # the frame could not be traced and runs as it is
+        return
+    output = tracer.output
+    # Elsewhere torch.compile was told how to trace sizes, or another backend has no use for it.
+    if not (config.automatic_dynamic_shapes and config.assume_static_by_default and _takes_rows(output.compiler_fn)):
+        return
+    leaves = {id(leaf): leaf for leaf in pytree.tree_leaves(dict(output.root_tx.f_locals)) if _is_fixed(leaf)}
+    if not leaves:
+        return
+    for leaf in leaves.values():
+        had = set(vars(leaf))
+        torch._dynamo.maybe_mark_dynamic(leaf, 0)
+        _varied.leaves = [*getattr(_varied, "leaves", ()), (leaf, set(vars(leaf)) - had)]
+    # Of all restarts only this kind keeps which numbers were found to be constants, and is not made time and again.
+    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="torchcache: the number of rows varies")
+
+
+def retrace_later() -> None:
+    """Note, while a call is traced, that Dynamo's next try at the frame will take another path."""
+    _varied.elsewhere = True
+
+
+def retrace() -> None:
+    """Have Dynamo forget the path that it took through the frame, where ``retrace_later`` was called.
+
+    Raises
+    ------
+    UnspecializeRestartAnalysis
+        For Dynamo, which then traces the frame from its beginning.
+    """
+    if vars(_varied).pop("elsewhere", False) and _tracer() is not None:
+        raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason="torchcache: a call is traced as it runs")
+
+
+def no_mode() -> contextlib.AbstractContextManager[Any]:
+    """Compute with real tensors while a graph is traced."""
+    return unset_fake_temporarily()
+
+
+def pending_writes() -> tuple[set[int], set[str]]:
+    """What the frame that is traced wrote so far and Dynamo makes good only after the graph has run.
+
+    Returns
+    -------
+    objects : set of int
+        The ``id`` of each object that was there before and has changed.
+    names : set of str
+        Names of globals, and of attributes of Python modules, that were set.
+    """
+    if (tracer := _tracer()) is None:
+        return set(), set()
+    effects = tracer.output.side_effects
+    existing = effects.id_to_variable.items()
+    objects = {key for key, held in existing if held.mutation_type is not None and effects.is_modified(held)}
+    attributes = effects.store_attr_mutations
+    misc = torch._dynamo.variables.misc
+    scopes = (misc.NewGlobalVariable, misc.PythonModuleVariable)
+    return objects, {name for held in attributes if isinstance(held, scopes) for name in attributes[held]}
+
+
+def takes_rows(backend: F) -> F:
+    """Say of a backend that its graphs are to run with any number of rows."""
+    backend.torchcache_takes_rows = True  # type: ignore[attr-defined]
+    return backend
+
+
+def _takes_rows(backend: Any) -> bool:
+    """Whether a backend is one of ours, or passes graphs on to one."""
+    while backend is not None and not hasattr(backend, "torchcache_takes_rows"):
+        ways = ("_torchdynamo_orig_backend", "compiler_fn", "func")
+        backend = next((found for way in ways if (found := getattr(backend, way, None)) is not None), None)
+    return backend is not None
+
+
+def is_ours() -> bool:
+    """Whether the graph that Dynamo traces goes to a backend of ours, or to none."""
+    tracer = _tracer()
+    return tracer is None or _takes_rows(tracer.output.compiler_fn)
+
+
+def guard(holds: Callable[[], bool]) -> None:
+    """Have Dynamo run what it traces only as long as ``holds()``; asked before each run, and once when it is traced."""
+    if _tracer() is None:
+        return
+
+    def create(builder: Any, _: Any) -> None:
+        builder.guard_manager.root.add_lambda_guard(lambda _: holds(), ["torchcache: a call is looked up"], None)
+
+    torch._dynamo.guards.install_guard(torch._guards.Guard(torch._dynamo.source.GlobalStateSource(), create))
+
+
+def fix_rows() -> None:
+    """Take back what ``vary_rows`` noted on this thread."""
+    for leaf, noted in vars(_varied).pop("leaves", ()):
+        leaf._dynamo_weak_dynamic_indices.discard(0)
+        for name in noted:
+            delattr(leaf, name)
+
+
+def _tracer() -> Any:
+    """The frame that Dynamo traces on this thread; ``None`` where it traces none."""
+    return getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+
+
+_varied = threading.local()
+
+
+def _is_fixed(leaf: Any) -> bool:
+    """Whether ``leaf`` is data with rows that are traced as a constant number; of one and of none they always are."""
+    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter) or not leaf.ndim or leaf.shape[0] < 2:
+        return False
+    noted = [getattr(leaf, f"_dynamo_{kind}_indices", ()) for kind in ("weak_dynamic", "dynamic", "static")]
+    return not any(0 in indices for indices in noted)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks run with the forward of every module."""
+    return bool(torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks)
+
+
+def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, compiled by ``backend``, with a code object of its own, by which Dynamo keeps its caches."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    code = traced.__code__.replace(co_name=f"traced_{next(_numbers)}")
+    own = types.FunctionType(code, globals(), code.co_name, None, traced.__closure__)
+    return torch.compile(own, backend=backend)
+
+
+_numbers = itertools.count()
+
+# Comparisons without stamps that take as long as to load Dynamo.
+MOST_WITHOUT = 1000
+_without = itertools.count()
+
+
+def tracing_failed(error: BaseException) -> str | None:
+    """Why Dynamo could not trace what it was given; ``None`` for an error of the program itself."""
+    exc = torch._dynamo.exc
+    if isinstance(error, exc.BackendCompilerFailed):
+        error = error.inner_exception
+    elif not isinstance(error, (exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.Unsupported)):
+        return None
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {said}"
+
+
+class Stamps:
+    """The versions of many dicts and the classes of many objects at one time, compared in one call that runs in C.
+
+    CPython gives a dict a new version when it is written to; Dynamo's guards compare versions.
+
+    Parameters
+    ----------
+    dicts : sequence of dict
+        Plain dicts.
+    objects : sequence of object
+        Anything.
+    """
+
+    def __init__(self, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any]) -> None:
+        from torch._C._dynamo.guards import RootGuardManager
+
+        manager = torch._dynamo.guards.GuardManagerType.GUARD_MANAGER
+        self._watched = [*dicts, *objects]
+        root: Any = RootGuardManager()
+        for place, value in enumerate(self._watched):
+            guards = root.list_getitem_manager(place, "", value, manager)
+            if place < len(dicts):
+                guards.add_dict_version_guard(value, [""], None)
+            else:
+                guards.add_type_match_guard(id(type(value)), [""], None)
+        self._check = root.check
+
+    @classmethod
+    def take(cls, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any] = ()) -> Stamps | None:
+        """Stamps, where they can be had: ``None`` until Dynamo is loaded, as it is by optimizers, or it pays to."""
+        if "torch._dynamo.guards" not in sys.modules and next(_without) < MOST_WITHOUT:
+            return None
+        try:
+            return cls(dicts, objects)
+        except Exception:  # another release of torch, or an object that will not tell its class
+            return None
+
+    def hold(self) -> bool:
+        """Whether all versions and classes are what they were."""
+        return bool(self._check(self._watched))

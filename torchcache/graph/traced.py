@@ -1,0 +1,129 @@
+"""A partly trainable mark that is called directly: traced, its frozen part looked up and the rest run eagerly."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchcache.batch import Given
+from torchcache.call import Region
+from torchcache.dynamo import compile_with, constant, fix_rows, has_global_hooks, takes_rows, tracing_failed, vary_rows
+from torchcache.errors import Bypass, Trains
+from torchcache.graph.parts import KEY
+from torchcache.graph.rewrite import Outcome, cache_regions
+from torchcache.mark import Mark
+from torchcache.op import subject_name
+
+__all__ = ["Traced", "traced_in"]
+
+# A mark whose program changes more often than this is not traced for each change.
+MOST_PROGRAMS = 8
+
+
+class Traced:
+    """The original of a partly trainable mark, traced once for each program that it has.
+
+    Traced for any number of rows, and again when Dynamo's guards say so. Where Dynamo fails, or finds nothing to look
+    up, the original is computed, with a reason.
+
+    Parameters
+    ----------
+    mark : Mark
+        The mark.
+    module : nn.Module
+        The marked module, which it does not keep alive.
+    region : Region
+        Its region.
+    """
+
+    def __init__(self, mark: Mark, module: nn.Module, region: Region) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self._mark = mark
+        self._module = weakref.ref(module)
+        self._region = region
+        self._programs: dict[bytes, Callable[..., Any]] = {}
+        self._failed: Bypass | None = None
+        self._outcome = Outcome()
+
+    def __call__(self, given: Given, trains: Trains) -> Any:
+        """What the original returns; computed for ``trains`` where nothing in it is frozen."""
+        module = self._module()
+        assert module is not None
+        if self._failed is not None:
+            return self._region.compute(given, self._failed)
+        if all(parameter.requires_grad for parameter in module.parameters()):
+            return self._region.compute(given, trains)
+        try:
+            return self._run(self._compiled(module), module, given)
+        except Bypass as bypass:
+            return self._region.compute(given, bypass)
+        except Exception as error:
+            why = tracing_failed(error)
+            if why is None:
+                raise
+            self._failed = Bypass(f"its frozen part cannot be traced ({why})", "mark a part that is frozen as a whole")
+            return self._region.compute(given, self._failed)
+        finally:
+            fix_rows()
+
+    def _run(self, compiled: Callable[..., Any], module: nn.Module, given: Given) -> Any:
+        """The call, counted as computed where nothing in it is looked up."""
+        before = self._lookups()
+        outputs = compiled(module, *given.args, **given.kwargs)
+        if self._lookups() == before:
+            reasons = self._outcome.reasons or ["it has no frozen part that gives rows"]
+            self._region.count(given, Bypass(f"it trains, and {reasons[0]}", quiet=True))
+        return outputs
+
+    def _lookups(self) -> int:
+        return sum(region.counters.calls for region in self._outcome.regions)
+
+    def _compiled(self, module: nn.Module) -> Callable[..., Any]:
+        """The trace for the program as it is."""
+        if has_global_hooks():
+            raise Bypass("hooks run with every module, and a trace does not call them", quiet=True)
+        program = self._region.subject.identity.program()
+        compiled = self._programs.get(program.digest)
+        if compiled is None:
+            if len(self._programs) >= MOST_PROGRAMS:
+                raise Bypass("its program keeps changing", "mark a part that keeps no state")
+            function = annotated(self._mark, module)
+            compiled = self._programs[program.digest] = compile_with(function, self._backend)
+        return compiled
+
+    @takes_rows
+    def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found = cache_regions(graph)
+        self._outcome.regions += [region for region in found.regions if region not in self._outcome.regions]
+        self._outcome.reasons = found.reasons
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def annotated(mark: Mark, module: nn.Module) -> Callable[..., Any]:
+    """The original of ``mark``, taking its module first; a graph's nodes say that they are traced in it."""
+    subject, own = subject_name(mark, module), mark.own
+    original = mark.original(module) if own not in vars(module) else None
+
+    def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _prepare_trace()
+        with torch.fx.traceback.annotate({KEY: subject}):
+            if original is None:
+                return getattr(module, own)(*args, **kwargs)
+            return original(module, *args, **kwargs)
+
+    return function
+
+
+@constant
+def _prepare_trace() -> None:
+    vary_rows()
+
+
+def traced_in(region: Region) -> list[fx.GraphModule]:
+    """The rewritten graphs of a region that is partly trainable."""
+    return region.partly.graphs if isinstance(region.partly, Traced) else []

@@ -1,0 +1,98 @@
+"""A region's counters over time, in bounded memory and at a cost that no step notices."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+__all__ = ["History", "Point"]
+
+
+class _Counters(Protocol):
+    calls: int
+    memory_hits: int
+    disk_hits: int
+    misses: int
+    bypasses: int
+    hash_seconds: float
+    lookup_seconds: float
+    compute_seconds: float
+    merge_seconds: float
+    audit_seconds: float
+
+
+class Point(NamedTuple):
+    """The counters of a region after some call, all of them totals since the first.
+
+    Parameters
+    ----------
+    calls : int
+        Batches.
+    memory_hits, disk_hits, misses, bypasses : int
+        Rows.
+    hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
+        Where the time went.
+    memory_bytes, disk_bytes : int
+        Bytes in memory, and written to disk by this process.
+    """
+
+    calls: int
+    memory_hits: int
+    disk_hits: int
+    misses: int
+    bypasses: int
+    hash_seconds: float
+    lookup_seconds: float
+    compute_seconds: float
+    merge_seconds: float
+    audit_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows looked up."""
+        return self.memory_hits + self.disk_hits + self.misses
+
+    @classmethod
+    def of(cls, counters: _Counters, memory_bytes: int, disk_bytes: int) -> Point:
+        """The counters as they are now."""
+        return cls(
+            counters.calls,
+            counters.memory_hits,
+            counters.disk_hits,
+            counters.misses,
+            counters.bypasses,
+            counters.hash_seconds,
+            counters.lookup_seconds,
+            counters.compute_seconds,
+            counters.merge_seconds,
+            counters.audit_seconds,
+            memory_bytes,
+            disk_bytes,
+        )
+
+
+class History:
+    """Points at evenly spaced calls: every call at first, then every second, every fourth and so on.
+
+    Points are totals, so leaving some out loses detail in time and nothing else.
+    """
+
+    LIMIT = 1024
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self._every = 1
+        self._until = 1
+
+    def note(self, counters: _Counters, memory_bytes: int, disk_bytes: int) -> None:
+        """Take note of a call, if it is one of those that are kept."""
+        self._until -= 1
+        if self._until:
+            return
+        self._until = self._every
+        self.points.append(Point.of(counters, memory_bytes, disk_bytes))
+        if len(self.points) >= self.LIMIT:
+            self.points = self.points[1::2]
+            self._every *= 2
+            self._until = self._every

@@ -1,1 +1,0 @@
-"""The op: hash, split, call the original, merge."""

@@ -1,0 +1,139 @@
+"""A mark as data: which function or method is cached, with which options, and what runs in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from torchcache.options import NAMES, CacheOptions
+
+__all__ = ["Mark", "original_of"]
+
+_OVERRIDES = {name: f"torchcache_{name}" for name in NAMES}
+_OVERRIDING = frozenset(_OVERRIDES.values())
+_PLAIN = (type(None), bool, int, float, str)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mark:
+    """The wish that calls of a function, or of a method of a module, be cached.
+
+    Parameters
+    ----------
+    name : str
+        The method's or the function's name.
+    options : CacheOptions
+        Its options.
+    function : callable or None
+        The original: a function of tensors, or a method that takes the module first. ``None`` where it is looked up
+        in the class ``base`` at every call: a class may be given another one.
+    base : type or None
+        The class of a module that was marked as an instance.
+    """
+
+    name: str
+    options: CacheOptions
+    function: Callable[..., Any] | None = None
+    base: type[nn.Module] | None = None
+
+    def options_for(self, module: nn.Module | None) -> CacheOptions:
+        """The options, with the instance's own ``torchcache_<option>`` attributes applied."""
+        if module is None:
+            return self.options
+        members = vars(module)
+        if _OVERRIDING.isdisjoint(members):  # almost always
+            return self.options
+        return self.options.replace({name: members[key] for name, key in _OVERRIDES.items() if key in members})
+
+    def original(self, module: nn.Module | None) -> Callable[..., Any]:
+        """What runs in place of a lookup; it takes the module first, if there is one."""
+        if self.function is not None:
+            return self.function
+        own = self._own(module)
+        return _without_module(own) if own is not None else original_of(getattr(self.base, self.name))
+
+    def names(self, module: nn.Module | None) -> tuple[str, ...]:
+        """Names of the original's positional parameters, without the module."""
+        return _names(self.called(module))[self._takes(module) :]
+
+    def called(self, module: nn.Module | None) -> Callable[..., Any]:
+        """What has the parameters: the function that the instance itself had, or the original."""
+        own = self._own(module)
+        return self.original(module) if own is None else own
+
+    def without_defaults(
+        self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments without those that say what the original's defaults say; positional ones from the end.
+
+        For plain values and plain functions only: a function around another may look at what was passed.
+        """
+        if not any(type(value) in _PLAIN for value in (*args, *kwargs.values())):  # almost always
+            return args, kwargs
+        function = self.called(module)
+        if type(function) is not types.FunctionType or hasattr(function, "__wrapped__"):
+            return args, kwargs
+        code, last = function.__code__, function.__defaults__ or ()
+        named = code.co_varnames[self._takes(module) : code.co_argcount]
+        defaults = dict(zip(named[len(named) - len(last) :], last, strict=False))
+        kept = len(args)
+        while kept and len(args) <= len(named) and _is_default(defaults, named[kept - 1], args[kept - 1]):
+            kept -= 1
+        defaults |= function.__kwdefaults__ or {}
+        kwargs = {name: value for name, value in kwargs.items() if not _is_default(defaults, name, value)}
+        return args[:kept], kwargs
+
+    def _takes(self, module: nn.Module | None) -> bool:
+        """Whether the first parameter is the module."""
+        return module is not None and self._own(module) is None
+
+    @property
+    def own(self) -> str:
+        """The attribute that keeps what the instance itself had under this name before it was marked."""
+        return f"_torchcache_own_{self.name}"
+
+    def _own(self, module: nn.Module | None) -> Callable[..., Any] | None:
+        return vars(module).get(self.own) if module is not None else None
+
+
+def _is_default(defaults: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether a plain value is the default of a parameter; zeros of either sign differ."""
+    if name not in defaults or type(value) not in _PLAIN:
+        return False
+    default = defaults[name]
+    return type(value) is type(default) and value == default and repr(value) == repr(default)
+
+
+def original_of(function: Any) -> Callable[..., Any]:
+    """What a function of ours stands before; other functions are their own."""
+    while hasattr(function, "torchcache_function"):
+        function = function.torchcache_function
+    found: Callable[..., Any] = function
+    return found
+
+
+def _without_module(bound: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of an instance, as one that takes the module first."""
+
+    @functools.wraps(bound)
+    def function(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return bound(*args, **kwargs)
+
+    return function
+
+
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature that can be read
+        return ()
+    only = inspect.Parameter.POSITIONAL_ONLY
+    # No keyword can have the name of one that is positional only.
+    return tuple(f"{p.name}{'/' * (p.kind is only)}" for p in parameters if p.kind in _POSITIONAL)

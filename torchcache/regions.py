@@ -1,0 +1,185 @@
+"""The regions of marked modules and functions: made at their first call, found by who was called."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from torchcache.call import Region
+from torchcache.identity.identity import Identity
+from torchcache.mark import Mark
+from torchcache.modes import settle
+from torchcache.usefulness import note_call
+
+__all__ = [
+    "Called",
+    "add_call",
+    "add_region",
+    "kept_region",
+    "name_module",
+    "region_of",
+    "regions_in",
+    "regions_of",
+]
+
+
+class Called:
+    """What is called: a marked function, or a marked method of one module.
+
+    Parameters
+    ----------
+    mark : Mark
+        The mark.
+    module : nn.Module or None
+        The module, held weakly.
+    """
+
+    def __init__(self, mark: Mark, module: nn.Module | None) -> None:
+        self.mark = mark
+        self._module = weakref.ref(module) if module is not None else None
+        self.name = _name(mark, module)
+        self._names: tuple[Any, Any, tuple[str, ...]] | None = None
+        options = mark.options_for(module)
+        self.identity = Identity(self._subject, self.name, options.persistent_module_hash, options.pure)
+
+    def rename(self) -> None:
+        """Take the name that the module has by its path."""
+        self.name = _name(self.mark, self.module)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, as long as it lives."""
+        return self._module() if self._module is not None else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the original's positional parameters, read again where it is another function."""
+        module = self.module
+        function = self.mark.called(module)
+        code = getattr(function, "__code__", None)
+        if self._names is None or self._names[0] is not function or self._names[1] is not code:
+            self._names = (function, code, self.mark.names(module))
+        return self._names[2]
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original."""
+        module = self.module
+        original = self.mark.original(module)
+        return original(*args, **kwargs) if module is None else original(module, *args, **kwargs)
+
+    def _subject(self) -> Any:
+        module = self.module
+        original = self.mark.original(module)
+        return original if module is None else (module, original)
+
+
+class _Regions(dict[Any, Region]):
+    """The regions of one owner, kept in its ``__dict__`` to go with it; copies of the owner start without.
+
+    Attributes
+    ----------
+    calls : dict of str to object
+        What graphs call by name: it may lead to the owner, so that nothing else may hold it.
+    """
+
+    def __init__(self, owner: Any = None) -> None:
+        super().__init__()
+        self.calls: dict[str, Any] = {}
+        self._owner = weakref.ref(owner) if owner is not None else None
+
+    def is_of(self, owner: Any) -> bool:
+        """Whether these are the regions of ``owner``: a shallow copy has its original's ``__dict__``."""
+        return self._owner is not None and self._owner() is owner
+
+    def __reduce__(self) -> tuple[type[_Regions], tuple[()]]:
+        return _Regions, ()
+
+    def __deepcopy__(self, memo: Any) -> _Regions:
+        return _Regions()
+
+
+_ATTRIBUTE = "_torchcache_regions"
+_paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def _held(owner: Any) -> _Regions:
+    members = vars(owner)
+    held = members.get(_ATTRIBUTE)
+    if held is None or not held.is_of(owner):
+        held = members[_ATTRIBUTE] = _Regions(owner)
+    regions: _Regions = held
+    return regions
+
+
+def region_of(mark: Mark, module: nn.Module | None) -> Region:
+    """The region of a marked function, or of a marked method of ``module``."""
+    regions = _held(mark if module is None else module)
+    options = mark.options_for(module)
+    region = regions.get(mark)
+    if region is None or (region.options is not options and region.options != options):
+        if module is not None and options.enabled:
+            settle(module)
+        note_call()
+        region = regions[mark] = Region(Called(mark, module), options)
+    return region
+
+
+def add_region(owner: Any, key: Any, region: Region) -> None:
+    """Keep the region of a part with its owner."""
+    _held(owner)[key] = region
+
+
+def add_call(owner: Any, name: str, call: Any) -> None:
+    """Keep what graphs call by ``name`` with its owner."""
+    _held(owner).calls[name] = call
+
+
+def kept_region(owner: Any, key: Any) -> Region | None:
+    """What ``add_region`` keeps under this key."""
+    return _held(owner).get(key)
+
+
+def regions_in(target: Any) -> list[Region]:
+    """The regions of a model, a marked module or a decorated function, in the model's order.
+
+    Modules that have no path yet are named by their path in this model.
+    """
+    target = getattr(target, "_orig_mod", target)
+    target = getattr(target, "_torchdynamo_orig_callable", target)
+    if isinstance(target, nn.Module):
+        for path, module in target.named_modules():
+            if path and module not in _paths and regions_of(module):
+                name_module(module, path)
+        found = [region for module in target.modules() for region in regions_of(module)]
+    elif isinstance(getattr(target, "torchcache_mark", None), Mark):
+        owner = getattr(target, "__self__", None)
+        found = regions_of(target.torchcache_mark if owner is None else owner)
+    else:
+        raise TypeError(f"torchcache takes a model, a marked module or a decorated function here, not {target!r}")
+    return list(dict.fromkeys(found))
+
+
+def regions_of(owner: Any) -> list[Region]:
+    """The regions of a module, or of a function's mark, in the order of their first calls."""
+    held = vars(owner).get(_ATTRIBUTE)
+    return list(held.values()) if held is not None and held.is_of(owner) else []
+
+
+def name_module(module: nn.Module, path: str) -> None:
+    """Have messages name ``module`` by its path in the user's model."""
+    if _paths.get(module) == path:
+        return
+    _paths[module] = path
+    for region in regions_of(module):
+        if isinstance(region.subject, Called):
+            region.subject.rename()
+
+
+def _name(mark: Mark, module: nn.Module | None) -> str:
+    if module is None:
+        return str(getattr(mark.function, "__qualname__", mark.name))
+    kind, path = type(module).__name__, _paths.get(module)
+    name = f"{path} ({kind})" if path else kind
+    return name if mark.name == "forward" else f"{name}.{mark.name}"

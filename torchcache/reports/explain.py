@@ -1,0 +1,314 @@
+"""What would be cached in a model and what not, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from torch import nn
+
+from torchcache.batch import Batch, Given
+from torchcache.call import Region
+from torchcache.checks.learning import Plan
+from torchcache.context import explaining
+from torchcache.errors import Bypass, TorchcacheError, Trains
+from torchcache.mark import Mark, original_of
+from torchcache.marks import marks_of
+from torchcache.modes import differs_in_training
+from torchcache.regions import Called, name_module
+from torchcache.reports.table import shown
+from torchcache.store.blob import RowSpec
+
+__all__ = ["Explanation", "LeftOut", "RegionPlanned", "explain"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionPlanned:
+    """A region that would be looked up.
+
+    Parameters
+    ----------
+    name : str
+        Path and class of the marked module, and the method unless it is ``forward``.
+    inputs : list of str
+        Name, dtype and shape of each tensor argument: of one row, or whole where all rows share it.
+    outputs : list of str
+        Name, dtype and row shape of each tensor that is stored.
+    row_bytes : int
+        Bytes stored a row.
+    state_bytes : int
+        Bytes of the parameters, buffers and other tensors that the original reads.
+    mode : str
+        Whether the module is kept in eval mode, and what would act otherwise in train mode.
+    """
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    row_bytes: int
+    state_bytes: int
+    mode: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A mark, or one of its calls, that would not be looked up.
+
+    Parameters
+    ----------
+    name : str
+        Path and class of the marked module, and the method unless it is ``forward``.
+    kind : str
+        "bypass", "trainable", "refused", "not called", "nested" or "disabled".
+    reason : str
+        What stands in the way, and what to do about it.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; prints as tables.
+
+    Parameters
+    ----------
+    regions : list of RegionPlanned
+        What would be looked up, in the order of the calls.
+    left_out : list of LeftOut
+        What would not, and why.
+    """
+
+    regions: list[RegionPlanned]
+    left_out: list[LeftOut]
+
+    def __rich__(self) -> Group:
+        cached = Table("region", "reads", "stores", title="cached")
+        for name in ("bytes a row", "state bytes"):
+            cached.add_column(name, justify="right")
+        cached.add_column("mode")
+        for region in self.regions:
+            texts = (region.name, "\n".join(region.inputs), "\n".join(region.outputs))
+            cached.add_row(*map(shown, (*texts, f"{region.row_bytes:,}", f"{region.state_bytes:,}", region.mode)))
+        left = Table("mark", "kind", "reason", title="not cached")
+        for part in self.left_out:
+            left.add_row(*map(shown, (part.name, part.kind, part.reason)))
+        return Group(cached, left)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=160).print(self.__rich__())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``model`` once on example inputs and say what would be cached; nothing is stored or counted.
+
+    Everything is computed, compiled models eagerly. Frozen parts of marks are put in eval mode, as a first call does.
+
+    Parameters
+    ----------
+    model : nn.Module or function
+        A model with marks in it, transformed or compiled or neither, or a decorated function.
+    *args, **kwargs
+        Example inputs; two rows or more that differ tell most.
+
+    Returns
+    -------
+    Explanation
+        With ``regions`` and ``left_out``; prints as tables.
+    """
+    model = getattr(model, "_orig_mod", model)
+    marks = _Marks(model if isinstance(model, nn.Module) else None)
+    explainer = _Explainer(marks)
+    with torch.compiler.set_stance("force_eager"), explaining(explainer), marks.watching():
+        model(*args, **kwargs)
+    explainer.left_out.extend(marks.left_out())
+    return Explanation(explainer.regions, explainer.left_out)
+
+
+class _Explainer:
+    """Answers marked calls with what the original computes, and notes what would have been looked up."""
+
+    def __init__(self, marks: _Marks) -> None:
+        self.regions: list[RegionPlanned] = []
+        self.left_out: list[LeftOut] = []
+        self._marks = marks
+        self._twins: dict[Region, Region] = {}
+
+    def __call__(self, region: Region, given: Given) -> Any:
+        name = self._marks.note_call(region)
+        twin = self._twins.get(region)
+        if twin is None:
+            options = dataclasses.replace(region.options, persistent=False)
+            twin = self._twins[region] = Region(region.subject, options)
+        try:
+            planned = _planned(name, region, *twin.examine(given))
+            if planned not in self.regions:
+                self.regions.append(planned)
+        except Trains as bypass:
+            return self._explain_parts(name, region, given, bypass)
+        except Bypass as bypass:
+            self._leave_out(name, "bypass", str(bypass))
+        except TorchcacheError as error:
+            self._leave_out(name, "refused", str(error))
+        return given.run()
+
+    def _explain_parts(self, name: str, region: Region, given: Given, bypass: Trains) -> Any:
+        """A mark that is partly trainable: the frozen parts of its graph are regions, which tell of themselves."""
+        if region.partly is None:
+            self._leave_out(name, "trainable", str(bypass))
+            return given.run()
+        before = len(self.regions)
+        with torch.compiler.set_stance("default"):  # it is traced to be divided
+            outputs = region.partly(given, bypass)
+        if len(self.regions) > before:
+            self._leave_out(name, "trainable", f"{bypass.reason}: only its frozen part is cached")
+        else:
+            self._leave_out(name, "trainable", f"{bypass}; no part of it that is frozen was found")
+        return outputs
+
+    def _leave_out(self, name: str, kind: str, reason: str) -> None:
+        part = LeftOut(name, kind, reason)
+        if part not in self.left_out:
+            self.left_out.append(part)
+
+
+def _planned(name: str, region: Region, batch: Batch, plan: Plan) -> RegionPlanned:
+    roles, arguments, outputs = plan.learnt.rows, batch.taken, plan.output
+    inputs = [_shown(arguments.path(index), tensor, roles[index]) for index, tensor in enumerate(arguments.tensors)]
+    stores = [
+        _shown(outputs.path(index) or "output", leaf, plan.learnt.output_dims[index])
+        for index, leaf in enumerate(outputs.tensors)
+    ]
+    stored = region.tiers.stored(RowSpec.of(plan.rows_first(outputs)))
+    held = {id(tensor): tensor for tensor in region.subject.identity.look()}.values()
+    module = region.subject.module
+    kinds = differs_in_training(module) if module is not None else []
+    mode = "" if module is None else "kept in eval" + (f"; {', '.join(kinds)} would act in train" if kinds else "")
+    return RegionPlanned(name, inputs, stores, stored.size, sum(tensor.nbytes for tensor in held), mode)
+
+
+def _shown(place: str, tensor: torch.Tensor, dim: int | None) -> str:
+    """A tensor for people: where it stands, its dtype, the shape of one row; the whole shape where rows share it."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(tensor.shape)
+    name = place.strip().replace("'", "", 2) if place.startswith(" ") else place
+    if dim is None:
+        return f"{name}: {dtype} {shape}, shared"
+    row = (*shape[:dim], *shape[dim + 1 :])
+    return f"{name}: {dtype} {row}" + (f", rows along {dim}" if dim else "")
+
+
+@dataclasses.dataclass
+class _Marked:
+    """A mark on a module of the model, and what was called of it."""
+
+    path: str
+    module: nn.Module
+    mark: Mark
+    looked_up: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = type(self.module).__name__
+        name = f"{self.path} ({kind})" if self.path else kind
+        return name if self.mark.name == "forward" else f"{name}.{self.mark.name}"
+
+
+class _Marks:
+    """All marks in a model, and which methods of their modules ran.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+        The model.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._marks: list[_Marked] = []
+        self._ran: dict[int, list[str]] = {}
+        for path, module in model.named_modules() if model is not None else ():
+            for mark in marks_of(module):
+                self._marks.append(_Marked(path, module, mark))
+                if path:
+                    name_module(module, path)
+
+    def note_call(self, region: Region) -> str:
+        """Take note that ``region`` was called; its name."""
+        subject = region.subject
+        if isinstance(subject, Called):
+            for marked in self._marks:
+                if marked.module is subject.module and marked.mark is subject.mark:
+                    marked.looked_up = True
+        return region.name
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note which methods of the marked modules run; nothing is noted where a profiler is at work."""
+        modules = {id(marked.module): marked.module for marked in self._marks}
+        names = {code: name for module in modules.values() for code, name in _methods(module)}
+
+        def note(frame: Any, event: str, _: Any) -> None:
+            name = names.get(frame.f_code) if event == "call" else None
+            if name is None:
+                return
+            owner = id(frame.f_locals.get(frame.f_code.co_varnames[0]))
+            ran = self._ran.setdefault(owner, [])
+            if owner in modules and name not in ran:
+                ran.append(name)
+
+        if sys.getprofile() is not None:
+            yield
+            return
+        sys.setprofile(note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def left_out(self) -> Iterator[LeftOut]:
+        """The marks that were not called, and why."""
+        for marked in self._marks:
+            if not marked.looked_up:
+                yield LeftOut(marked.name, *self._why(marked))
+
+    def _why(self, marked: _Marked) -> tuple[str, str]:
+        if not marked.mark.options_for(marked.module).enabled:
+            return "disabled", "enabled=False, or it was unmarked"
+        ran = self._ran.get(id(marked.module), [])
+        outer = next((other for other in self._marks if other.looked_up and _is_inside(marked.path, other.path)), None)
+        if marked.mark.name in ran or (outer is not None and not ran):
+            inside = outer.name if outer is not None else "another mark"
+            return "nested", f"it lies inside {inside}, to which its calls belong"
+        if ran:
+            return "not called", (
+                f"{ran[0]} was called, which is not marked: torchcache.mark(module, method={ran[0]!r}) marks it"
+            )
+        return "not called", f"nothing called its {marked.mark.name} for these inputs"
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))
+
+
+def _methods(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """The code of each method that the classes of ``module`` add to ``nn.Module``, and of ``forward``."""
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            return
+        for name, member in vars(kind).items():
+            function = inspect.unwrap(original_of(member)) if inspect.isfunction(member) else None
+            code = getattr(function, "__code__", None)
+            if code is not None and code.co_varnames and (name == "forward" or not hasattr(nn.Module, name)):
+                yield code, name

@@ -1,0 +1,209 @@
+"""What was cached so far: counters by region, and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from torchcache.call import Region
+from torchcache.history import Point
+from torchcache.regions import regions_in
+from torchcache.reports.table import Table, Tabular, size_text
+
+__all__ = ["RegionStats", "Stats", "stats"]
+
+# Reasons of one region that a table shows.
+MOST_REASONS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionStats:
+    """The counters of one region.
+
+    Parameters
+    ----------
+    name : str
+        Module path and class.
+    memory_hits, disk_hits, misses, bypasses : int
+        Rows served by each tier, computed and stored, computed only.
+    rows_stored : int
+        Rows in memory now.
+    rows_written, disk_errors : int
+        Rows that this process wrote to disk, and store failures it met there.
+    memory_bytes, disk_bytes : int
+        Bytes of rows in memory now, and of blobs that this process wrote.
+    hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
+        Where the time went; the last is for computing rows again.
+    saved_seconds : float or None
+        Time the hits would have taken, less what the cache took; ``None`` while no miss told how long a row takes.
+    history : tuple of Point
+        The counters at up to 1,024 earlier calls, evenly spaced, and now.
+    alarms : int
+        How often rows were found to be wrong when they were computed again, and all were dropped.
+    reasons : dict of str to int
+        Why rows were computed and not stored, and how many.
+    """
+
+    name: str
+    memory_hits: int
+    disk_hits: int
+    misses: int
+    bypasses: int
+    rows_stored: int
+    rows_written: int
+    disk_errors: int
+    memory_bytes: int
+    disk_bytes: int
+    hash_seconds: float
+    lookup_seconds: float
+    compute_seconds: float
+    merge_seconds: float
+    audit_seconds: float
+    saved_seconds: float | None
+    history: tuple[Point, ...] = dataclasses.field(repr=False)
+    alarms: int
+    reasons: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        """Rows looked up."""
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rows looked up that were hits; 0 without any."""
+        return self.hits / self.rows if self.rows else 0.0
+
+    @property
+    def hit_rates(self) -> tuple[float, ...]:
+        """The hit rate in each pass over the data, the last one as far as it got.
+
+        A pass is as many rows as the region met different ones, which is what it has in memory: with one data set,
+        an epoch. Empty where memory does not hold all of them, since then a row's return cannot be told.
+        """
+        different = self.misses + self.disk_hits
+        if not different or self.rows_stored < different:
+            return ()
+        rows = [0, *(point.rows for point in self.history)]
+        hits = [0, *(point.memory_hits + point.disk_hits for point in self.history)]
+        ends = [*range(0, self.rows, different), self.rows]
+        return tuple((np.diff(np.interp(ends, rows, hits)) / np.diff(ends)).tolist())
+
+    @property
+    def hits(self) -> int:
+        """Rows served by any tier."""
+        return self.memory_hits + self.disk_hits
+
+    @property
+    def cost_seconds(self) -> float:
+        """Time spent on hashing, looking up, merging and auditing."""
+        return self.hash_seconds + self.lookup_seconds + self.merge_seconds + self.audit_seconds
+
+    def notes(self) -> list[str]:
+        """What needs an explanation, for people: alarms, and the most frequent reasons of bypasses."""
+        ordered = sorted(self.reasons.items(), key=lambda item: -item[1])
+        notes = [f"{self.name}: {rows:,} rows not cached: {reason}" for reason, rows in ordered[:MOST_REASONS]]
+        if len(ordered) > MOST_REASONS:
+            notes.append(f"{self.name}: {len(ordered) - MOST_REASONS} more reasons, in regions[...].reasons")
+        if self.alarms:
+            notes.append(f"{self.name}: stored rows were found to be wrong {self.alarms} times, and dropped")
+        return notes
+
+    @classmethod
+    def of(cls, region: Region) -> RegionStats:
+        """The counters of ``region`` as they are now."""
+        counters, tiers = region.counters, region.tiers
+        now = Point.of(counters, tiers.memory.used, tiers.disk_bytes)
+        return cls(
+            name=region.name,
+            memory_hits=counters.memory_hits,
+            disk_hits=counters.disk_hits,
+            misses=counters.misses,
+            bypasses=counters.bypasses,
+            rows_stored=len(tiers.memory),
+            rows_written=tiers.disk_rows,
+            disk_errors=tiers.disk.errors if tiers.disk is not None else 0,
+            memory_bytes=now.memory_bytes,
+            disk_bytes=now.disk_bytes,
+            hash_seconds=counters.hash_seconds,
+            lookup_seconds=counters.lookup_seconds,
+            compute_seconds=counters.compute_seconds,
+            merge_seconds=counters.merge_seconds,
+            audit_seconds=counters.audit_seconds,
+            saved_seconds=counters.saved_seconds,
+            history=(*region.history.points, now),
+            alarms=counters.alarms,
+            reasons=dict(region.reasons),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats(Tabular):
+    """The counters of a model: totals, and one record a region.
+
+    Parameters
+    ----------
+    regions : list of RegionStats
+        One a region, in the model's order.
+    """
+
+    regions: list[RegionStats]
+
+    @property
+    def hits(self) -> int:
+        """Rows served, over all regions."""
+        return sum(region.hits for region in self.regions)
+
+    @property
+    def misses(self) -> int:
+        """Rows computed and stored, over all regions."""
+        return sum(region.misses for region in self.regions)
+
+    @property
+    def bypasses(self) -> int:
+        """Rows computed and not stored, over all regions."""
+        return sum(region.bypasses for region in self.regions)
+
+    def table(self) -> Table:
+        """One row a region."""
+        counts = ("memory hits", "disk hits", "misses", "bypasses", "rows")
+        times = ("compute s", "cache s", "audit s", "saved s")
+        rows = [
+            (
+                region.name,
+                *(f"{getattr(region, name.replace(' ', '_')):,}" for name in counts[:-1]),
+                f"{region.rows_stored:,}",
+                size_text(region.memory_bytes),
+                size_text(region.disk_bytes),
+                f"{region.compute_seconds:.2f}",
+                f"{region.cost_seconds - region.audit_seconds:.2f}",
+                f"{region.audit_seconds:.2f}",
+                "-" if region.saved_seconds is None else f"{region.saved_seconds:.2f}",
+            )
+            for region in self.regions
+        ]
+        columns = ("region", *counts, "memory", "disk", *times)
+        return Table("torchcache", columns, rows, "\n".join(note for region in self.regions for note in region.notes()))
+
+
+def stats(target: Any) -> Stats:
+    """The counters of every region of a model that rows went to: a mark that trains shows as its frozen part.
+
+    Parameters
+    ----------
+    target : nn.Module or marked function
+        What ``transform`` or ``torch.compile`` returned, a marked module, or a decorated function.
+
+    Returns
+    -------
+    Stats
+        With ``regions``, ``hits``, ``misses`` and ``bypasses``; shows itself as a table.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    return Stats([RegionStats.of(region) for region in regions_in(target) if region.counters.calls])
