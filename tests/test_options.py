@@ -34,7 +34,12 @@ WRONG = [
     ("zstd_compression_level", 23, ValueError),
     ("zstd_compression_level", -8, ValueError),
     ("digest", "md5", ValueError),
-    ("verify", None, TypeError),
+    ("pure", None, TypeError),
+    ("audit", True, TypeError),
+    ("audit", 0.6, ValueError),
+    ("audit", -0.1, ValueError),
+    ("batch_dim", 1.0, TypeError),
+    ("batch_dim", -1, ValueError),
 ]
 
 
@@ -141,12 +146,12 @@ def test_each_removed_option_has_its_own_advice(name, advice):
 
 
 def test_replacing_options_checks_names_and_values_and_leaves_the_old_ones():
-    options = CacheOptions(verify=False)
+    options = CacheOptions(pure=True)
     assert options.replace({}) == options
-    assert options.replace({"persistent": True}) == CacheOptions(verify=False, persistent=True)
+    assert options.replace({"persistent": True}) == CacheOptions(pure=True, persistent=True)
     assert not options.persistent
-    with pytest.raises(TypeError, match="did you mean 'verify'"):
-        options.replace({"verfy": True})
+    with pytest.raises(TypeError, match="did you mean 'audit'"):
+        options.replace({"adit": True})
     with pytest.raises(ValueError, match="max_memory_cache_size"):
         options.replace({"max_memory_cache_size": -1})
 

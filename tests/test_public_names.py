@@ -11,7 +11,7 @@ from torch import nn
 import torchcache
 from torchcache import torchcache as cached
 
-PAGES = ("stats", "summary", "warm", "explain", "prefetch", "options")
+PAGES = ("reports.stats", "reports.summary", "reports.explain", "loading.warm", "loading.prefetch", "options")
 INTEGRATIONS = ("lightning", "transformers")
 OPTIONS = set(inspect.signature(torchcache.CacheOptions).parameters)
 

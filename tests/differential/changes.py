@@ -1,5 +1,6 @@
 """Operations that change a model: each is applied to the cached model and to its twin in the same way."""
 
+import functools
 import random
 
 import nets
@@ -26,6 +27,112 @@ def weights(model, draw):
             tensor[0] += 2.0
         elif "var" not in name:
             tensor.neg_()
+
+
+def _optimizer(kind, **options):
+    def step(backbone, parameter, values):
+        if parameter.numel() > 2048:  # an embedding's gradient has the rows that were asked for
+            values[:2], values[3:] = 0, 0
+        parameter.grad = values
+        kind([parameter], lr=2.0, **options).step()
+        parameter.grad = None
+
+    return step
+
+
+def _numpy(backbone, parameter, values):
+    view = parameter.detach().numpy()
+    view *= -2
+
+
+def _flat(backbone, parameter, values):
+    """The first time parameters are only moved into one buffer; afterwards it is written to."""
+    first = next(backbone.parameters())
+    flat = vars(backbone).get("flat_buffer")
+    if flat is not None and first.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr():
+        flat.mul_(-2)
+        return
+    held = [p for p in backbone.parameters() if p.dtype == first.dtype]
+    vars(backbone)["flat_buffer"] = flat = torch.cat([p.detach().flatten() for p in held])
+    for p, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
+        p.data = part.view_as(p)
+
+
+def _running_statistics(backbone, parameter, values):
+    for part in backbone.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            rows = fresh("", torch.empty(6, part.num_features, 3, 3), random.Random(len(values))).to(values.dtype)
+            nn.functional.batch_norm(4 * rows, part.running_mean, part.running_var, training=True, momentum=0.9)
+
+
+def _swap(backbone, parameter, values):
+    torch.utils.swap_tensors(parameter, nn.Parameter(values, parameter.requires_grad))
+
+
+# Ways to write to a parameter, given the module, the parameter, and other values for it.
+WRITES = {
+    "data copy": lambda backbone, parameter, values: parameter.data.copy_(values),
+    "data mul": lambda backbone, parameter, values: parameter.data.mul_(-2),
+    "data view": lambda backbone, parameter, values: parameter.data.view(-1)[:3].fill_(2.5),
+    "detach": lambda backbone, parameter, values: parameter.detach().add_(1.5),
+    "foreach": lambda backbone, parameter, values: torch._foreach_mul_([parameter], -2.0),
+    "foreach copy": lambda backbone, parameter, values: torch._foreach_copy_([parameter.data], [values]),
+    "vector": lambda backbone, parameter, values: nn.utils.vector_to_parameters(values.flatten(), [parameter]),
+    "storage": lambda backbone, parameter, values: parameter.untyped_storage().copy_(values.untyped_storage()),
+    "out": lambda backbone, parameter, values: torch.mul(values, 2, out=parameter.data),
+    "sgd": _optimizer(torch.optim.SGD, foreach=False),
+    "sgd foreach": _optimizer(torch.optim.SGD, foreach=True),
+    "sgd fused": _optimizer(torch.optim.SGD, fused=True),
+    "adam fused": _optimizer(torch.optim.Adam, fused=True),
+    "adamw": _optimizer(torch.optim.AdamW),
+    "numpy": _numpy,
+    "flat buffer": _flat,
+    "running statistics": _running_statistics,
+    "swap": _swap,
+}
+# These take no dtype but the usual ones.
+_PARTICULAR = ("numpy", "storage", "sgd fused", "adam fused")
+
+
+def write(model, draw):
+    """In place by something that may move no version: ``.data``, optimizers, buffers of many, other views."""
+    backbone = model.backbone
+    name = draw.choice([name for name, _ in backbone.named_parameters()])
+    way = draw.choice(list(WRITES))
+    parameter = backbone.get_parameter(name)
+    whole = parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize
+    # Dynamo keeps weak references to what it traces, partly trainable marks included: torch does not swap it then.
+    unable = way == "swap" and model.compiled
+    if unable or (way in _PARTICULAR and not (parameter.dtype in (torch.float32, torch.float64) and whole)):
+        way = "data copy"
+    with torch.no_grad():
+        WRITES[way](backbone, parameter, fresh(name, parameter, draw))
+
+
+def code(model, draw):
+    """Methods, hooks and functions of this model alone."""
+    backbone = model.backbone
+    part = draw.choice([part for part in backbone.modules() if isinstance(part, (nn.Linear, nets.Block))])
+    way = draw.randrange(6)
+    if way == 0:
+        backbone.turn = draw.choice(nets.TURNS)
+    elif way == 1:
+        vars(backbone).pop("turn", None)
+    elif way == 2:
+        part.register_forward_pre_hook(nets.doubled_input)
+    elif way == 3:
+        part.register_forward_hook(nets.lowered)
+    elif way == 4:
+        for inner in backbone.modules():
+            inner._forward_hooks.clear()
+            inner._forward_pre_hooks.clear()
+    elif isinstance(part, nn.Linear):  # a marked block's own forward is found through its mark
+        part.forward = functools.partial(nets.squared, part)
+
+
+def memory_format(model, draw):
+    """Weights of convolutions in another order."""
+    model.to(memory_format=draw.choice((torch.channels_last, torch.contiguous_format)))
 
 
 def load(model, draw):
@@ -79,7 +186,9 @@ def attribute(model, draw):
                 part.slope = value + 1
 
 
-CHANGES = {function.__name__: function for function in (weights, load, replace, dtype, attribute)}
+CHANGES = {
+    function.__name__: function for function in (weights, write, load, replace, code, memory_format, dtype, attribute)
+}
 
 
 def apply(change, pair, number):

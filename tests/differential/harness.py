@@ -13,27 +13,31 @@ import torch
 import torch._dynamo.exc
 from changes import CHANGES, apply
 from nets import SETTINGS
-from pair import DiffersError, Pair, compare, leaves_of
+from pair import COPIES, DiffersError, Pair, compare
+from structures import build, draw_spec, tensors_of, varied
 
 import torchcache
+from torchcache.errors import RowwiseError
 
 # Forms of a call: what goes together is drawn together, so that keys that should differ meet.
 FORMS = (
     ({"scale": 2.0}, {"scale": -1.0}),
-    ({"flip": True},),
+    ({"flip": True}, {"flip": None}),
     ({"scale": 2, "flip": True}, {"scale": 2.0}),
     ({"inputs": "reshaped"},),
     ({"inputs": "reshaped"},),
     ({"inputs": "bfloat16"}, {"inputs": "bits"}),
     ({"inputs": "bfloat16"}, {"inputs": "bits"}),
     ({"inputs": "strided"}, {"inputs": "permuted"}),
+    ({"inputs": "channels last"}, {"inputs": "broadcast"}),
+    ({"inputs": "list"}, {"inputs": "tuple"}),
     ({"gradients": "no"}, {"gradients": "inference"}),
     ({"named": True},),
 )
 ROUGH = (torch.bfloat16, torch.float16)
 ROUGH_SLACK = 3
 BITS = {torch.bfloat16: torch.float16}
-COPIES = 3
+MOST_PAIRS = 3
 # These rows are asked for after every change, so that what is stale is asked for.
 SAME = [0, 1, 2]
 AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
@@ -46,6 +50,10 @@ class WrongAnswerError(AssertionError):
     def __init__(self, program, step, reason):
         self.program = program
         super().__init__(f"wrong answer at step {step} of {program!r}: {reason}")
+
+
+class FalseAlarmError(AssertionError):
+    """Rows were taken for wrong that were right."""
 
 
 class NoAnswerError(WrongAnswerError):
@@ -75,6 +83,10 @@ class Run:
         self.pool = nets.KINDS[program.net].pool(torch.Generator().manual_seed(program.seed))
         draw = random.Random(program.seed)
         self.forms = [{}, *(form for group in draw.sample(FORMS, 2) for form in group)]
+        if program.net == "Shaped":
+            specs = zip(_specs(draw), _specs(draw), strict=True)
+            shaped = [{"given": given, "answer": answer} for given, answer in specs]
+            self.forms = [*shaped, *({**form, **shaped[0]} for form in self.forms[1:])]
 
     def step(self, name, number):
         """Run one operation."""
@@ -84,12 +96,12 @@ class Run:
         else:
             getattr(self, f"_{name}")(draw)
         if name in CHANGES or name in ("settings", "mode", "autocast"):
-            self.answer({}, SAME, False)
+            self.answer(self.forms[0], SAME, False)
         self.counts["operations"] += 1
         self.counts[f"operation {name}"] += 1
 
     def _call(self, draw, **ways):
-        form = draw.choice([{}, *self.forms])
+        form = draw.choice([self.forms[0], *self.forms])
         rows = [draw.randrange(nets.POOL) for _ in range(draw.choice(SIZES))]
         self.answer({**form, **ways}, rows, draw.random() < 0.3)
 
@@ -109,16 +121,13 @@ class Run:
     def _autocast(self, draw):
         self.autocast = draw.choice([dtype for dtype in AUTOCAST if dtype is not self.autocast])
 
-    def _copy(self, draw, pickled=False):
+    def _copy(self, draw):
         if draw.random() < 0.5:
             torchcache.flush()
-        self.pair = self.pair.copied(self.program, pickled)
+        self.pair = self.pair.copied(self.program, COPIES[draw.choice(list(COPIES))])
         self.pairs.append(self.pair)
-        if len(self.pairs) > COPIES:
+        if len(self.pairs) > MOST_PAIRS:
             self._count_rows(self.pairs.pop(0))
-
-    def _pickle(self, draw):
-        self._copy(draw, pickled=True)
 
     def _switch(self, draw):
         self.pair = draw.choice(self.pairs)
@@ -129,10 +138,15 @@ class Run:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _settings(self, draw):
-        if draw.random() < 0.5:
+        way = draw.randrange(4)
+        if way == 0:
             SETTINGS["gain"] = draw.choice((1.0, 2.5, -2.0))
-        else:
+        elif way == 1:
             nets.OFFSET = draw.choice((0.0, 4.0))
+        elif way == 2:
+            nets.RAISE.__closure__[0].cell_contents = draw.choice((0.0, 2.0))
+        else:
+            nets.Net.turn = staticmethod(draw.choice(nets.TURNS))
 
     def _mode(self, draw):
         self.pair.set_mode(draw.random() < 0.5)
@@ -142,6 +156,7 @@ class Run:
             return
         options = {"max_memory_cache_size": draw.choice((0, 400, 1_000_000)), "persistent": self.program.persistent}
         options["zstd_compression_level"] = draw.choice((1, None))
+        options["batch_dim"] = nets.KINDS[self.program.net].BATCH_DIM
         if self.program.persistent:
             options["persistent_cache_dir"] = str(self.directory)
         for part in self.pair.marked():
@@ -153,10 +168,10 @@ class Run:
         """Call both models on the same rows in one form, and compare outputs and gradients."""
         pair = self.pair
         gradients = form.get("gradients", "yes")
-        arguments = {key: form[key] for key in ("scale", "flip") if key in form}
+        arguments = {key: form[key] for key in ("scale", "flip", "answer") if key in form}
 
         def run(model, ambient):
-            inputs = self._batch(rows, form.get("inputs"), gradients == "input")
+            inputs = self._batch(rows, form, gradients == "input")
             with contextlib.ExitStack() as stack:
                 if gradients in ("no", "inference"):
                     stack.enter_context(torch.no_grad() if gradients == "no" else torch.inference_mode())
@@ -164,12 +179,12 @@ class Run:
                     stack.enter_context(torch.autocast("cpu", dtype=self.autocast))
                 for context in ambient:
                     stack.enter_context(context)
-                outputs = model(*inputs, **arguments)
+                outputs = model(*_given(inputs, form), **arguments)
             return outputs, self._gradients(pair, model, outputs, inputs, gradients), inputs
 
         try:
             expected, expected_gradients, _ = run(pair.twin, [])
-        except (RuntimeError, IndexError, ValueError):
+        except (RuntimeError, IndexError, ValueError, AttributeError, TypeError):
             self.counts["calls that the model itself refuses"] += 1
             return
         ambient = [torchcache.bypass()] if form.get("bypass") else []
@@ -177,6 +192,11 @@ class Run:
             ambient.append(torchcache.sample_keys(rows))
         try:
             found, found_gradients, inputs = run(pair.run, ambient)
+        except RowwiseError:
+            if arguments.get("flip", False) is not None:
+                raise
+            self.counts["calls refused"] += 1
+            return
         except torch._dynamo.exc.TorchRuntimeError:
             if rows or self.program.door == "transform":
                 raise
@@ -191,9 +211,7 @@ class Run:
             if coarse not in ROUGH:
                 raise
             # Large inputs amplify rounding: how much, the twin's own error tells.
-            slack = ROUGH_SLACK * self._error(
-                pair.twin, self._batch(rows, form.get("inputs"), False), arguments, expected
-            )
+            slack = ROUGH_SLACK * self._error(pair.twin, self._batch(rows, form, False), form, arguments, expected)
             compare(found, expected, coarse, slack=slack)
         self.counts["calls compared"] += 1
         self.counts["rows compared"] += len(rows)
@@ -202,10 +220,11 @@ class Run:
             self._train(pair)
         if overwrite:  # nothing that was given back or passed in may be what is stored
             with torch.no_grad(), torch.inference_mode(gradients == "inference"):
-                for leaf in [*leaves_of(found), *inputs]:
+                for leaf in [*tensors_of(found), *inputs]:
                     leaf.detach().fill_(1)
 
-    def _batch(self, rows, how, needs_gradient):
+    def _batch(self, rows, form, needs_gradient):
+        how = form.get("inputs")
         shared = [tensor.shape[0] != nets.POOL for tensor in self.pool]
         batch = [tensor.clone() if alike else tensor[rows] for tensor, alike in zip(self.pool, shared, strict=True)]
         if how == "reshaped":
@@ -218,24 +237,30 @@ class Run:
             batch = [torch.stack([x, x], dim=-1)[..., 1] for x in batch]
         elif how == "permuted":
             batch = [x.mT.contiguous().mT if x.ndim > 2 else x for x in batch]
+        elif how == "channels last":
+            batch = [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in batch]
+        elif how == "broadcast":
+            batch = [x[..., :1].expand(x.shape) if x.ndim > 2 else x for x in batch]
+        batch = [*nets.KINDS[self.program.net].arranged(*batch)]
         if needs_gradient:
             batch = [x.requires_grad_() if x.is_floating_point() else x for x in batch]
         return batch
 
-    def _error(self, twin, inputs, arguments, found):
+    def _error(self, twin, inputs, form, arguments, found):
         """The largest rounding error in what the twin answered: its distance from the answer in float64."""
         exact_twin = copy.deepcopy(twin).double()
         inputs = [x.double() if x.is_floating_point() else x for x in inputs]
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            exact = exact_twin(*inputs, **arguments)
-        pairs = zip(leaves_of(found), leaves_of(exact), strict=True)
+            exact = exact_twin(*_given(inputs, form), **arguments)
+        pairs = zip(tensors_of(found), tensors_of(exact), strict=True)
         return max((a.detach().double() - b.double()).abs().nan_to_num(0, 0, 0).max().item() for a, b in pairs)
 
     def _gradients(self, pair, model, outputs, inputs, gradients):
         if gradients not in ("step", "input"):
             return {}
         owner = pair.twin if model is pair.twin else pair.model
-        owner.zero_grad()
+        for parameter in owner.parameters():  # what is a replica warns in zero_grad
+            parameter.grad = None
         outputs[1].float().pow(2).mean().backward()
         found = {name: p.grad for name, p in owner.named_parameters()}
         found.update({f"input {index}": x.grad for index, x in enumerate(inputs)})
@@ -256,6 +281,11 @@ class Run:
         self.counts["rows hit on disk"] += sum(region.disk_hits for region in stats.regions)
         self.counts["rows missed"] += stats.misses
         self.counts["rows bypassed"] += stats.bypasses
+        if any(region.alarms for region in stats.regions):
+            raise FalseAlarmError(f"false alarm in {self.program!r}")
+        failed = [reason for region in stats.regions for reason in region.reasons if "its lookup failed" in reason]
+        if failed:
+            raise NoAnswerError(self.program, len(self.program.steps), failed[0])
 
     def close(self):
         """Count what the caches did."""
@@ -264,16 +294,31 @@ class Run:
         torchcache.flush()
 
 
+def _specs(draw):
+    """Structures that are alike but for an order, a constant or a kind."""
+    spec = draw_spec(draw, 3)
+    return spec, *(varied(draw, spec) for _ in range(3))
+
+
+def _given(inputs, form):
+    """The arguments of a call: its tensors as they are, in a structure, or as lists of rows."""
+    if "given" in form:
+        return (build(form["given"], inputs, inputs[0].shape),)
+    if form.get("inputs") in ("list", "tuple"):
+        return [list(x) if form["inputs"] == "list" else tuple(x) for x in inputs]
+    return inputs
+
+
 @contextlib.contextmanager
 def clean():
-    """Globals as they were before, no traces left over."""
+    """Globals as they were before, no traces left over; Dynamo looks at hooks that come late."""
     torch._dynamo.reset()
-    settings, offset = dict(SETTINGS), nets.OFFSET
+    known = nets.world()
     try:
-        yield
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            yield
     finally:
-        SETTINGS.update(settings)
-        nets.OFFSET = offset
+        nets.set_world(known)
 
 
 def execute(program, counts=None, after=None):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import structures
 import torch
 from torch import nn
 
@@ -11,6 +12,57 @@ POOL = 8
 WIDTH = 8
 SETTINGS = {"gain": 1.0}
 OFFSET = 0.0
+
+
+def unturned(y):
+    return y
+
+
+def turned(y):
+    return y.flip(-1)
+
+
+def negated(y):
+    return -2 * y
+
+
+TURNS = (unturned, turned, negated)
+
+
+def _raising(amount):
+    def raised(y):
+        return y + amount
+
+    return raised
+
+
+RAISE = _raising(0.0)
+
+
+def doubled_input(module, args):
+    return (args[0] * 2, *args[1:])
+
+
+def lowered(module, args, output):
+    return output - 3.0
+
+
+def squared(module, x):
+    return type(module).forward(module, x).square()
+
+
+def world():
+    """What is global here and changes while programs run."""
+    return dict(SETTINGS), OFFSET, RAISE.__closure__[0].cell_contents, TURNS.index(Net.turn)
+
+
+def set_world(known):
+    """Make it what it was."""
+    global OFFSET
+    settings, OFFSET, amount, turn = known
+    SETTINGS.update(settings)
+    RAISE.__closure__[0].cell_contents = amount
+    Net.turn = staticmethod(TURNS[turn])
 
 
 @dataclasses.dataclass
@@ -42,11 +94,21 @@ class Net(nn.Module):
         self.gain = 1.0
         self.config = Config()
 
+    BATCH_DIM = 0
+    turn = staticmethod(unturned)
+
+    @staticmethod
+    def arranged(*batch):
+        """The arguments of a call, from tensors with rows first."""
+        return batch
+
     def cast(self, x):
         return x.to(self.last.weight.dtype)
 
     def finish(self, y, scale, flip):
-        y = self.last(y) * (self.gain * SETTINGS["gain"] * scale) + (self.config.shift + OFFSET)
+        if flip is None:  # rows depend on each other
+            return y - y.mean(0)
+        y = RAISE(self.turn(self.last(y))) * (self.gain * SETTINGS["gain"] * scale) + (self.config.shift + OFFSET)
         return -y if flip else y
 
     def forward(self, x, scale=1.0, flip=False):
@@ -126,7 +188,7 @@ class Attention(Net):
 class Embed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.words = nn.Embedding(11, WIDTH, padding_idx=0)
+        self.words = nn.Embedding(400, WIDTH, padding_idx=0)  # not compared whole in every call
         self.kinds = nn.Embedding(3, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
 
@@ -180,6 +242,23 @@ class Memory(Recurrent):
     KIND = nn.LSTM
 
 
+class Sequence(Recurrent):
+    """Takes and gives the rows along the second dimension."""
+
+    BATCH_DIM = 1
+
+    def __init__(self, block, dropout):
+        super().__init__(block, dropout)
+        self.body = nn.GRU(6, WIDTH)
+
+    def forward(self, x, scale=1.0, flip=False):
+        return self.finish(self.body(self.cast(x))[0], scale, flip)
+
+    @staticmethod
+    def arranged(x):
+        return (x.movedim(0, 1).contiguous(),)
+
+
 class Several(Net):
     """Several inputs, one of which all rows share, and nested outputs."""
 
@@ -189,19 +268,61 @@ class Several(Net):
     def forward(self, x, ids, table, scale=1.0, flip=False):
         y = self.finish(self.body(self.cast(x)), scale, flip)
         picked = table[ids]
-        return {"features": y, "parts": (y[..., 0] * 2 + picked, [ids > 5, None]), "ids": ids, "name": "several"}
+        return {"features": y, "parts": (y[..., 0] * 2 + picked, [ids > 2, None]), "ids": ids, "name": "several"}
 
     @staticmethod
     def pool(generator):
-        ids = torch.randint(0, 11, (POOL,), generator=generator)
-        return torch.randn(POOL, 12, generator=generator), ids, torch.randn(11, generator=generator)
+        ids = torch.randint(0, 5, (POOL,), generator=generator)
+        return torch.randn(POOL, 12, generator=generator), ids, torch.randn(5, generator=generator)
 
     @staticmethod
     def reshaped(x, ids, table):
         return x, ids, table * 3 + 1
 
 
-KINDS = {kind.__name__: kind for kind in (Mlp, Containers, Cnn, Attention, Tokens, Recurrent, Memory, Several)}
+class Shaped(Net):
+    """Takes tensors in any structure, with constants that count, and answers in the structure that is asked for."""
+
+    def __init__(self, block, dropout):
+        super().__init__(block(12, dropout))
+
+    def forward(self, given, answer=("tensor", 0), scale=1.0, flip=False):
+        leaves = list(structures.leaves_of(given))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        x = next(leaf for leaf in tensors if leaf.ndim > 1)
+        others = [leaf.to(self.last.weight.dtype) for leaf in tensors if leaf.ndim == 1]
+        wide = leaves[0] is x or len(others) < 2
+        y = self.body(self.cast(x)) + (others[0] if wide else 2 * others[1]).unsqueeze(-1)
+        constants = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+        y = y + structures.weigh([*structures.names_of(given), *constants]) / 10
+        y = self.finish(y, scale, flip)
+        return structures.build(answer, [y, y[:, 0] > 0, y.sum(-1)], x.shape)
+
+    @staticmethod
+    def pool(generator):
+        x = torch.randn(POOL, 12, generator=generator)
+        return x, torch.randn(POOL, generator=generator), torch.randint(0, 5, (POOL,), generator=generator)
+
+    @staticmethod
+    def reshaped(x, shift, ids):
+        return torch.cat((x, x), -1)[:, :12] * 2, shift, ids.int()
+
+
+class Listed(Net):
+    """Takes its rows as one tensor or as a list of tensors, one a row."""
+
+    def __init__(self, block, dropout):
+        super().__init__(block(12, dropout))
+
+    def forward(self, rows, scale=1.0, flip=False):
+        rows = torch.stack(list(rows)) if isinstance(rows, (list, tuple)) else rows
+        return self.finish(self.body(self.cast(rows)), scale, flip)
+
+    pool, reshaped = Mlp.pool, Mlp.reshaped
+
+
+_NETS = (Mlp, Containers, Cnn, Attention, Tokens, Recurrent, Memory, Sequence, Several, Shaped, Listed)
+KINDS = {kind.__name__: kind for kind in _NETS}
 
 
 def _marked(kind):
@@ -225,5 +346,10 @@ class Model(nn.Module):
 
     def forward(self, *inputs, **arguments):
         found = self.backbone(*inputs, **arguments)
-        features = found["features"] if isinstance(found, dict) else found
+        features = found["features"] if isinstance(found, dict) and "features" in found else features_of(found)
         return found, self.head(features.to(self.head.weight.dtype))
+
+
+def features_of(found):
+    """The tensor in an output that the head takes."""
+    return next(leaf for leaf in structures.tensors_of(found) if leaf.shape[-1] == WIDTH and leaf.is_floating_point())

@@ -6,6 +6,7 @@ import pickle
 import random
 
 import nets
+import structures
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ class Pair:
         block = nets.MarkedBlock if program.mark in ("blocks", "nested") else nets.Block
         model, _ = _build(program, nets.MARKED if by_class else nets.KINDS, block)
         options = {"max_memory_cache_size": program.memory, "persistent": program.persistent}
+        options["batch_dim"] = nets.KINDS[program.net].BATCH_DIM
         if program.persistent:
             options["persistent_cache_dir"] = str(directory)
         for path in parts:
@@ -46,7 +48,9 @@ class Pair:
     def of(cls, model, twin, parts, program):
         pair = cls(model, twin, model, parts)
         pair.set_mode(twin.training)
-        if program.door == "transform" and not hasattr(vars(model).get("forward"), "traced"):
+        for both in pair.both:
+            both.compiled = program.door == "compile" or program.mark == "partial"
+        if program.door == "transform" and program.mark != "unfrozen":
             torchcache.transform(model)
         elif program.door == "compile":
             inner = "aot_eager" if program.seed % 5 == 0 else "eager"
@@ -62,24 +66,53 @@ class Pair:
     def both(self):
         return self.model, self.twin
 
+    @property
+    def trains(self):
+        """Whether what is marked is trainable: cached under ``no_grad``, and never put in eval mode."""
+        return any(all(p.requires_grad for p in part.parameters()) for part in self.marked())
+
     def marked(self):
         """The marked modules."""
         return [self.model.backbone.get_submodule(path) for path in self.parts]
 
     def set_mode(self, training):
         """Call ``train``; what is marked stays in eval mode."""
+        training = training and not self.trains
         self.model.train(training)
         self.twin.train(training)
         for path in self.parts:
             self.twin.backbone.get_submodule(path).eval()
 
-    def copied(self, program, pickled):
-        """A pair of copies."""
-        if pickled:
-            model, twin = pickle.loads(pickle.dumps((self.model, self.twin)))
-        else:
-            model, twin = copy.deepcopy(self.model), copy.deepcopy(self.twin)
+    def copied(self, program, way):
+        """A pair of copies, made in one of ``COPIES``."""
+        model, twin = way(self.model), way(self.twin)
         return type(self).of(model, twin, self.parts, program)
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _replica(model):
+    """As ``DataParallel`` makes one of a module and of those in it, with parameters of its own."""
+    made = model._replicate_for_data_parallel()
+    for name, child in model._modules.items():
+        made._modules[name] = _replica(child)
+    for name, tensor in model._parameters.items():
+        made._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    for name, tensor in model._buffers.items():
+        made._buffers[name] = None if tensor is None else tensor.clone()
+    return made
+
+
+def _halfway(model):
+    """A shallow copy whose backbone is a copy of the backbone's own dict."""
+    copied = copy.copy(model)
+    copied._modules = dict(model._modules, backbone=copy.copy(model.backbone))
+    return copied
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": _pickled, "replica": _replica, "shallow": _halfway}
 
 
 def _build(program, kinds, block):
@@ -94,7 +127,7 @@ def _build(program, kinds, block):
     elif program.mark == "blocks":
         parts = tuple(name for name, part in backbone.named_modules() if isinstance(part, nets.Block)) or parts
     for path in parts:
-        backbone.get_submodule(path).requires_grad_(False).eval()
+        backbone.get_submodule(path).requires_grad_(program.mark == "unfrozen").eval()
     if program.mark == "partial":
         backbone.last.requires_grad_(True)
     return model, parts
@@ -141,7 +174,9 @@ def compare(found, expected, coarse, where="output", slack=0.0):
             raise DiffersError(f"{where} has {len(found)} items, not {len(expected)}")
         for index, (a, b) in enumerate(zip(found, expected, strict=True)):
             compare(a, b, coarse, f"{where}[{index}]", slack)
-    elif found != expected:
+    elif isinstance(expected, structures.Record):
+        compare(vars(found), vars(expected), coarse, where, slack)
+    elif repr(found) != repr(expected):  # zeros of either sign differ
         raise DiffersError(f"{where} is {found!r}, not {expected!r}")
 
 
@@ -166,12 +201,3 @@ def steps(tensor):
     """The strides of the dimensions that have any, where the elements lie without gaps; others come back without."""
     held = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     return [step for _, step in held] if sum((size - 1) * step for size, step in held) == tensor.numel() - 1 else None
-
-
-def leaves_of(value):
-    """Every tensor in nested outputs."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves_of(item)

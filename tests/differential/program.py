@@ -5,27 +5,32 @@ import dataclasses
 from nets import KINDS
 
 DOORS = ("eager", "transform", "compile")
-# "class" and "blocks" mark classes, "nested" both, the others instances; in "partial" the last layer is trainable.
-MARKS = ("instance", "class", "body", "blocks", "nested", "partial")
+# "class" and "blocks" mark classes, "nested" both, the others instances; in "partial" the last layer is trainable, in
+# "unfrozen" everything is.
+MARKS = ("instance", "class", "body", "blocks", "nested", "partial", "unfrozen")
+# In "Shaped" most kinds of arguments and outputs meet.
+NETS = (*KINDS, "Shaped", "Shaped")
 MEMORY = (1_000_000, 1_000_000, 400, 0)
 
 # How often each operation is drawn.
 OPERATIONS = {
     "call": 16,
-    "every_form": 2,
+    "every_form": 4,
     "train_step": 4,
     "bypass": 1,
     "input_gradient": 1,
-    "weights": 3,
+    "weights": 2,
+    "write": 5,
     "load": 2,
     "replace": 2,
+    "code": 3,
+    "memory_format": 1,
     "dtype": 2,
     "attribute": 3,
-    "settings": 2,
+    "settings": 3,
     "mode": 2,
     "autocast": 2,
     "copy": 2,
-    "pickle": 1,
     "switch": 2,
     "clear": 1,
     "mark_again": 1,
@@ -60,13 +65,13 @@ class Program:
     steps: tuple[tuple[str, int], ...]
 
     @classmethod
-    def random(cls, draw, doors=DOORS, steps=(8, 24)):
+    def random(cls, draw, doors=DOORS, marks=MARKS, steps=(8, 24)):
         """A program drawn from a ``random.Random``."""
         names = draw.choices(list(OPERATIONS), list(OPERATIONS.values()), k=draw.randint(*steps))
         return cls(
-            net=draw.choice(list(KINDS)),
+            net=draw.choice(NETS),
             door=draw.choice(doors),
-            mark=draw.choice(MARKS),
+            mark=draw.choice(marks),
             persistent=draw.random() < 0.5,
             memory=draw.choice(MEMORY),
             seed=draw.randrange(NUMBERS),

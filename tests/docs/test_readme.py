@@ -26,7 +26,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "backbone (Backbone)" in printed
     assert "4" in printed.splitlines()  # the hits of the partly trainable backbone
-    assert "frozen state" in printed  # the explanation
+    assert "state bytes" in printed  # the explanation
     torchcache.flush()
     assert any(tmp_path.rglob("*.db"))
 

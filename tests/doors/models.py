@@ -37,7 +37,7 @@ class Case:
     names : tuple of str
         The arguments' names, where they are passed by name.
     regions : int
-        Regions that the graph doors make of it.
+        Regions that its frozen part makes where its last block trains.
     """
 
     name: str
@@ -295,7 +295,7 @@ TOKENS = ("input_ids", "attention_mask")
 
 CASES = [
     Case("bert", bert, sentences, pooler_output, named("encoder.layer.0", "encoder.layer.1"), TOKENS),
-    Case("vit", vit, images, pooler_output, named("encoder.layer.0", "encoder.layer.1"), ("pixel_values",)),
+    Case("vit", vit, images, pooler_output, named("layers.0", "layers.1"), ("pixel_values",)),
     Case("llama", llama, sentences, last_token, named("layers.0", "layers.1"), TOKENS),
     Case(
         "clip",

@@ -607,3 +607,29 @@ def test_compiled_it_is_a_miss_wherever_torch_compile_sees_it(name, request, mon
     for _ in range(2):
         found = features(x)
         torch.testing.assert_close(found, expected if torch.allclose(found, expected) else x * 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch names newer ways to do the same
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_what_hooks_of_torch_read_is_a_part_though_forward_is_pure(wrap):
+    module = torchcache.mark(wrap(nn.Linear(4, 4)), freeze=True, pure=True, audit=0)
+    x = torch.randn(5, 4)
+    for _ in range(3):
+        before = module(x).clone()
+    assert torchcache.stats(module).hits
+    with torch.no_grad():
+        getattr(module, "weight_g", module.bias).mul_(-3)
+    with torchcache.bypass():
+        expected = module(x)
+    assert not torch.equal(before, expected)
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_tensors_of_a_cached_module_can_be_swapped():
+    module = torchcache.mark(nn.Linear(4, 4), freeze=True)
+    x = torch.randn(5, 4)
+    for factor in (1, 2, 3):
+        weight = nn.Parameter(factor * torch.eye(4), requires_grad=False)
+        torch.utils.swap_tensors(module.weight, weight)
+        for _ in range(2):
+            torch.testing.assert_close(module(x), factor * x + module.bias)

@@ -2,18 +2,15 @@
 
 import copy
 import functools
-import gc
 import subprocess
 import sys
 import time
-import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import torchcache
-from torchcache.graph import trust
 
 
 class Backbone(nn.Module):
@@ -48,6 +45,15 @@ def pair():
     plain = copy.deepcopy(net)
     torchcache.mark(net.backbone, freeze=True)
     plain.backbone.requires_grad_(False)
+    return net, plain
+
+
+def partly_trainable():
+    """A net whose backbone trains its second layer, and an uncached one with the same weights."""
+    net = Net()
+    net.backbone.first.requires_grad_(False)
+    plain = copy.deepcopy(net)
+    torchcache.mark(net.backbone)
     return net, plain
 
 
@@ -91,9 +97,9 @@ def test_full_and_short_batches_compile_at_most_twice(inner):
     assert len(traces) <= 2
 
 
-def test_misses_run_with_any_number_of_rows_without_compiling_again():
+def test_any_number_of_rows_runs_without_compiling_again():
     net, plain = pair()
-    run = compiled(net, inner="eager", compile_misses=True)
+    run = compiled(net, inner="eager")
     data = torch.randn(40, 16)
     run(data[:8]), run(data[30:35])
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -114,6 +120,37 @@ def test_weights_attributes_and_arguments_are_part_of_the_key():
     assert (torchcache.stats(run).misses, torchcache.stats(run).hits) == (4 * 5, 4 * 2)
 
 
+VALUES = [
+    None,
+    True,
+    2,
+    0.5,
+    "a",
+    (1, None),
+    {"a": None, "b": [2]},
+    torch.float32,
+    torch.channels_last,
+    torch.device("cpu"),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_what_is_no_tensor_breaks_no_graph(value):
+    class Telling(Backbone):
+        def forward(self, x, other=1):
+            return super().forward(x), other if other is None or isinstance(other, (int, float)) else 0
+
+    module = torchcache.mark(Telling(), freeze=True)
+    run = torch.compile(lambda x, value: module(x, value), backend="eager", fullgraph=True)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        out, told = run(x, value)
+        torch.testing.assert_close(out, torch.relu(module.second(torch.relu(module.first(x)))))
+        assert repr(told) == repr(value if value in VALUES[:4] else 0)
+    stats = torchcache.stats(module)
+    assert (stats.misses, stats.hits) == (4, 4)
+
+
 def test_found_by_name_without_importing_torchcache():
     source = (
         "import torch; m = torch.nn.Linear(2, 2);"
@@ -125,24 +162,13 @@ def test_found_by_name_without_importing_torchcache():
     assert "[3, 2]" in done.stdout
 
 
-def test_a_marked_module_compiled_on_its_own():
+@pytest.mark.parametrize("calls", [False, True])
+def test_a_marked_module_compiled_on_its_own_or_a_function_that_calls_it(calls):
     module = torchcache.mark(Backbone(), freeze=True)
-    run = compiled(module)
+    run = compiled((lambda x: module(x) + 1) if calls else module)
     x = torch.randn(4, 16)
-    expected = run(x)
-    torch.testing.assert_close(run(x), expected)
-    assert (torchcache.stats(run).misses, torchcache.stats(run).hits) == (4, 4)
-
-
-def test_a_function_that_calls_a_marked_module():
-    module = torchcache.mark(Backbone(), freeze=True)
-
-    @torch.compile(backend=torchcache.torchcache_backend, fullgraph=True, options={"inner": "eager"})
-    def run(x):
-        return module(x).sum(1)
-
-    x = torch.randn(4, 16)
-    torch.testing.assert_close(run(x), run(x))
+    for _ in range(2):
+        torch.testing.assert_close(run(x), torch.relu(module.second(torch.relu(module.first(x)))) + calls)
     assert (torchcache.stats(module).misses, torchcache.stats(module).hits) == (4, 4)
 
 
@@ -190,34 +216,23 @@ def test_containers_repeated_modules_and_shared_weights():
     assert torchcache.stats(run).misses == 12
 
 
-def test_activation_checkpointing_and_autocast_behave():
-    class Checkpointed(Net):
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.head, self.backbone(x), use_reentrant=False)
-
-    net = Checkpointed()
-    torchcache.mark(net.backbone, freeze=True)
-    run = compiled(net)
-    x = torch.randn(4, 16)
-    for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = run(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16), torchcache.bypass():
-            torch.testing.assert_close(out, net(x), rtol=1e-2, atol=1e-2)
-        net.zero_grad()
-        out.float().sum().backward()
-        assert net.head.weight.grad is not None
-    assert torchcache.stats(run).misses == 4
-
-
-def test_a_graph_break_inside_a_mark_falls_back_to_the_eager_door():
+@pytest.mark.parametrize("where", ["inside", "behind"])
+def test_a_graph_break_inside_or_behind_a_mark(where):
     class Breaking(Backbone):
         def forward(self, x, k=1):
             h = self.first(x)
-            torch._dynamo.graph_break()
+            if where == "inside":
+                torch._dynamo.graph_break()
             return self.second(h) * k
 
-    net = Net()
+    class Outer(Net):
+        def forward(self, x, k=1):
+            h = self.backbone(x, k)
+            if where == "behind":
+                torch._dynamo.graph_break()
+            return self.head(h)
+
+    net = Outer()
     net.backbone = torchcache.mark(Breaking(), freeze=True)
     run = compiled(net)
     x = torch.randn(4, 16)
@@ -278,25 +293,6 @@ def test_a_mark_under_activation_checkpointing_is_cached(door):
     assert region.misses == 4
 
 
-def test_a_fallback_to_the_eager_door_is_logged_once(monkeypatch):
-    class Breaking(Backbone):
-        def forward(self, x, k=1):
-            h = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(h)
-
-    lines = []
-    monkeypatch.setattr(torchcache.logging.logger, "info", lambda text, *args: lines.append(text % args))
-    net = Net()
-    net.backbone = torchcache.mark(Breaking(), freeze=True)
-    run = compiled(net)
-    for _ in range(3):
-        run(torch.randn(4, 16))
-    (line,) = [line for line in lines if "Breaking does not trace" in line]
-    assert "graph_break" in line
-    assert f"{__file__}:" in line
-
-
 def test_a_partial_is_a_backend_and_passes_options_on():
     seen = []
 
@@ -325,7 +321,7 @@ def test_mode_reaches_inductor_for_the_rest_and_for_the_misses(given, monkeypatc
             return module.forward
 
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", Recording)
-    net, plain = pair()
+    net, plain = partly_trainable()
     if given == "mode":
         run = torch.compile(net, backend="torchcache", mode="max-autotune")
     else:
@@ -335,49 +331,15 @@ def test_mode_reaches_inductor_for_the_rest_and_for_the_misses(given, monkeypatc
     x = torch.randn(4, 16)
     for _ in range(2):
         torch.testing.assert_close(run(x), plain(x))
-    assert len(seen) == 2
-    assert {mode for mode, _ in seen} == {"max-autotune"}
-    if given == "options":
-        assert all(options == {"epilogue_fusion": True} for _, options in seen)
+    assert seen == 2 * [("max-autotune", {"epilogue_fusion": True} if given == "options" else None)]
 
 
-def test_the_backbone_is_not_compiled_before_its_first_miss(tmp_path):
-    operators = []
-
-    def inner(module, example_inputs, **options):
-        operators.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
-        return module.forward
-
-    def net():
-        torch.manual_seed(0)
-        found = Net()
-        torchcache.mark(found.backbone, freeze=True, persistent=True, persistent_cache_dir=str(tmp_path))
-        return found
-
-    x = torch.randn(6, 16)
-    torchcache.transform(net())(x[:4])
-    torchcache.flush()
-    torch._dynamo.reset()
-    warm = net()
-    run = compiled(warm, inner, compile_misses=True)
-    for _ in range(2):
-        run(x[:4])
-    (outer,) = operators
-    assert torchcache.stats(run).misses == 0
-    assert any("lookup" in name for name in outer)
-    run(x)
-    assert torchcache.stats(run).misses == 2
-    assert any(not any("lookup" in name for name in graph) for graph in operators[1:])
-
-
-@pytest.mark.parametrize("wrap", ["transform inside", "compile outside", "compile inside"])
+@pytest.mark.parametrize("wrap", ["outside", "inside"])
 def test_under_distributed_data_parallel(wrap):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         net, plain = pair()
-        if wrap == "transform inside":
-            run = nn.parallel.DistributedDataParallel(torchcache.transform(net))
-        elif wrap == "compile outside":
+        if wrap == "outside":
             run = compiled(nn.parallel.DistributedDataParallel(net))
         else:
             run = nn.parallel.DistributedDataParallel(compiled(net))
@@ -432,104 +394,8 @@ def test_a_module_that_changes_itself_is_not_compiled_for_each_change():
     assert len(graphs) <= torch._dynamo.config.recompile_limit
 
 
-DYING = """
-import copy, gc, torch, torchcache
-from torch import nn
-from torchcache.graph.trust import Trust
-
-holds = Trust.holds
-
-def collect_and_hold(self):
-    gc.collect()
-    return holds(self)
-
-Trust.holds = collect_and_hold
-
-class Backbone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.itself = [self]
-
-    def forward(self, x):
-        return self.linear(x)
-
-def compiled():
-    return torch.compile(model, backend="torchcache", options={"inner": "eager"})
-
-gc.disable()
-x = torch.randn(3, 4)
-model = nn.Sequential(torchcache.mark(Backbone(), freeze=True), nn.Linear(4, 2))
-run = compiled()
-for number in range(6):
-    run(x), run(x)
-    if number % 3 == 0:
-        torchcache.unmark(model[0])
-        torchcache.mark(model[0], freeze=True)
-    elif number % 3 == 1:
-        model[0] = torchcache.mark(Backbone(), freeze=True)
-    else:
-        model = copy.deepcopy(model)
-        run = compiled()
-    torch.testing.assert_close(run(x), model[1](model[0].linear(x)))
-"""
-
-
-def test_what_dies_while_guards_are_evaluated_does_not_end_the_process():
-    done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def _none_watched(monkeypatch):
-    monkeypatch.setattr(trust, "_asking", weakref.WeakKeyDictionary())
-
-
-@pytest.mark.usefixtures("_none_watched")
-def test_an_interrupt_while_guards_are_evaluated_is_raised(monkeypatch):
-    net = Net()
-    torchcache.mark(net.backbone, freeze=True)
-    run, x = compiled(net), torch.randn(4, 16)
-    expected = run(x)
-    torch.testing.assert_close(run(x), expected)
-    holds = trust.Trust.holds
-
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trust.Trust, "holds", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(x)
-    monkeypatch.setattr(trust.Trust, "holds", holds)
-    torch.testing.assert_close(run(x), expected)
-    assert torchcache.stats(net).misses == 4
-    assert gc.isenabled()
-
-
-@pytest.mark.usefixtures("_none_watched")
-def test_a_few_models_are_watched_and_more_run_the_same_code():
-    graphs = []
-
-    def inner(module, example_inputs):
-        graphs.append(module)
-        return module.forward
-
-    marked = torchcache.torchcache(type("Marked", (Backbone,), {}))
-    for number in range(12):
-        net = Net()
-        plain = copy.deepcopy(net)
-        net.backbone = marked().requires_grad_(False).eval()
-        net.backbone.load_state_dict(plain.backbone.state_dict())
-        run, x = compiled(net, inner), torch.randn(4 + number % 3, 16)
-        for _ in range(2):
-            torch.testing.assert_close(run(x), plain(x))
-    assert len(graphs) < torch._dynamo.config.recompile_limit
-
-
-@pytest.mark.parametrize("asking", [0, 3], ids=["guarded by Dynamo", "watched"])
 @pytest.mark.parametrize("first", [True, False])
-def test_instances_of_a_class_have_their_own_options(asking, first, monkeypatch, tmp_path):
-    monkeypatch.setattr(trust, "ASKING", asking)
+def test_instances_of_a_class_have_their_own_options(first, tmp_path):
     marked = torchcache.torchcache(type("Marked", (Backbone,), {}))
     x = torch.randn(4, 16)
     nets = []
@@ -552,3 +418,116 @@ def test_instances_of_a_class_have_their_own_options(asking, first, monkeypatch,
     run(x)
     assert torchcache.stats(net).hits == (4 if enabled else 0)
     assert torchcache.stats(net).misses == 4
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None, how="plain", states=(None,)):
+        h = self.linear(x) if mask is None else self.linear(x) * mask
+        return {"h": h, "states": states, "how": how}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", "torchcache"])
+def test_none_and_constants_among_arguments_and_outputs_break_no_graph(backend):
+    class Head(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x, mask=None, how="tanh"):
+            found = self.body(x, mask=mask, how=how, states=(None, 2))
+            h = found["h"].tanh() if found["how"] == "tanh" and found["states"][0] is None else found["h"]
+            return self.head(h), found["states"], found["how"]
+
+    net = Head(torchcache.mark(Optional(), freeze=True))
+    plain = Head(copy.deepcopy(torchcache.unmark(net.body)))
+    plain.load_state_dict(net.state_dict())
+    torchcache.mark(net.body)
+    run = torch.compile(net, backend=backend, fullgraph=True)
+    x, mask = torch.randn(6, 16), torch.rand(6, 1)
+    for given in ((x,), (x,), (x, mask), (x, None, "torchcache: nothing"), (x, mask)):
+        got, expected = run(*given), plain(*given)
+        torch.testing.assert_close(got[0], expected[0])
+        assert got[1:] == expected[1:]
+    assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == (18, 12)
+
+
+class Crops(nn.Module):
+    """How its output lies in memory, and a number in it, depend on the size of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.convolution(x)
+        return (y.contiguous(memory_format=torch.channels_last) if x.shape[-1] > 10 else y), y.shape[-1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", torchcache.torchcache_backend])
+def test_one_graph_calls_a_mark_with_crops_of_several_sizes(backend):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torchcache.mark(Crops(), freeze=True)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, *crops):
+            pairs = [self.backbone(crop) for crop in crops]
+            return sum(self.head(features.relu().mean((2, 3)) * size) for features, size in pairs)
+
+    model = Both()
+    compiled = torch.compile(model, backend=backend)
+    large, small = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8)
+    for crops in [(large, small), (large, small), (small, large)]:
+        found = compiled(*crops)
+        found.sum().backward()
+        with torchcache.bypass():
+            torch.testing.assert_close(found, model(*crops), atol=1e-5, rtol=1e-5)
+    assert torchcache.stats(model).hits == 16
+
+
+class Adapted(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.adapter = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.base(x) + self.adapter(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", torchcache.torchcache_backend])
+def test_what_is_unfrozen_or_added_later_gets_its_gradient_in_the_next_step(backend):
+    model = Net()
+    torchcache.mark(model.backbone, freeze=True)
+    compiled, x = torch.compile(model, backend=backend), torch.randn(6, 16)
+
+    def gradients(run):
+        model.zero_grad()
+        run(x).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def same_gradients():
+        found = gradients(compiled)
+        with torchcache.bypass():
+            expected = gradients(model)
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found, expected)
+
+    same_gradients()
+    model.backbone.second.weight.requires_grad_(True)
+    same_gradients()
+    model.backbone.second.weight.requires_grad_(False)
+    same_gradients()
+    model.backbone.first = Adapted(model.backbone.first)
+    same_gradients()
+    model.backbone.requires_grad_(False)
+    hits = torchcache.stats(model).hits
+    same_gradients()
+    same_gradients()
+    assert torchcache.stats(model).hits >= hits + 6

@@ -144,12 +144,6 @@ def test_what_is_written_elsewhere_does_not_matter(door):
     assert torchcache.stats(model).hits == 6
 
 
-def test_explain_says_what_was_written():
-    model = Setting("attribute")
-    torchcache.mark(model.backbone, freeze=True)
-    assert "scale of a Scaled" in str(torchcache.explain(model, torch.randn(3, 2), 2.0))
-
-
 class Broken(nn.Module):
     """Writes the number, leaves the graph, then calls the module that reads it."""
 

@@ -178,9 +178,7 @@ def test_a_copy_of_a_transformed_model_uses_its_own_weights():
 
 
 @pytest.mark.parametrize("door", ["transform", "compile"])
-@pytest.mark.parametrize("asking", [0, 3], ids=["guarded by Dynamo", "watched"])
-def test_copies_whose_numbers_change_have_rows_of_their_own(door, asking, monkeypatch):
-    monkeypatch.setattr("torchcache.graph.trust.ASKING", asking)
+def test_copies_whose_numbers_change_have_rows_of_their_own(door):
     torch._dynamo.reset()
     marked = torchcache.torchcache(type("Marked", (Backbone,), {}))
 

@@ -103,7 +103,6 @@ def test_training_is_the_same_and_each_epoch_is_logged(tmp_path, callback, capsy
     cached = Probe()
     trainer, epochs = fit(cached, tmp_path, [callback()])
     torch.testing.assert_close(cached.state_dict(), plain.state_dict())
-    assert len(torchcache.graphs(cached)) > 0
     (optimizer,) = trainer.optimizers
     assert optimizer.param_groups[0]["params"][0] is cached.head.weight
     # Trained on and validated on the same rows: half of the first epoch's are there already.
@@ -118,14 +117,12 @@ def test_a_module_without_a_forward_has_its_children_transformed(tmp_path, callb
     module = Wrapper()
     _, epochs = fit(module, tmp_path, [callback(summary=False)], validate=False)
     assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0, 1, 1])
-    assert len(torchcache.graphs(module.model)) > 0
 
 
 def test_without_transform_marked_modules_are_cached_when_called(tmp_path, callback):
     module = Probe()
     _, epochs = fit(module, tmp_path, [callback(transform=False)])
     assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0.5, 1, 1])
-    assert torchcache.graphs(module) == []
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -136,7 +133,6 @@ def test_a_compiled_module_is_cached_by_its_backend(tmp_path, callback, in_place
         module.compile(**options)
     _, epochs = fit(module if in_place else torch.compile(module, **options), tmp_path, [callback()])
     assert [epoch["torchcache/hit_rate"] for epoch in epochs] == pytest.approx([0.5, 1, 1])
-    assert torchcache.graphs(module) == []
 
 
 def test_a_module_without_marks_is_told_before_training(tmp_path, callback):

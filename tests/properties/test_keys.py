@@ -102,9 +102,8 @@ def test_any_change_of_the_program_is_a_miss(change, door):
     change(module)
     change(plain)
     torch.testing.assert_close(run(POOL), plain(POOL), rtol=0, atol=1e-7)
-    if door == "transform" and change.__name__ == "nested":
-        return  # the graph does not read it, so its rows stay valid
-    assert torchcache.stats(module).hits == 0
+    # What forward does not read is no part of the key.
+    assert (torchcache.stats(module).hits > 0) == (change.__name__ == "nested")
 
 
 @pytest.mark.parametrize("door", ["eager", "transform"])

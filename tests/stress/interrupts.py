@@ -47,6 +47,7 @@ def train(directory, count, seed):
 
     import torchcache
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     chance = random.Random(seed)
     run = Run(directory)
     for _ in range(count):

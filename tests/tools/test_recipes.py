@@ -45,6 +45,7 @@ def test_each_row_is_computed_once_and_training_is_as_without_a_cache(name, tmp_
     assert losses == pytest.approx(uncached, rel=1e-2 if name == "latents" else 1e-3)
 
 
+@pytest.mark.slow
 def test_folds_and_rates_share_one_cache_across_processes(tmp_path):
     command = [sys.executable, RECIPES / "sweep.py", *TINY, "--folds", "2", "--directory", tmp_path]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import torchcache
-from torchcache.lookup.history import History
+from torchcache.history import History
 
 DATA = torch.randn(60, 4)
 
@@ -66,7 +66,8 @@ def test_the_summary_says_what_is_saved_and_what_it_costs():
     trained = train(model(), 3)
     found = torchcache.summary(trained)
     (region,) = found.regions
-    assert found.cost_seconds == region.hash_seconds + region.lookup_seconds + region.merge_seconds
+    spent = region.hash_seconds + region.lookup_seconds + region.merge_seconds + region.audit_seconds
+    assert found.cost_seconds == region.cost_seconds == spent
     assert found.saved_seconds == region.saved_seconds
     text = str(found)
     assert "0% 100% 100%" in text
@@ -139,7 +140,7 @@ def test_a_picture_has_a_column_a_region_and_is_saved(tmp_path):
     assert "50% of 120 rows" in hits.get_title()
     (memory,) = hits.patches
     assert memory.get_data().values.tolist() == [0.0] * 6 + [100.0] * 6
-    assert [each.get_label() for each in times.patches] == ["compute", "hash", "lookup", "merge"]
+    assert [each.get_label() for each in times.patches] == ["compute", "hash", "lookup", "merge", "audit"]
     assert sizes.lines[0].get_ydata()[-1] == 60 * 32
     assert [axes.get_ylabel() for axes in figure.axes] == ["hits, % of rows", "time of a step, ms", "bytes of rows"]
 

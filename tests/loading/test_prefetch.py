@@ -44,9 +44,9 @@ def test_a_warm_run_finds_its_rows_in_memory(tmp_path, door, monkeypatch):
     expected = [first(x) for x, _ in batches()]
     torchcache.flush()
     hashed = []
-    digest_rows = torchcache.lookup.cache_lookup.digest_rows
+    digest_rows = torchcache.call.digest_rows
     monkeypatch.setattr(
-        torchcache.lookup.cache_lookup,
+        torchcache.call,
         "digest_rows",
         lambda rows, algorithm: hashed.append(rows[0].shape[0]) or digest_rows(rows, algorithm),
     )
@@ -122,7 +122,7 @@ def test_leaving_early_and_errors_of_the_loader_pass():
     assert torch.equal(next(loader), DATA[8:16])
     with pytest.raises(OSError, match="no more data"):
         next(loader)
-    assert not torchcache.lookup.ahead._active
+    assert not torchcache.digest.ahead._active
 
 
 def test_a_data_loader_keeps_its_attributes_and_workers():

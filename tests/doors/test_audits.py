@@ -1,0 +1,194 @@
+"""What changes unseen is found: the first rows from disk, and a share of those served, are computed again."""
+
+import sqlite3
+
+import pytest
+import torch
+from marked import counts, unmarked
+from torch import nn
+
+import torchcache
+
+LIBRARY = torch.library.Library("torchcache_audits", "FRAGMENT")
+LIBRARY.define("scale(Tensor x) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "scale", "CompositeExplicitAutograd")
+def scale(x):
+    return x * 2.0
+
+
+@torch.library.register_fake("torchcache_audits::scale", lib=LIBRARY)
+def fake_scale(x):
+    return torch.empty_like(x)
+
+
+class Scaled(nn.Module):
+    """Calls a kernel, which no analysis of Python can read."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.ops.torchcache_audits.scale(self.linear(x))
+
+
+CALLS = []
+
+
+class Counted(nn.Linear):
+    def forward(self, x):
+        CALLS.append(len(x))
+        return super().forward(x)
+
+
+def build(tmp_path=None, **options):
+    torch.manual_seed(0)
+    if tmp_path is not None:
+        options |= {"persistent": True, "persistent_cache_dir": tmp_path}
+    return torchcache.mark(Scaled(), freeze=True, **options)
+
+
+class OtherKernel:
+    """Replaces the kernel of ``scale`` within a block."""
+
+    def __enter__(self):
+        self.library = torch.library.Library("torchcache_audits", "IMPL")
+        self.library.impl("scale", lambda x: x * 3.0, "CPU", allow_override=True)
+
+    def __exit__(self, *error):
+        self.library._destroy()
+
+
+def region(module):
+    (found,) = torchcache.stats(module).regions
+    return found
+
+
+def stored(directory):
+    """Rows in the databases of a directory."""
+    count = 0
+    for path in directory.rglob("cache.db"):
+        connection = sqlite3.connect(path)
+        count += connection.execute("SELECT COUNT(*) FROM Cache WHERE size > 0").fetchone()[0]
+        connection.close()
+    return count
+
+
+def test_a_kernel_that_is_replaced_within_a_run_is_found(warnings):
+    module = build(audit=0.5)
+    x = torch.randn(8, 4)
+    for _ in range(4):
+        torch.testing.assert_close(module(x), 2 * module.linear(x))
+    with OtherKernel():
+        for _ in range(300):
+            if region(module).alarms:
+                break
+            module(x)
+        assert region(module).alarms == 1
+        (text,) = [text for text in warnings if "cached wrongly" in text]
+        assert "output 0 of a row differs by 0.33" in text
+        hits = region(module).hits
+        for _ in range(3):  # emptied, and computed anew
+            torch.testing.assert_close(module(x), 3 * module.linear(x))
+        assert region(module).hits > hits
+
+
+def test_a_change_from_run_to_run_is_found_in_the_first_call(tmp_path, warnings):
+    first, x = build(tmp_path, audit=0), torch.randn(8, 4)
+    first(x)
+    torchcache.flush()
+    assert counts(build(tmp_path, audit=0)) == (0, 0)
+    with OtherKernel():
+        again = build(tmp_path, audit=0)  # the first rows from disk are compared whatever the share
+        torch.testing.assert_close(again(x), 3 * again.linear(x))
+        assert region(again).alarms == 1
+        assert sum("cached wrongly" in text for text in warnings) == 1
+        torch.testing.assert_close(again(x), 3 * again.linear(x))
+        torchcache.flush()
+        third = build(tmp_path, audit=0)  # the rows of the other kernel are gone from disk too
+        torch.testing.assert_close(third(x), 3 * third.linear(x))
+        assert (region(third).alarms, region(third).disk_hits) == (0, 8)
+
+
+def test_weights_that_change_unseen_from_run_to_run_are_found(tmp_path, monkeypatch):
+    first, x = build(tmp_path, audit=0), torch.randn(8, 4)
+    monkeypatch.setattr("torchcache.identity.identity.Identity.current", lambda self, tensors=None: b"the same always!")
+    first(x)
+    torchcache.flush()
+    again = build(tmp_path, audit=0)
+    again.linear.weight.data.mul_(1.5)
+    for _ in range(3):
+        torch.testing.assert_close(again(x), 2 * again.linear(x))
+    assert region(again).alarms == 1
+
+
+def test_rows_from_disk_that_are_right_are_believed(tmp_path, warnings):
+    first, x = build(tmp_path), torch.randn(8, 4)
+    expected = first(x)
+    torchcache.flush()
+    again = build(tmp_path)
+    for _ in range(20):
+        torch.testing.assert_close(again(x.flip(0)), expected.flip(0))
+    assert (region(again).misses, region(again).disk_hits, region(again).alarms) == (0, 8, 0)
+    assert warnings == []
+
+
+def test_wrong_sample_ids_are_found(warnings):
+    module, x = build(audit=0.5), torch.randn(8, 4)
+    twin = unmarked(module)
+    with torchcache.sample_keys(range(8)):
+        module(x)
+    for _ in range(300):
+        with torchcache.sample_keys([1, 0, *range(2, 8)]):
+            module(x)
+        if region(module).alarms:
+            break
+    assert region(module).alarms >= 1
+    torch.testing.assert_close(module(x), twin(x))
+
+
+def test_a_region_that_is_wrong_time_and_again_is_given_up(warnings):
+    module, x = build(audit=0.5), torch.randn(8, 4)
+    twin = unmarked(module)
+    for number in range(400):
+        with torchcache.sample_keys([(row + number) % 8 for row in range(8)]):
+            module(x)
+    assert region(module).alarms == 3
+    bypasses = region(module).bypasses
+    for _ in range(3):
+        torch.testing.assert_close(module(x), twin(x))
+    assert region(module).bypasses == bypasses + 24
+    assert sum("cached wrongly" in text for text in warnings) >= 1
+
+
+@pytest.mark.parametrize("audit", [0, 0.01])
+def test_audits_take_their_share_or_none(audit):
+    CALLS.clear()
+    module = torchcache.mark(Counted(4, 3), freeze=True, audit=audit, pure=True)
+    x = torch.randn(8, 4)
+    module(x)
+    first = len(CALLS)
+    for _ in range(50):
+        module(x)
+    assert counts(module) == (8, 400)
+    assert (len(CALLS) > first) == bool(audit)
+    assert all(rows <= 2 for rows in CALLS[first:])
+    assert (region(module).audit_seconds > 0) == bool(audit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_is_no_alarm(dtype, autocast):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    body = nn.Sequential(body, nn.Linear(64, 64), nn.Softmax(1)).to(dtype)
+    module = torchcache.mark(body, freeze=True, audit=0.5)
+    data = torch.randn(40, 3, 12, 12, dtype=dtype)
+    for _ in range(60):
+        rows = torch.randperm(40)[: int(torch.randint(1, 33, ()))]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            module(data[rows])
+    assert region(module).alarms == 0
+    assert region(module).hits > 500

@@ -1,0 +1,341 @@
+"""What cannot be cached is computed: the right answer, a reason, one warning; and nothing of ours ends a run."""
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from marked import assert_same, counts, frozen, reasons, unmarked
+from torch import nn
+
+import torchcache
+from torchcache import torchcache as cached
+from torchcache.store import connect
+
+
+def computed(module, *batches, why):
+    """Calls that are right and stored nowhere, and the reason that is told."""
+    twin = unmarked(module)
+    for batch in batches:
+        torch.manual_seed(0)
+        got = module(*batch)
+        torch.manual_seed(0)
+        assert_same(got, twin(*batch))
+    assert counts(module) == (0, 0)
+    assert torchcache.stats(module).bypasses == sum(len(batch[0]) for batch in batches)
+    assert why in reasons(module)
+
+
+RANDOM = {
+    "rand_like": lambda self, x: x + torch.rand_like(x),
+    "dropout": lambda self, x: nn.functional.dropout(x, 0.5, training=True),
+    "rrelu": lambda self, x: nn.functional.rrelu(x, training=True),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_numbers(name, warnings):
+    module = frozen(RANDOM[name], nn.Linear(2, 2))
+    computed(module, *([torch.randn(6, 5)] for _ in range(3)), why="draws random numbers")
+    assert len(warnings) == 1
+
+
+def test_a_call_that_draws_leaves_the_generator_as_the_original_does():
+    module = frozen(RANDOM["rand_like"])
+    x = torch.randn(6, 5)
+    for run in (module, unmarked(module)):
+        torch.manual_seed(3)
+        run(x), run(x)
+        drawn = torch.rand(4)
+        if run is module:
+            expected = drawn
+    assert torch.equal(drawn, expected)
+
+
+def test_probing_draws_nothing_from_the_users_generator():
+    module = frozen(lambda self, x: x * 2)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    x = torch.randn(6, 5)
+    torch.manual_seed(3)
+    module(x), module(x)
+    assert torch.equal(torch.rand(4), expected)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Averaging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x):
+        self.average.mul_(0.9).add_(0.1 * x.mean(0))
+        return x - self.average
+
+
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.shape)
+        return x * 2
+
+
+class Remembering(nn.Module):
+    def forward(self, x):
+        y = x + getattr(self, "last", torch.zeros(4))
+        self.last = x[-1].clone()
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Counting, "calls"), (Averaging, "average"), (Keeping, "seen"), (Remembering, "last")]
+)
+def test_a_module_that_writes_is_right_in_every_call(kind, what, warnings):
+    torch.manual_seed(0)
+    module, twin = torchcache.mark(kind(), audit=0), kind()
+    data = [torch.randn(6, 4) for _ in range(3)]
+    for x in data * 4:
+        torch.testing.assert_close(module(x), twin(x))
+    assert counts(module) == (0, 0)
+    if kind in (Counting, Keeping):
+        assert getattr(module, what) == getattr(twin, what)
+    assert any(what in text and "pure=True" in text for text in warnings)
+
+
+class Noted(nn.Module):
+    """Writes down what it does, in every way that is common, and reads none of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls = 0
+        self.log = []
+        self.attention = None
+
+    def forward(self, x):
+        self.calls += 1
+        self.log.append(len(x))
+        self.attention = x.softmax(1)
+        return self.linear(x)
+
+
+def test_pure_promises_that_writes_need_not_happen_on_hits(tmp_path):
+    torch.manual_seed(0)
+    state = Noted().state_dict()
+
+    def run():
+        module = Noted()
+        module.load_state_dict(state)
+        options = {"persistent": True, "persistent_cache_dir": tmp_path, "audit": 0, "pure": True}
+        return torchcache.mark(module, freeze=True, **options)
+
+    first, x = run(), torch.randn(6, 4)
+    first(x)
+    written = (first.calls, len(first.log), first.attention)
+    for _ in range(3):
+        torch.testing.assert_close(first(x), first.linear(x))
+    assert counts(first) == (6, 18)
+    assert (first.calls, len(first.log), first.attention) == written
+    torchcache.flush()
+    again = run()
+    again.calls = 100  # a counter goes on from a checkpoint
+    torch.testing.assert_close(again(x), again.linear(x))
+    assert counts(again) == (0, 6)
+    again.linear.weight.data.mul_(2)
+    torch.testing.assert_close(again(x), again.linear(x))
+
+
+def test_a_module_that_sets_itself_up_is_cached():
+    def forward(self, x):
+        if not hasattr(self, "table"):
+            self.table = torch.ones(5)
+        return x * self.table
+
+    module = frozen(forward, nn.Linear(2, 2))
+    x = torch.randn(6, 5)
+    for _ in range(3):
+        assert torch.equal(module(x), x)
+    assert counts(module) == (6, 12)
+
+
+def test_a_module_may_set_itself_up_after_every_change_from_outside():
+    class Encoder(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    module, plain = torchcache.mark(Encoder(4, 4, batch_first=True), freeze=True), Encoder(4, 4, batch_first=True)
+    x = torch.randn(3, 5, 4)
+    for seed in range(5):  # the first call with other parameter objects rewrites the list of them
+        torch.manual_seed(seed)
+        state = {name: torch.randn_like(tensor) for name, tensor in plain.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        plain.load_state_dict(state)
+        for _ in range(3):
+            torch.testing.assert_close(module(x), plain(x))
+    assert torchcache.stats(module).hits >= 15
+
+
+def test_a_write_to_an_argument_happens_in_every_call(warnings):
+    def forward(self, x, notes):
+        notes.append(len(x))
+        return x.mul_(2) + 1
+
+    module = frozen(forward)
+    for number in range(4):
+        x, notes = torch.arange(15.0).reshape(5, 3), [torch.tensor(number)]
+        expected = x * 2 + 1
+        assert torch.equal(module(x, notes), expected)
+        assert torch.equal(x, expected - 1)
+        assert len(notes) == 2
+    assert counts(module) == (0, 0)
+    assert len(warnings) == 1
+
+
+def test_an_original_that_needs_its_whole_batch(warnings):
+    def forward(self, x):
+        return x.view(4, 6) * 2
+
+    computed(frozen(forward), *([torch.randn(4, 6)] for _ in range(3)), why="")
+    assert len(warnings) == 1
+
+
+def test_the_originals_own_exception_is_unchanged():
+    def forward(self, x):
+        if x.isnan().any():
+            raise KeyError("no such word", 3)
+        return self.parts[0](x)
+
+    module = frozen(forward, nn.Linear(3, 3))
+    x = torch.randn(4, 3)
+    for bad in (x * float("nan"), torch.cat([x, x * float("nan")])):
+        for _ in range(2):
+            with pytest.raises(KeyError) as caught:
+                module(bad)
+            assert caught.value.args == ("no such word", 3)
+            assert caught.value.__cause__ is None
+        module(x)
+    assert counts(module)[1] >= 4
+    with pytest.raises(TypeError, match="missing 1 required"):
+        torchcache.mark(nn.Linear(3, 3), freeze=True)()
+
+
+@pytest.mark.parametrize("when", ["at once", "after a hit"])
+@pytest.mark.lookups_fail
+def test_an_exception_of_ours_does_not_end_the_run(when, warnings, monkeypatch):
+    module = torchcache.mark(nn.Linear(3, 3), freeze=True, audit=0)
+    x, twin = torch.randn(4, 3), unmarked(module)
+    if when == "after a hit":
+        module(x), module(x)
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a slip of ours")
+
+    with monkeypatch.context() as patches:
+        patches.setattr("torchcache.call.digest_rows", broken)
+        for _ in range(2):
+            assert torch.equal(module(x), twin(x))
+        assert torchcache.stats(module).bypasses == 8
+        assert "ZeroDivisionError: a slip of ours" in reasons(module)
+        assert sum("please report it" in text for text in warnings) == 1
+    hits = torchcache.stats(module).hits
+    module(x), module(x)
+    assert torchcache.stats(module).hits >= hits + 4
+
+
+def test_bypass_computes_and_stores_nothing(warnings):
+    module = torchcache.mark(nn.Linear(6, 6), freeze=True, audit=0)
+    x = torch.randn(4, 6)
+    with torchcache.bypass():
+        module(x), module(x)
+    stats = torchcache.stats(module)
+    assert (stats.bypasses, stats.misses, stats.hits) == (8, 0, 0)
+    module(x)
+    assert counts(module) == (4, 0)
+    assert warnings == []
+
+
+def test_weights_that_keep_changing_fill_nothing_and_are_looked_at_again(warnings):
+    """As of a teacher that is the moving average of its student."""
+    teacher = torchcache.mark(nn.Linear(4, 4), freeze=True, audit=0)
+    data = [torch.randn(5, 4) for _ in range(3)]
+    for step in range(40):
+        with torch.no_grad():
+            teacher.weight.mul_(0.9).add_(torch.randn(4, 4), alpha=0.1)
+        x = data[step % 3]
+        torch.testing.assert_close(teacher(x), nn.functional.linear(x, teacher.weight, teacher.bias))
+    (region,) = torchcache.stats(teacher).regions
+    assert region.hits == 0
+    assert region.bypasses > 100
+    assert region.rows_stored <= 4 * 5
+    assert "change between calls" in reasons(teacher)
+    assert len(warnings) == 1
+    for _ in range(100):  # the average is done
+        for x in data:
+            torch.testing.assert_close(teacher(x), nn.functional.linear(x, teacher.weight, teacher.bias))
+    assert torchcache.stats(teacher).hits > 100
+
+
+def test_reasons_are_told_by_stats_and_once_in_the_log(caplog):
+    @cached
+    def features(x, thing):
+        return x * 2
+
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("torchcache").addHandler(handler)
+    try:
+        for _ in range(5):
+            features(torch.randn(3, 2), object())
+    finally:
+        logging.getLogger("torchcache").removeHandler(handler)
+    (reason, count), *others = torchcache.stats(features).regions[0].reasons.items()
+    assert (count, others) == (15, [])
+    assert [reason in record.getMessage() for record in records] == [True]
+
+
+def test_a_directory_of_a_newer_format_is_refused_and_left_alone(tmp_path):
+    marker = tmp_path / "torchcache.json"
+    marker.write_bytes(connect.marker(99))
+    model = nn.Sequential(torchcache.mark(nn.Linear(2, 2), freeze=True, persistent=True, persistent_cache_dir=tmp_path))
+    with pytest.raises(torchcache.StoreVersionError, match="99"):
+        torchcache.transform(model)
+    with pytest.raises(torchcache.StoreVersionError, match="99"):
+        torchcache.transform(model)
+    x = torch.randn(3, 2)
+    for _ in range(2):  # called without it, the directory is not used
+        torch.testing.assert_close(model(x), unmarked(model[0])(x))
+    torchcache.flush()
+    assert [path.name for path in tmp_path.iterdir()] == ["torchcache.json"]
+    assert marker.read_bytes() == connect.marker(99)
+
+
+class Noisy(nn.Module):
+    def forward(self, x, thing=None):
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("thing", [None, object()], ids=["random", "not understood"])
+def test_a_bypass_keeps_nothing_of_its_calls(thing):
+    module = torchcache.mark(Noisy())
+    alive = []
+    for _ in range(5):
+        x = torch.randn(4, 3)
+        alive.append(weakref.ref(x))
+        module(x, thing)
+    del x
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 5

@@ -1,0 +1,319 @@
+"""Train and eval mode, frozen and trainable, gradients, and the modes and transforms of torch around a call."""
+
+import copy
+
+import pytest
+import torch
+from marked import counts, frozen, reasons, unmarked
+from torch import nn
+from torch.autograd import forward_ad
+
+import torchcache
+from torchcache import torchcache as cached
+
+DOORS = {
+    "eager": lambda model: model,
+    "transform": torchcache.transform,
+    "compile": lambda model: torch.compile(model, backend="torchcache", options={"inner": "aot_eager"}),
+    "plain compile": lambda model: torch.compile(model, backend="aot_eager"),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, *inputs):
+        return self.backbone(*inputs) * 2
+
+
+def opened(backbone, door, **options):
+    """A model with ``backbone`` marked, opened through ``door``, and its uncached twin."""
+    model = Net(backbone.eval()).requires_grad_(False)
+    twin = copy.deepcopy(model)
+    torchcache.mark(model.backbone, **{"audit": 0, **options})
+    return DOORS[door](model), twin
+
+
+def test_train_leaves_a_frozen_mark_in_eval_mode():
+    module = torchcache.mark(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), freeze=True, audit=0)
+    model = nn.Sequential(module, nn.Dropout(0.5))
+    model.train()
+    assert not any(part.training for part in module.modules())
+    assert model[1].training
+    x = torch.randn(8, 3)
+    for _ in range(2):
+        torch.testing.assert_close(module(x), module[0](x))
+    assert counts(module) == (8, 8)
+
+    @cached
+    class Decorated(nn.Sequential):
+        pass
+
+    decorated = Decorated(nn.Linear(3, 3)).requires_grad_(False)
+    decorated.train()
+    assert not decorated[0].training
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (nn.Dropout(0.5), "Dropout"),
+        (nn.BatchNorm1d(3), "BatchNorm1d"),
+        (nn.Dropout(0.0), None),
+        (nn.LayerNorm(3), None),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_body_that_train_mode_would_change_says_so_once(part, said, warnings):
+    module = nn.Sequential(nn.Linear(3, 3), part).requires_grad_(False)
+    module.train()
+    model = nn.Sequential(torchcache.mark(module, audit=0), nn.Linear(3, 2))
+    for _ in range(3):
+        model.train()
+        model(torch.randn(8, 3))
+    told = [text for text in warnings if "eval mode" in text]
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]
+
+
+def test_parts_that_train_keep_their_mode():
+    body = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), nn.Dropout(0.5), nn.Linear(3, 3))
+    body[0].requires_grad_(False)
+    torchcache.mark(body)
+    body.train()
+    assert [part.training for part in body] == [False, True, True]
+    assert not body[0][1].training
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_what_is_frozen_by_no_grad_alone_is_cached(guard):
+    module = torchcache.mark(nn.Sequential(nn.Linear(3, 3), nn.Tanh()).eval(), audit=0)
+    x = torch.randn(8, 3)
+    for _ in range(3):
+        with guard():
+            torch.testing.assert_close(module(x), torch.tanh(module[0](x)))
+    assert counts(module) == (8, 16)
+    head = nn.Linear(3, 2)
+    with torch.no_grad():
+        features = module(x)
+    head(features).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_a_mark_that_trains_is_computed_and_says_how_to_freeze_it(warnings):
+    module = torchcache.mark(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), audit=0)
+    x = torch.randn(8, 3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    twin = unmarked(module)
+    for _ in range(3):
+        module(x).sum().backward()
+        twin(x).sum().backward()
+        assert torch.equal(module[0].weight.grad, twin[0].weight.grad)
+    assert counts(module) == (0, 0)
+    assert torchcache.stats(module).bypasses == 24
+    assert "trains 0.weight, 0.bias, 2.weight and 1 more" in reasons(module)
+    assert sum("freeze=True" in text for text in warnings) == 1
+    for _ in range(2):  # and evaluated, it is cached until it is trained again
+        with torch.no_grad():
+            before = module(x)
+    assert counts(module) == (8, 8)
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), module[2](torch.tanh(module[0](x))))
+        assert not torch.allclose(module(x), before)
+
+
+def test_an_input_that_needs_a_gradient_is_computed_and_the_gradient_flows(warnings):
+    module = frozen(lambda self, x: self.parts[0](x), nn.Linear(3, 3))
+    prompt = torch.randn(4, 3, requires_grad=True)
+    for _ in range(2):
+        module(prompt).sum().backward()
+    torch.testing.assert_close(prompt.grad, 2 * module.parts[0].weight.sum(0).expand(4, 3))
+    assert counts(module) == (0, 0)
+    assert "needs a gradient" in reasons(module)
+    with torch.no_grad():
+        module(prompt), module(prompt)
+    assert counts(module) == (4, 4)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_rows_are_shared_between_grad_modes(door):
+    model, twin = opened(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), door)
+    with torch.inference_mode():
+        for _ in range(4):
+            x = torch.randn(3, 4)
+            assert torch.equal(model(x), twin(x))
+    assert torchcache.stats(model).misses == 12
+    with torch.inference_mode():
+        assert torch.equal(model(x), twin(x))
+    assert torch.equal(model(x), twin(x))
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
+    assert torchcache.stats(model).hits == 9
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_autocast_is_part_of_the_key(door):
+    model, twin = opened(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), door)
+    x = torch.randn(3, 4)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(model(x), twin(x))
+    assert torch.equal(model(x), twin(x))
+    half = x.half()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(half), twin(half))
+    assert counts(model) == (12, 6)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_batch_of_one_element_with_a_stride(door):
+    model, twin = opened(nn.Embedding(9, 5), door)
+    x = torch.arange(8).reshape(4, 2)
+    for _ in range(2):
+        for row in range(4):
+            assert torch.equal(model(x[row : row + 1, 1]), twin(x[row : row + 1, 1]))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x, padding):
+        return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_empty_batches_and_batches_of_one(door):
+    model, twin = opened(Attention(), door)
+    padding = torch.tensor([[False, False, True]] * 4)
+    x = torch.randn(4, 3, 8)
+    assert model(x[:0], padding[:0]).shape == (0, 3, 8)
+    for _ in range(2):
+        torch.testing.assert_close(model(x, padding), twin(x, padding))
+    for row in range(4):
+        torch.testing.assert_close(model(x[row : row + 1], padding[:1]), twin(x[row : row + 1], padding[:1]))
+    assert counts(model) == (4, 8)
+
+
+def tangent(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS = {
+    "a dual level": tangent,
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_function_transforms_work_as_without_a_mark(name):
+    module = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), freeze=True, audit=0)
+    x, twin = torch.randn(5, 4), unmarked(module)
+    for _ in range(2):
+        torch.testing.assert_close(TRANSFORMS[name](module, x), TRANSFORMS[name](twin, x))
+    assert counts(module) == (0, 0)
+    module(x), module(x)
+    assert counts(module) == (5, 5)
+
+
+def test_meta_and_fake_tensors_are_computed():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module = torchcache.mark(nn.Linear(4, 3), freeze=True, audit=0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert module(mode.from_tensor(torch.randn(5, 4))).shape == (5, 3)
+    meta = torchcache.mark(nn.Linear(4, 3, device="meta"), freeze=True, audit=0)
+    for _ in range(2):
+        assert meta(torch.empty(5, 4, device="meta")).shape == (5, 3)
+    assert counts(module) == counts(meta) == (0, 0)
+
+
+def test_functional_call_uses_the_weights_it_is_given():
+    module = torchcache.mark(nn.Linear(4, 3), freeze=True, audit=0)
+    x = torch.randn(5, 4)
+    for factor in (1, 2, 1):
+        state = {name: tensor * factor for name, tensor in module.state_dict().items()}
+        expected = nn.functional.linear(x, state["weight"], state["bias"])
+        torch.testing.assert_close(torch.func.functional_call(module, state, (x,)), expected)
+
+
+def test_sample_keys_replace_the_hash():
+    module = frozen(lambda self, x: x * 2)
+    x = torch.randn(4, 5)
+    for ids in ([1, 2, 3, 4], torch.tensor([1, 2, 3, 4])):
+        with torchcache.sample_keys(ids):
+            torch.testing.assert_close(module(x), x * 2)
+    assert counts(module) == (4, 4)
+    with torchcache.sample_keys([4, 1]):
+        torch.testing.assert_close(module(x[:2]), x[[3, 0]] * 2)  # the ids' rows, not the inputs'
+    with torchcache.sample_keys(["1", "a", "b", "c"]):
+        module(x)
+    module(x)
+    assert counts(module) == (12, 6)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_second_call_with_the_same_ids_has_rows_of_its_own(door):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.backbone(x).tanh() - self.backbone(y).relu()
+
+    model = Two().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    torchcache.mark(model.backbone, audit=0)
+    run = DOORS[door](model)
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    for _ in range(3):
+        with torchcache.sample_keys([5, 6, 7]):
+            torch.testing.assert_close(run(x, y), twin(x, y))
+    assert torchcache.stats(model).misses == 6
+
+
+@pytest.mark.parametrize("ids", [[1, 2], ["a"], torch.arange(5)])
+def test_a_wrong_number_of_sample_keys_is_an_error(ids):
+    module = torchcache.mark(nn.Linear(6, 6), freeze=True)
+    with torchcache.sample_keys(ids), pytest.raises(torchcache.SampleKeyError, match="4 rows"):
+        module(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("ids", [[1.5], [None], torch.rand(4), torch.ones(2, 2).long(), [2**127]])
+def test_sample_keys_that_are_no_ids_are_an_error(ids):
+    with pytest.raises(torchcache.SampleKeyError), torchcache.sample_keys(ids):
+        pass
+
+
+def test_a_tensor_that_dynamo_marked_is_cached():
+    module = torchcache.mark(nn.Linear(4, 3), freeze=True, audit=0)
+    x = torch.randn(5, 4)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    module(x), module(x)
+    assert counts(module) == (5, 5)
+
+
+def test_rows_that_inference_mode_found_on_disk_lie_beside_others(tmp_path):
+    torch.manual_seed(0)
+    first, x = nn.Linear(4, 4), torch.randn(8, 4)
+    options = {"freeze": True, "persistent": True, "persistent_cache_dir": str(tmp_path)}
+    module, twin = torchcache.mark(copy.deepcopy(first), **options), torchcache.mark(first, **options)
+    module(x[:4])
+    torchcache.flush()
+    with torch.inference_mode():
+        twin(x[:4])
+    twin(x)
+    twin(x)
+    stats = torchcache.stats(twin)
+    assert (stats.hits, stats.misses, stats.bypasses) == (16, 4, 0)
