@@ -50,7 +50,8 @@ def build(folder):
 
 def check_contents(wheel, sdist):
     """Every source file is in both, and in the wheel there is nothing else."""
-    sources = {f"torchcache/{path.relative_to(CODE)}" for path in CODE.rglob("*.py")} | {"torchcache/py.typed"}
+    sources = {f"torchcache/{path.relative_to(CODE)}" for path in CODE.rglob("*.py")}
+    sources |= {"torchcache/py.typed", "torchcache/README.md"}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -61,7 +62,8 @@ def check_contents(wheel, sdist):
     assert any("LICENSE" in name for name in entries)
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = sources | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "tox.ini", "tests/conftest.py"}
+    texts = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}
+    wanted = sources | texts | {"pyproject.toml", "tox.ini", "tests/conftest.py"}
     assert wanted <= held, f"missing in the sdist: {sorted(wanted - held)}"
     assert not [name for name in held if "__pycache__" in name or name.endswith((".pyc", ".db"))]
     assert fields["Name"] == "torchcache"

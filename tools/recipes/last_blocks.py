@@ -16,7 +16,7 @@ class Classifier(nn.Module):
     def __init__(self, vit, classes, trainable):
         super().__init__()
         self.vit = torchcache.mark(vit, freeze=True)
-        for block in vit.encoder.layer[-trainable:]:
+        for block in vit.layers[-trainable:]:
             block.requires_grad_(True)
         self.head = nn.Linear(vit.config.hidden_size, classes)
 

@@ -1,15 +1,18 @@
 """Everything that a cache can meet, for as long as you like: random programs, kills, damage, forged bytes, concurrency.
 
     python tools/soak --minutes 60 [--seed S] [--only ROUND ...] [--json FILE]
+    python tools/soak --planted [--seed S]
 
 Rounds of each kind take turns, each with a seed of its own. A wrong answer or an error ends it, and is told with what
-runs that round again. The report counts what was done.
+runs that round again. The report counts what was done. ``--planted`` plants realistic bugs in the library instead, one
+after the other, and fails where random programs do not find one within a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import logging
 import random
@@ -28,6 +31,7 @@ import rounds
 from rich.console import Console
 from rich.table import Table
 
+MINUTE = 60.0
 ROUNDS = {"programs": programs.round_of, **rounds.ROUNDS}
 
 
@@ -38,10 +42,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first round; each next one has the next seed")
     parser.add_argument("--only", nargs="+", choices=ROUNDS, default=list(ROUNDS), help="kinds of rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
+    parser.add_argument("--planted", action="store_true", help="how soon planted bugs are found")
     given = parser.parse_args()
     torch._logging.set_logs(dynamo=logging.CRITICAL)
     logging.getLogger("torchcache").setLevel(logging.CRITICAL)
     seed = random.randrange(10**6) * 1000 if given.seed is None else given.seed
+    if given.planted:
+        return hunt(given.seed or 0)
     print(f"from seed {seed} on, for {given.minutes:g} minutes: {', '.join(given.only)}", flush=True)
     counts: collections.Counter[str] = collections.Counter()
     start = time.monotonic()
@@ -76,6 +83,18 @@ def soak(minutes: float, seed: int, kinds: list[str], counts: collections.Counte
                 return 0
     except KeyboardInterrupt:
         return 130
+
+
+def hunt(seed: int) -> int:
+    """Look for every planted bug, for a minute each; the exit code is 1 where one is not found."""
+    missed = 0
+    for bug in programs.bugs.BUGS:
+        started = time.monotonic()
+        found = programs.bugs.hunt(bug, itertools.count(seed), MINUTE)
+        missed += found is None
+        result = "not found" if found is None else f"found by program {found}"
+        print(f"{bug.__name__:45} {result} after {time.monotonic() - started:.1f} s", flush=True)
+    return int(missed > 0)
 
 
 def report(counts: collections.Counter[str], seconds: float) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 HARNESS = Path(__file__).resolve().parents[2] / "tests" / "differential"
 sys.path.insert(0, str(HARNESS))
 
+import bugs  # noqa: E402, F401
 import nets  # noqa: E402
 from harness import Run, WrongAnswerError, clean, execute, follow  # noqa: E402
 from pair import Pair  # noqa: E402
@@ -72,7 +73,7 @@ def in_a_fresh_process(run: Run) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "run"
         pair = run.pair
-        kept = (run.program, run.directory, run.autocast, pair.model, pair.twin, pair.parts, nets.SETTINGS, nets.OFFSET)
+        kept = (run.program, run.directory, run.autocast, pair.model, pair.twin, pair.parts, nets.world())
         path.write_bytes(pickle.dumps(kept))
         command = [sys.executable, str(Path(__file__).resolve()), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -84,11 +85,10 @@ def in_a_fresh_process(run: Run) -> None:
 
 def resume(path: Path) -> int:
     """The fresh process: run the steps on what was saved, and print the counts."""
-    program, directory, autocast, model, twin, parts, settings, offset = pickle.loads(path.read_bytes())
+    program, directory, autocast, model, twin, parts, world = pickle.loads(path.read_bytes())
     counts: collections.Counter[str] = collections.Counter()
     with clean():
-        nets.SETTINGS.update(settings)
-        nets.OFFSET = offset
+        nets.set_world(world)
         follow(Run(program, directory, counts, Pair.of(model, twin, parts, program), autocast))
     names = ("rows compared", "rows hit on disk", "rows missed")
     print(json.dumps({name: counts[name] for name in names}))

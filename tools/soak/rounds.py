@@ -12,6 +12,7 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "stress")]
 
 import damage  # noqa: E402
+import directories  # noqa: E402
 import hostile  # noqa: E402
 import interrupts  # noqa: E402
 import kills  # noqa: E402
@@ -67,6 +68,7 @@ ROUNDS: dict[str, Round] = {
     "damage": _damage,
     "blobs": _blobs,
     "rows": _rows,
+    "directories": directories.round_of,
     "processes": _processes,
     "interrupts": _interrupts,
 }
