@@ -12,8 +12,8 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest: folders, and files beside them. Those on one line may not import each other.
 LAYERS = [
-    {"printable", "forks", "version", "threads", "dynamo", "counters", "history"},
-    {"errors", "logging"},
+    {"printable", "forks", "version", "threads", "dynamo", "counters"},
+    {"errors", "logging", "history"},
     {"options"},
     {"context", "mark", "modes", "store"},
     {"digest", "values"},

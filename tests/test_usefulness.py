@@ -225,3 +225,14 @@ def test_nothing_is_kept_of_regions_that_are_gone():
         """
     )
     assert told.count(HEADER) == 1
+
+
+def test_what_runs_under_a_transform_of_functions_is_told_by_its_name():
+    told = run(
+        """
+        encoder = torchcache.mark(Encoder(), freeze=True)
+        for x in epochs(10):
+            torch.func.vmap(encoder)(x)
+        """
+    )
+    assert f"{HEADER}Encoder: 0 rows stored" in told

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from torchcache.counters import Counters
 
 __all__ = ["History", "Point"]
-
-
-class _Counters(Protocol):
-    calls: int
-    memory_hits: int
-    disk_hits: int
-    misses: int
-    bypasses: int
-    hash_seconds: float
-    lookup_seconds: float
-    compute_seconds: float
-    merge_seconds: float
-    audit_seconds: float
 
 
 class Point(NamedTuple):
@@ -54,22 +43,10 @@ class Point(NamedTuple):
         return self.memory_hits + self.disk_hits + self.misses
 
     @classmethod
-    def of(cls, counters: _Counters, memory_bytes: int, disk_bytes: int) -> Point:
+    def of(cls, counters: Counters, memory_bytes: int, disk_bytes: int) -> Point:
         """The counters as they are now."""
-        return cls(
-            counters.calls,
-            counters.memory_hits,
-            counters.disk_hits,
-            counters.misses,
-            counters.bypasses,
-            counters.hash_seconds,
-            counters.lookup_seconds,
-            counters.compute_seconds,
-            counters.merge_seconds,
-            counters.audit_seconds,
-            memory_bytes,
-            disk_bytes,
-        )
+        totals = vars(counters)
+        return cls._make([*(totals[name] for name in cls._fields[:-2]), memory_bytes, disk_bytes])
 
 
 class History:
@@ -85,7 +62,7 @@ class History:
         self._every = 1
         self._until = 1
 
-    def note(self, counters: _Counters, memory_bytes: int, disk_bytes: int) -> None:
+    def note(self, counters: Counters, memory_bytes: int, disk_bytes: int) -> None:
         """Take note of a call, if it is one of those that are kept."""
         self._until -= 1
         if self._until:

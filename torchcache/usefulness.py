@@ -32,6 +32,8 @@ class Usefulness:
 
     Parameters
     ----------
+    name : str
+        The region's name, for people.
     counters : Counters
         What the region did.
     reasons : Counter of str
@@ -50,7 +52,7 @@ class Usefulness:
     """
 
     def __init__(
-        self, counters: Counters, reasons: collections.Counter[str], turnover: Turnover, persistent: bool
+        self, name: str, counters: Counters, reasons: collections.Counter[str], turnover: Turnover, persistent: bool
     ) -> None:
         self.next_look = 0
         self.rows = 0
@@ -59,7 +61,7 @@ class Usefulness:
         self._reasons = reasons
         self._turnover = turnover
         self._persistent = persistent
-        self._name = ""
+        self._name = name
 
     def watch(self, region: Any) -> None:
         """Judge ``region`` when it is gone, or at the end of the process."""
@@ -73,7 +75,7 @@ class Usefulness:
             self._sizes[rows] += 1
 
     def look(self, name: str) -> None:
-        """Say at INFO that nothing was served so far, if so; ``name`` is the region's."""
+        """Say at INFO that nothing was served so far, if so; ``name`` is the region's by now."""
         self._name = name
         self.next_look = max(FIRST_LOOK, 4 * self.next_look)
         if self._counters.calls and not self._counters.hits and self._rows():

@@ -84,8 +84,9 @@ class Run:
         draw = random.Random(program.seed)
         self.forms = [{}, *(form for group in draw.sample(FORMS, 2) for form in group)]
         if program.net == "Shaped":
-            specs = zip(_specs(draw), _specs(draw), strict=True)
-            shaped = [{"given": given, "answer": answer} for given, answer in specs]
+            (given, *others), (answer, *more) = _specs(draw), _specs(draw)
+            shaped = [{"given": one, "answer": answer} for one in (given, *others)]
+            shaped += [{"given": given, "answer": one} for one in more]  # one of both changes: the key must hold both
             self.forms = [*shaped, *({**form, **shaped[0]} for form in self.forms[1:])]
 
     def step(self, name, number):

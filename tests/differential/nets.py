@@ -268,7 +268,9 @@ class Several(Net):
     def forward(self, x, ids, table, scale=1.0, flip=False):
         y = self.finish(self.body(self.cast(x)), scale, flip)
         picked = table[ids]
-        return {"features": y, "parts": (y[..., 0] * 2 + picked, [ids > 2, None]), "ids": ids, "name": "several"}
+        turned = (y.unsqueeze(-1) + torch.tensor([0.0, 1.0]).to(y)).mT  # does not lie in memory as its shape says
+        parts = (y[..., 0] * 2 + picked, [ids > 2, None], turned)
+        return {"features": y, "parts": parts, "ids": ids, "name": "several"}
 
     @staticmethod
     def pool(generator):

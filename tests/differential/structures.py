@@ -152,10 +152,13 @@ def leaves_of(value):
 
 
 def names_of(value):
-    """Every name of a part in a nested value, in order."""
-    for name, part in parts_of(value) or ():
-        yield name
-        yield from names_of(part)
+    """The class of every container in a nested value, and every name of a part, in order."""
+    parts = parts_of(value)
+    if parts is not None:
+        yield type(value).__name__
+        for name, part in parts:
+            yield name
+            yield from names_of(part)
 
 
 def weigh(values):

@@ -9,19 +9,8 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from torchcache.identity.state import State
-
-LARGE = (512, 300)
-FLOAT8 = torch.float8_e4m3fn
-
-
-def known(tensors: list[Tensor]) -> State:
-    state = State()
-    state.update(tensors)
-    assert state.unchanged(tensors)
-    return state
+from states import known
+from torch import nn
 
 
 def test_background_finds_what_nothing_else_tells() -> None:

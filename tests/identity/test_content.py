@@ -6,21 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from states import known
 from torch import Tensor, nn
 
 from torchcache.errors import Bypass
 from torchcache.identity.state import State, content_digest
-
-LARGE = (512, 300)
-FLOAT8 = torch.float8_e4m3fn
-
-
-def known(tensors: list[Tensor]) -> State:
-    state = State()
-    state.update(tensors)
-    assert state.unchanged(tensors)
-    return state
-
 
 KINDS = {
     "scalar": torch.tensor(1.5),
@@ -30,7 +20,7 @@ KINDS = {
     "int64": torch.arange(3000),
     "half": torch.randn(50, 70).half(),
     "bfloat16": torch.randn(50, 70).bfloat16(),
-    "float8": torch.randn(50, 70).to(FLOAT8),
+    "float8": torch.randn(50, 70).to(torch.float8_e4m3fn),
     "complex64": torch.randn(50, 70, dtype=torch.complex64),
     "complex128": torch.randn(7, dtype=torch.complex128),
     "conj": torch.randn(50, 70, dtype=torch.complex64).conj(),

@@ -7,20 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from states import known
 from torch import Tensor, nn
 
 from torchcache.identity.state import State
-
-LARGE = (512, 300)
-FLOAT8 = torch.float8_e4m3fn
-
-
-def known(tensors: list[Tensor]) -> State:
-    state = State()
-    state.update(tensors)
-    assert state.unchanged(tensors)
-    return state
-
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5),

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from states import known
 
 from torchcache.identity.samples import OnDevice
-from torchcache.identity.state import State
-
-LARGE = (512, 300)
-FLOAT8 = torch.float8_e4m3fn
-
-
-def known(tensors: list[Tensor]) -> State:
-    state = State()
-    state.update(tensors)
-    assert state.unchanged(tensors)
-    return state
 
 
 def test_runs_of_a_sixteenth_are_seen_at_once() -> None:

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from states import known
 from torch import Tensor, nn
 
 from torchcache.identity.state import State
 
 LARGE = (512, 300)
-FLOAT8 = torch.float8_e4m3fn
 
 
 class Net(nn.Module):
@@ -40,13 +40,6 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
-
-
-def known(tensors: list[Tensor]) -> State:
-    state = State()
-    state.update(tensors)
-    assert state.unchanged(tensors)
-    return state
 
 
 def assert_seen(module: nn.Module, write: Callable[[], object]) -> None:

@@ -166,13 +166,13 @@ class Watch:
         )
 
     def _filled(self) -> bool:
-        """Whether what was put into empty dicts matters to nobody."""
+        """Whether what was put into empty dicts matters to nobody; Dynamo notes on each parameter that it saw it."""
         filled = [space for space in self._empty if space.live]
-        if any(space.differs() for space in filled):
-            return False
         self._empty = [space for space in self._empty if not space.live]
-        self._set_apart(filled)
-        return True
+        self._quiet.extend(filled)
+        self._single, self._stamps = [], None
+        self._lay_out()  # taken first: what changes from here on shows the next time
+        return not any(space.differs() for space in filled)
 
     def _attributes(self) -> bool:
         now = list(map(getattr, self._owners, self._names, repeat(ABSENT)))

@@ -124,10 +124,6 @@ class Taken:
         """Where a tensor stands, for people: ``" 'mask'[0]"``; empty where it is all there is."""
         return _path_text([*self._plan.paths()][index])
 
-    def without_tensors(self) -> Taken:
-        """The same to be kept: it rebuilds, and holds no tensor."""
-        return dataclasses.replace(self, tensors=[])
-
     def classes(self) -> list[type]:
         """The classes of its containers and enums, without Python's own: the key has their names, not their code."""
         return [kind for kind in dict.fromkeys(self._plan.classes()) if kind.__module__ not in _BUILT_IN]
