@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchcache.dynamo import Stamps
 from torchcache.identity.objects import ABSENT
@@ -44,8 +44,10 @@ class Namespace:
         Names of what differs, found at leisure.
     closed : bool
         Whether a new name in it may matter.
-    label : callable
-        The user's name for an entry.
+    alarms : int
+        How often it was written to while nothing that was read of it changed.
+    keys : list
+        All names in it, where new ones may matter.
     """
 
     live: dict[Any, Any]
@@ -60,6 +62,17 @@ class Namespace:
         if self.closed and list(self.live) != self.keys:
             return False
         return all(self.live.get(name, ABSENT) is value for name, value in self.read.items())
+
+
+class _Laid(NamedTuple):
+    """Dicts and entries side by side, as the passes take them; another thread may lay them out anew meanwhile."""
+
+    dicts: list[dict[Any, Any]]
+    open: list[dict[Any, Any]]
+    keys: list[list[Any]]
+    scopes: list[dict[Any, Any]]
+    names: list[Any]
+    values: list[Any]
 
 
 class Watch:
@@ -85,7 +98,8 @@ class Watch:
         self._items: list[list[Any]] = []
         self._group_labels: list[Callable[[], str]] = []
         self._references: list[Callable[[], Any]] = []
-        self._stamps: Stamps | None = None
+        self._laid = _Laid([], [], [], [], [], [])
+        self._stamped: tuple[_Laid, Stamps] | None = None
         self._quiet: list[Namespace] = []
         self._empty: list[Namespace] = []
         self._loud: list[Namespace] = []
@@ -133,15 +147,18 @@ class Watch:
 
     def _lay_out(self) -> None:
         self._bare = [space.live for space in self._empty]
-        self._dicts = [space.live for space in self._quiet]
         for space in self._quiet:
             space.keys = list(space.live) if space.closed else []
-        self._open = [space.live for space in self._quiet if space.closed]
-        self._keys = [space.keys for space in self._quiet if space.closed]
+        closed = [space for space in self._quiet if space.closed]
         pairs = [(space.live, name, value) for space in self._quiet for name, value in space.read.items()]
-        self._scopes = [live for live, _, _ in pairs]
-        self._entries = [name for _, name, _ in pairs]
-        self._held = [value for _, _, value in pairs]
+        self._laid = _Laid(
+            [space.live for space in self._quiet],
+            [space.live for space in closed],
+            [space.keys for space in closed],
+            [live for live, _, _ in pairs],
+            [name for _, name, _ in pairs],
+            [value for _, _, value in pairs],
+        )
 
     # Whether it is what it was.
 
@@ -170,7 +187,7 @@ class Watch:
         filled = [space for space in self._empty if space.live]
         self._empty = [space for space in self._empty if not space.live]
         self._quiet.extend(filled)
-        self._single, self._stamps = [], None
+        self._single = []
         self._lay_out()  # taken first: what changes from here on shows the next time
         return not any(space.differs() for space in filled)
 
@@ -191,22 +208,25 @@ class Watch:
         return all(same(getattr(owner, name, ABSENT), value) for owner, name, value, _ in some)
 
     def _spaces(self) -> bool:
-        if self._stamps is not None and self._stamps.hold():
+        laid, stamped = self._laid, self._stamped
+        known = stamped[1] if stamped is not None and stamped[0] is laid else None
+        if known is not None and known.hold():
             self._rewritten = 0
             return True
-        stamps = Stamps.take(self._dicts, self._objects)  # taken first: what changes from here on shows the next time
+        stamps = Stamps.take(laid.dicts, self._objects)  # taken first: what changes from here on shows the next time
         if not all(map(operator.is_, map(type, self._objects), self._kinds)):
             return False
         if not (
-            all(map(operator.is_, map(dict.get, self._scopes, self._entries, repeat(ABSENT)), self._held))
-            and all(map(operator.eq, map(list, self._open), self._keys))
+            all(map(operator.is_, map(dict.get, laid.scopes, laid.names, repeat(ABSENT)), laid.values))
+            and all(map(operator.eq, map(list, laid.open), laid.keys))
         ):
             if not self._look_closely():
                 return False
-            stamps = Stamps.take(self._dicts, self._objects)
-        elif self._stamps is not None:
+            laid = self._laid
+            stamps = Stamps.take(laid.dicts, self._objects)
+        elif known is not None:
             self._find_rewritten()
-        self._stamps = stamps
+        self._stamped = (laid, stamps) if stamps is not None else None
         return True
 
     def _look_closely(self) -> bool:
