@@ -139,7 +139,7 @@ def lies(header, about):
         "no calls": lambda: about.pop("calls"),
         "a number for calls": lambda: about.update(calls=7),
         "a list for options": lambda: about.update(options=[]),
-        "tag": lambda: about.update(tag="../../../../tmp/escaped"),
+        "tag": lambda: about.update(tag="../../../../escaped"),
     }
 
 
