@@ -276,7 +276,8 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     part of the structure.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    leaves = [None if type(leaf) is str and leaf == NOTHING else leaf for leaf in leaves]
+    # The operator takes whole numbers that vary; others are constants of the trace.
+    leaves = [None if type(leaf) is str and leaf == NOTHING else _fixed(leaf) for leaf in leaves]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     numbers = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
     reference, owner = _subjects[subject]
@@ -349,8 +350,11 @@ def _find(call: str) -> Call:
 
 def _plain(leaf: Any) -> Any:
     """A number of an output: what depends on sizes is fixed for the trace."""
-    if isinstance(leaf, torch.SymInt):
-        return int(leaf)
+    return int(leaf) if isinstance(leaf, torch.SymInt) else _fixed(leaf)
+
+
+def _fixed(leaf: Any) -> Any:
+    """A number that is traced as one that varies, as it is in this trace, which is guarded then; not a whole one."""
     if isinstance(leaf, torch.SymBool):
         return bool(leaf)
     return float(leaf) if isinstance(leaf, torch.SymFloat) else leaf

@@ -101,8 +101,9 @@ def write(model, draw):
     way = draw.choice(list(WRITES))
     parameter = backbone.get_parameter(name)
     whole = parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize
-    # Dynamo keeps weak references to what it traces, partly trainable marks included: torch does not swap it then.
-    unable = way == "swap" and model.compiled
+    # Dynamo keeps weak references to what it traces, partly trainable marks included, and recurrent modules to their
+    # weights: torch does not swap those.
+    unable = way == "swap" and (model.compiled or any(isinstance(part, nn.RNNBase) for part in backbone.modules()))
     if unable or (way in _PARTICULAR and not (parameter.dtype in (torch.float32, torch.float64) and whole)):
         way = "data copy"
     with torch.no_grad():

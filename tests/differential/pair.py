@@ -49,7 +49,7 @@ class Pair:
         pair = cls(model, twin, model, parts)
         pair.set_mode(twin.training)
         for both in pair.both:
-            both.compiled = program.door == "compile" or program.mark == "partial"
+            both.compiled = program.door == "compile" or program.mark in ("partial", "unfrozen")
         if program.door == "transform" and program.mark != "unfrozen":
             torchcache.transform(model)
         elif program.door == "compile":

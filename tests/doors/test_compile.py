@@ -531,3 +531,16 @@ def test_what_is_unfrozen_or_added_later_gets_its_gradient_in_the_next_step(back
     same_gradients()
     same_gradients()
     assert torchcache.stats(model).hits >= hits + 6
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", torchcache.torchcache_backend])
+@pytest.mark.parametrize("numbers", [(1.5, 0.5, 2.0), (True, False, True), (1, 3, 5)], ids=["floats", "flags", "whole"])
+def test_a_number_that_differs_between_calls_is_part_of_the_key(backend, numbers):
+    model = Net()
+    torchcache.mark(model.backbone, freeze=True)
+    compiled, x = torch.compile(model, backend=backend), torch.randn(6, 16)
+    for number in (*numbers, *numbers):
+        found = compiled(x, number)
+        with torchcache.bypass():
+            torch.testing.assert_close(found, model(x, number))
+    assert torchcache.stats(model).misses == 6 * len({*numbers})
