@@ -362,10 +362,16 @@ def _fixed(leaf: Any) -> Any:
 
 def unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs that share memory neither with an input nor with each other, as the operator promises."""
-    taken = {leaf.untyped_storage().data_ptr() for leaf in inputs}
+    taken = {place for leaf in inputs for place in _places(leaf)}
     fresh = []
     for leaf in outputs:
-        pointer = leaf.untyped_storage().data_ptr()
-        fresh.append(leaf.clone() if pointer in taken and leaf.numel() else leaf)
-        taken.add(pointer)
+        places = _places(leaf)
+        fresh.append(leaf if taken.isdisjoint(places) else leaf.clone())
+        taken.update(places)
     return fresh
+
+
+def _places(leaf: torch.Tensor) -> tuple[int, ...]:
+    """What is equal for tensors that share memory: the storage, or its address where it has one."""
+    address = leaf.untyped_storage().data_ptr()
+    return (dynamo.storage_of(leaf), address) if address else (dynamo.storage_of(leaf),)

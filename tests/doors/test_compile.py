@@ -5,6 +5,7 @@ import functools
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -544,3 +545,27 @@ def test_a_number_that_differs_between_calls_is_part_of_the_key(backend, numbers
         with torchcache.bypass():
             torch.testing.assert_close(found, model(x, number))
     assert torchcache.stats(model).misses == 6 * len({*numbers})
+
+
+class Returned(nn.Module):
+    def forward(self, x):
+        return x, x[:, :0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", torchcache.torchcache_backend])
+def test_what_a_mark_returns_of_an_empty_batch_is_not_its_input(backend):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torchcache.mark(Returned(), freeze=True)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            features, none = self.backbone(x)
+            return self.head(features) + none.sum()
+
+    compiled = torch.compile(Model(), backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*must not also be an input")
+        for rows in (3, 0, 2):
+            assert compiled(torch.randn(rows, 4)).shape == (rows, 2)
