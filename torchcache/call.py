@@ -128,13 +128,6 @@ class Region:
             failure = Bypass(f"its lookup failed ({type(error).__name__}: {brief(error)})", "please report it")
             return self.compute(given, failure)
 
-    def trains(self) -> bool:
-        """Whether the original reads anything that is trainable, or may."""
-        held, module = self.subject.identity.look(), self.subject.module
-        if module is not None and self.subject.identity.problem is not None:
-            held = [*held, *module.parameters()]
-        return any(tensor.requires_grad for tensor in held)
-
     def compute(self, given: Given, bypass: Bypass) -> Any:
         """The original on the whole batch, not stored; counted, and said the first time."""
         self.count(given, bypass)

@@ -131,7 +131,7 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     if region.subject.identity.reads(*dynamo.pending_writes()):
         return PLAIN  # what was written does not show before the graph has run
-    if gradients and region.trains():
+    if gradients and region.subject.identity.trains():
         return PART if module is not None else PLAIN
     return PLAIN if region.writes else LOOKUP
 
@@ -141,7 +141,9 @@ def _still(region: Region, gradients: bool) -> Callable[[], bool]:
 
     def now() -> tuple[bool, bool]:
         reference = held()
-        return (reference.writes, gradients and reference.trains()) if reference is not None else (False, False)
+        if reference is None:
+            return False, False
+        return reference.writes, gradients and reference.subject.identity.trains()
 
     held = weakref.ref(region)
     before = now()

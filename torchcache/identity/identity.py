@@ -51,10 +51,13 @@ class Identity:
         """The tensors that the program can reach, as it is now."""
         return self.program().tensors
 
-    @property
-    def problem(self) -> str | None:
-        """Why the program that was looked at last has no identity, if it has none."""
-        return self._program.problem if self._program is not None else None
+    def trains(self) -> bool:
+        """Whether the program reads anything that is trainable, or may, where it cannot be read."""
+        program, subject = self.program(), self._subject()
+        held = program.tensors
+        if program.problem is not None and isinstance(subject, tuple):
+            held = [*held, *subject[0].parameters()]
+        return any(tensor.requires_grad for tensor in held)
 
     def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
         """16 bytes that name program and state as they are now, computed anew only where either changed.
