@@ -53,11 +53,17 @@ class Given:
         What is called.
     args, kwargs
         The caller's arguments.
+
+    Attributes
+    ----------
+    gradients : bool
+        The caller's grad mode, in which the original runs, whoever has it run.
     """
 
     def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.subject = subject
         self.args, self.kwargs = args, kwargs
+        self.gradients = torch.is_grad_enabled()
         self.error: BaseException | None = None
         self._outputs: tuple[Any] | None = None
 
@@ -67,7 +73,7 @@ class Given:
             raise self.error
         if self._outputs is None:
             try:
-                with computing():
+                with computing(), torch.set_grad_enabled(self.gradients):
                     self._outputs = (self.subject.run(self.args, self.kwargs),)
             except BaseException as error:
                 self.error = error
@@ -140,7 +146,7 @@ class Batch:
         """
         args, kwargs = self.taken.rebuild(tensors)
         try:
-            with computing(), torch.no_grad():
+            with computing(), torch.set_grad_enabled(self.given.gradients):
                 return self.given.subject.run(args, kwargs)
         except Exception as error:
             said = (str(error).splitlines() or [""])[0][:200]

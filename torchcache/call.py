@@ -185,10 +185,14 @@ class Region:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
             raise Trains(*self._trainable(held))
         who = self.subject.identity.current(held)
+        asks = self.subject.identity.asks_for_gradients
+        if asks and torch.is_inference_mode_enabled():
+            raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
         for gone in self._turnover.note(who, self.counters.hits):
             self._learning.forget(gone)
             self.tiers.memory.drop_state(gone)
-        return Batch(given, taken, who, NumericMode.current(tensors[0].device.type))
+        gradients = given.gradients if asks else None
+        return Batch(given, taken, who, NumericMode.current(tensors[0].device.type, gradients))
 
     def _trainable(self, held: Tensors) -> tuple[str, str]:
         """Why a call that trains is computed."""
@@ -293,8 +297,7 @@ class Region:
         start = time.perf_counter()
         places = list(missing.values())
         if batch.given.ran or len(missing) == batch.count:
-            with torch.no_grad():
-                output = take_outputs(batch.given.run())
+            output = take_outputs(batch.given.run())
         else:
             output = self._original(batch, plan, places)
         self.counters.compute_seconds += time.perf_counter() - start

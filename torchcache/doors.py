@@ -131,9 +131,11 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     if region.subject.identity.reads(*dynamo.pending_writes()):
         return PLAIN  # what was written does not show before the graph has run
-    if gradients and region.subject.identity.trains():
+    identity = region.subject.identity
+    if gradients and identity.trains():
         return PART if module is not None else PLAIN
-    return PLAIN if region.writes else LOOKUP
+    # Within a compiled graph the operator does not run in the caller's grad mode.
+    return PLAIN if region.writes or (gradients and identity.asks_for_gradients) else LOOKUP
 
 
 def _still(region: Region, gradients: bool) -> Callable[[], bool]:
@@ -143,7 +145,9 @@ def _still(region: Region, gradients: bool) -> Callable[[], bool]:
         reference = held()
         if reference is None:
             return False, False
-        return reference.writes, gradients and reference.subject.identity.trains()
+        identity = reference.subject.identity
+        trains = gradients and identity.trains()
+        return reference.writes or (gradients and identity.asks_for_gradients), trains
 
     held = weakref.ref(region)
     before = now()

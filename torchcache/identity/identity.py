@@ -59,6 +59,11 @@ class Identity:
             held = [*held, *subject[0].parameters()]
         return any(tensor.requires_grad for tensor in held)
 
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether the program, as it was looked at last, asks whether gradients are recorded."""
+        return self._program is not None and self._program.asks_for_gradients
+
     def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
         """16 bytes that name program and state as they are now, computed anew only where either changed.
 

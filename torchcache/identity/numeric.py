@@ -49,6 +49,10 @@ class NumericMode(NamedTuple):
         Type of ``torch.get_default_device()``, where tensors are made.
     deterministic : bool
         ``torch.are_deterministic_algorithms_enabled()``.
+    gradients : bool or None
+        Whether gradients are recorded, where the program asks that; else ``None``.
+    fastpath : bool
+        ``torch.backends.mha.get_fastpath_enabled()``: what attention puts where a mask leaves nothing.
     precisions : tuple of str
         What float32 products may be rounded to, by backend and operation.
     """
@@ -58,10 +62,12 @@ class NumericMode(NamedTuple):
     default: torch.dtype
     made_on: str
     deterministic: bool
+    gradients: bool | None
+    fastpath: bool
     precisions: tuple[Any, ...]
 
     @classmethod
-    def current(cls, device: str) -> NumericMode:
+    def current(cls, device: str, gradients: bool | None = None) -> NumericMode:
         """The mode in force on this thread for ``device``."""
         return cls(
             device,
@@ -69,6 +75,8 @@ class NumericMode(NamedTuple):
             torch.get_default_dtype(),
             dynamo.default_device(),
             torch.are_deterministic_algorithms_enabled(),
+            gradients,
+            torch.backends.mha.get_fastpath_enabled(),
             _precisions(device),
         )
 

@@ -21,6 +21,12 @@ from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
 __all__ = ["Program", "reads"]
 
 
+# Functions by which code asks for the mode that it runs in.
+_ASKS = frozenset(
+    id(getattr(torch, name)) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_inference")
+)
+
+
 class Program:
     """Code and what it reads, of a module's method or of a function.
 
@@ -39,6 +45,8 @@ class Program:
         16 bytes of identity, without the contents of tensors. Equal programs have equal digests in every process.
     tensors : list of torch.Tensor
         Every tensor that the program can reach by name, in a stable order: parameters, buffers, and any other.
+    asks_for_gradients : bool
+        Whether its code asks whether gradients are recorded, or whether inference mode is on.
     problem : str or None
         Why there can be no identity: what the code reads and torchcache cannot compare, with its path and its type.
     """
@@ -48,6 +56,7 @@ class Program:
         self.where = where
         self.digest = bytes(16)
         self.problem: str | None = None
+        self.asks_for_gradients = False
         # No weak references: torch swaps no tensors that have any.
         self.tensors: list[torch.Tensor] = []
         self._watch = Watch()
@@ -58,6 +67,7 @@ class Program:
                 reach = Reach(frozenset(reach.written))
                 reach.from_subject(module, function)
             self.problem = reach.problem or None
+            self.asks_for_gradients = not reach.nodes.keys().isdisjoint(_ASKS) or "is_inference" in reach.names
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, roots)
             self._watch = _watch(reach)

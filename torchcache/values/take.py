@@ -30,8 +30,8 @@ class _Leaf(NamedTuple):
     def build(self, tensors: Sequence[torch.Tensor]) -> Any:
         return tensors[self.place]
 
-    def paths(self) -> Iterator[Path]:
-        yield ()
+    def paths(self) -> Iterator[tuple[int, Path]]:
+        yield self.place, ()
 
     def classes(self) -> Iterator[type]:
         return iter(())
@@ -46,8 +46,8 @@ class _Stacked(NamedTuple):
     def build(self, tensors: Sequence[torch.Tensor]) -> Any:
         return self.kind(tensors[self.place].unbind(0))
 
-    def paths(self) -> Iterator[Path]:
-        yield ()
+    def paths(self) -> Iterator[tuple[int, Path]]:
+        yield self.place, ()
 
     def classes(self) -> Iterator[type]:
         return iter(())
@@ -61,7 +61,7 @@ class _Constant(NamedTuple):
     def build(self, tensors: Sequence[torch.Tensor]) -> Any:
         return self.value
 
-    def paths(self) -> Iterator[Path]:
+    def paths(self) -> Iterator[tuple[int, Path]]:
         return iter(())
 
     def classes(self) -> Iterator[type]:
@@ -79,10 +79,10 @@ class _Container(NamedTuple):
     def build(self, tensors: Sequence[torch.Tensor]) -> Any:
         return self.make([part.build(tensors) for part in self.parts])
 
-    def paths(self) -> Iterator[Path]:
+    def paths(self) -> Iterator[tuple[int, Path]]:
         for name, part in zip(self.names, self.parts, strict=True):
-            for path in part.paths():
-                yield (name, *path)
+            for place, path in part.paths():
+                yield place, (name, *path)
 
     def classes(self) -> Iterator[type]:
         yield self.kind
@@ -101,9 +101,10 @@ class Taken:
     Attributes
     ----------
     tensors : list of torch.Tensor
-        Its tensors, in the order of its places.
+        Its tensors, each once, in the order of their first places.
     key : bytes
-        128-bit digest of all the rest: structure, classes, plain values. Of the tensors it has the places alone.
+        128-bit digest of all the rest: structure, classes, plain values. Of the tensors it has the places alone, and
+        which of them hold one tensor: code may ask whether ``a is b``.
     """
 
     tensors: list[torch.Tensor]
@@ -122,7 +123,7 @@ class Taken:
 
     def path(self, index: int) -> str:
         """Where a tensor stands, for people: ``" 'mask'[0]"``; empty where it is all there is."""
-        return _path_text([*self._plan.paths()][index])
+        return _path_text(next(path for place, path in self._plan.paths() if place == index))
 
     def classes(self) -> list[type]:
         """The classes of its containers and enums, without Python's own: the key has their names, not their code."""
@@ -156,7 +157,7 @@ def take_arguments(
     form = _form(len(args), tuple(kwargs), tuple(names))
     given = (*args, *kwargs.values()) if kwargs else args
     values = [given[place] for place in form.order]
-    if _all_plain(values):
+    if _all_plain(values) and len(set(map(id, values))) == len(values):
         return Taken(values, form.plain_key, form.plain_plan)
     return _Walk("argument", stack_lists).arguments(values, form)
 
@@ -258,6 +259,7 @@ class _Walk:
         self._what = what
         self._stack_lists = stack_lists
         self._tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}
         self._data: list[bytes] = []
         # By id, and held: a temporary's id would be given to another.
         self._mutable: dict[int, Any] = {}
@@ -327,9 +329,13 @@ class _Walk:
         return _Container(kind, opened.build, opened.names, parts)
 
     def _leaf(self, tensor: torch.Tensor, mark: bytes) -> _Leaf:
-        self._tensors.append(tensor)
-        self._data.append(mark)
-        return _Leaf(len(self._tensors) - 1)
+        place = self._places.setdefault(id(tensor), len(self._tensors))
+        if place < len(self._tensors):
+            self._data.append(b"=%d;" % place)
+        else:
+            self._tensors.append(tensor)
+            self._data.append(mark)
+        return _Leaf(place)
 
 
 # Tags of lists and tuples that stand for a stack.
