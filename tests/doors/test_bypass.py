@@ -4,6 +4,7 @@ import gc
 import logging
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from marked import assert_same, counts, frozen, reasons, unmarked
@@ -113,6 +114,77 @@ def test_a_module_that_writes_is_right_in_every_call(kind, what, warnings):
     if kind in (Counting, Keeping):
         assert getattr(module, what) == getattr(twin, what)
     assert any(what in text and "pure=True" in text for text in warnings)
+
+
+class Extractor:
+    """What public code keeps features with."""
+
+    shared = None
+
+    def __init__(self, layer, where):
+        layer.register_forward_hook(getattr(self, where))
+        self.tensor, self.array = torch.zeros(4, 3), np.zeros((4, 3), np.float32)
+
+    def attribute(self, module, args, output):
+        self.kept = output
+
+    def of_the_class(self, module, args, output):
+        Extractor.shared = output
+
+    def into_a_global(self, module, args, output):
+        global KEPT
+        KEPT = output
+
+    def into_a_tensor(self, module, args, output):
+        if output.shape == self.tensor.shape:
+            self.tensor.copy_(output)
+
+    def into_an_array(self, module, args, output):
+        if output.shape == self.array.shape:
+            self.array[:] = output.numpy()
+
+    def found(self, where):
+        kept = {
+            "attribute": lambda: self.kept,
+            "of_the_class": lambda: Extractor.shared,
+            "into_a_global": lambda: KEPT,
+            "into_a_tensor": lambda: self.tensor,
+            "into_an_array": lambda: self.array,
+        }
+        return torch.as_tensor(kept[where]()).clone()
+
+
+KEPT = None
+
+
+@pytest.mark.parametrize("where", ["attribute", "of_the_class", "into_a_global", "into_a_tensor", "into_an_array"])
+def test_what_a_hook_keeps_elsewhere_is_of_the_callers_batch(where, warnings):
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False).eval()
+        return net, Extractor(net[1], where)
+
+    (module, got), (twin, wanted) = build(), build()
+    torchcache.mark(module, audit=0)
+    data = [torch.randn(4, 3) for _ in range(3)]
+    for x in data * 3:
+        expected = twin(x)
+        kept = wanted.found(where)
+        torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(got.found(where), kept)
+    assert any("pure=True" in text for text in warnings)
+
+
+def test_a_marked_function_that_writes_a_global_is_computed():
+    @cached(audit=0)
+    def doubled(x):
+        global KEPT
+        KEPT = x * 2
+        return KEPT + 1
+
+    for x in [torch.randn(4, 3), torch.randn(4, 3)] * 3:
+        torch.testing.assert_close(doubled(x), x * 2 + 1)
+        torch.testing.assert_close(KEPT, x * 2)
 
 
 class Noted(nn.Module):

@@ -1,5 +1,6 @@
 """What a call may be given and may return, and that a row served is the row computed."""
 
+import copy
 import dataclasses
 import enum
 import functools
@@ -386,3 +387,43 @@ def test_stats_prints_a_table_and_takes_only_models():
     assert "Plain" in str(torchcache.stats(module))
     with pytest.raises(TypeError):
         torchcache.stats(3)
+
+
+class Attending(nn.Module):
+    """Adds what only attention of a sequence to itself has."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, context):
+        out = self.own(x) + context
+        return out + self.other(x) if context is x else out
+
+
+@pytest.mark.parametrize("first", ["one object", "two objects"])
+def test_arguments_that_are_one_object_are_another_call(first):
+    torch.manual_seed(0)
+    twin = Attending().eval().requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(twin), audit=0)
+    known, more = torch.randn(5, 4), torch.randn(3, 4)
+    calls = [(known, known), (known, known.clone())]
+    mixed = torch.cat([known[:2], more])
+    for x, context in [*(calls if first == "one object" else calls[::-1]), *calls, (mixed, mixed)]:
+        torch.testing.assert_close(module(x, context), twin(x, context))
+    assert torchcache.stats(module).hits == 12
+
+
+def test_outputs_that_are_one_object_stay_one():
+    pair = torchcache.mark(Both(), audit=0)
+    x = torch.randn(5, 4)
+    for _ in range(3):
+        first, second = pair(x)
+        assert first is second
+        torch.testing.assert_close(first, x + 1)
+
+
+class Both(nn.Module):
+    def forward(self, x):
+        y = x + 1
+        return y, y

@@ -2,10 +2,13 @@
 
 import array
 import collections
+import concurrent.futures
 import dataclasses
 import enum
 import functools
+import importlib
 import sys
+import threading
 import types
 import weakref
 
@@ -548,6 +551,58 @@ def instance_forward_of_a_marked_child():
     return root, change
 
 
+@case
+def event():
+    module = module_of(lambda self: 3.0 if self.held.is_set() else 2.0, threading.Event())
+    return module, module.held.set
+
+
+@case
+def future():
+    def done(value):
+        future = concurrent.futures.Future()
+        future.set_result(value)
+        return future
+
+    module = module_of(lambda self: self.held.result(), done(2.0))
+    return module, lambda: setattr(module, "held", done(3.0))
+
+
+def settings_module(monkeypatch):
+    settings = types.ModuleType("settings_of_a_test")
+    settings.scale = 2.0
+    monkeypatch.setitem(sys.modules, "settings_of_a_test", settings)
+    return settings
+
+
+@case
+def import_module_by_function(monkeypatch):
+    settings = settings_module(monkeypatch)
+    module = module_of(lambda self: importlib.import_module("settings_of_a_test").scale)
+    return module, lambda: setattr(settings, "scale", 3.0)
+
+
+@case
+def import_by_dunder(monkeypatch):
+    settings = settings_module(monkeypatch)
+    module = module_of(lambda self: __import__("settings_of_a_test").scale)
+    return module, lambda: setattr(settings, "scale", 3.0)
+
+
+@case
+def module_by_sys_modules(monkeypatch):
+    settings = settings_module(monkeypatch)
+    module = module_of(lambda self: sys.modules["settings_of_a_test"].scale)
+    return module, lambda: setattr(settings, "scale", 3.0)
+
+
+@case
+def module_by_sys_modules_get(monkeypatch):
+    settings = settings_module(monkeypatch)
+    module = module_of(lambda self: sys.modules.get("settings_of_a_test").scale)
+    return module, lambda: setattr(settings, "scale", 3.0)
+
+
 def build(name, request, monkeypatch):
     given = {"request": request, "monkeypatch": monkeypatch}
     function = CASES[name]
@@ -633,3 +688,48 @@ def test_tensors_of_a_cached_module_can_be_swapped():
         torch.utils.swap_tensors(module.weight, weight)
         for _ in range(2):
             torch.testing.assert_close(module(x), factor * x + module.bias)
+
+
+@torch.no_grad()
+def _tripled(*arguments, **settings):
+    return 3 * arguments[-1]
+
+
+class Tripling:
+    def __call__(self, x, approximate="none"):
+        return 3 * x
+
+
+class Tempered(nn.Module):
+    def forward(self, x):
+        return x * self.temper * x.temper
+
+
+PATCHES = {
+    "a partial function": (nn.GELU, nn.functional, "gelu", functools.partial(lambda x, approximate, k: x * k, k=3)),
+    "a callable object": (nn.GELU, nn.functional, "gelu", Tripling()),
+    "a function that torch decorated": (nn.GELU, nn.functional, "gelu", _tripled),
+    "another function of torch": (nn.LogSigmoid, nn.functional, "logsigmoid", torch.tanh),
+    "a method of another module of torch": (nn.GELU, nn.GELU, "forward", nn.Tanh.forward),
+    "a method that torch decorated": (nn.GELU, nn.GELU, "forward", _tripled),
+    "a partial method": (nn.GELU, nn.GELU, "forward", functools.partialmethod(lambda self, x, k: x * k, k=3)),
+    "a number of all modules": (Tempered, nn.Module, "temper", 3.0),
+    "a number of all tensors": (Tempered, torch.Tensor, "temper", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_what_is_put_into_torch_is_a_miss(name, monkeypatch):
+    kind, owner, attribute, value = PATCHES[name]
+    for everything in (nn.Module, torch.Tensor):
+        monkeypatch.setattr(everything, "temper", 2.0, raising=False)
+    twin, module, x = kind(), torchcache.mark(kind(), audit=0), torch.randn(3, 2)
+    for _ in range(3):
+        torch.testing.assert_close(module(x), twin(x))
+    assert torchcache.stats(module).hits
+    before = twin(x)
+    monkeypatch.setattr(owner, attribute, value)
+    assert not torch.allclose(twin(x), before)
+    for _ in range(2):
+        torch.testing.assert_close(module(x), twin(x))
+    monkeypatch.undo()

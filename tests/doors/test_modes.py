@@ -154,6 +154,47 @@ def test_rows_are_shared_between_grad_modes(door):
     assert torchcache.stats(model).hits == 9
 
 
+class Asking(nn.Module):
+    """Asks in which mode it runs."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.ask = ask
+
+    def forward(self, x):
+        return self.linear(x) * (2 if self.ask() else 3)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("ask", [torch.is_grad_enabled, torch.is_inference_mode_enabled])
+def test_a_forward_that_asks_for_the_mode_gets_rows_of_its_own(ask, door):
+    model, twin = opened(Asking(ask), door)
+    x = torch.randn(5, 4)
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode) * 3:
+        with mode():
+            torch.testing.assert_close(model(x), twin(x))
+    assert torchcache.stats(model).hits
+
+
+def test_attention_where_a_mask_leaves_nothing_depends_on_a_switch():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    twin = nn.TransformerEncoder(layer, 1).eval().requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(twin), audit=0)
+    x, pad = torch.randn(6, 5, 8), torch.zeros(6, 5, dtype=torch.bool)
+    pad[1:-1, 3:] = True
+    try:
+        for enabled in (True, False, True):
+            torch.backends.mha.set_fastpath_enabled(enabled)
+            for _ in range(2):
+                torch.testing.assert_close(
+                    module(x, src_key_padding_mask=pad), twin(x, src_key_padding_mask=pad), atol=1e-5, rtol=0
+                )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_autocast_is_part_of_the_key(door):
     model, twin = opened(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), door)

@@ -326,7 +326,7 @@ class Learning:
                 raise
             written.restore()
             raise self._writes(form, names) from None
-        self._settle(batch, form, written)
+        self._settle(batch, form, written, learnt.rows)
         form.roles, form.learnt, form.spare = learnt.rows, learnt, None
         self._assign(batch, learnt.rows)
         return self._keep(batch, learnt, output, proven=True)
@@ -351,7 +351,7 @@ class Learning:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
 
-    def _settle(self, batch: Batch, form: _Form, written: Written | None) -> None:
+    def _settle(self, batch: Batch, form: _Form, written: Written | None, roles: Roles) -> None:
         """Go on with the identity after a first call, which may set a module up; another call must not change it."""
         names = written.changes() if written is not None else []
         if written is not None and not set(names).isdisjoint(batch.wrote):  # a probe must not show in what is kept
@@ -359,14 +359,16 @@ class Learning:
         identity = self._subject.identity
         who = identity.current()
         if not names and who != batch.who:
-            settled = Written(self._subject.module) if self._subject.module is not None else None
+            settled = Written(self._subject.module, identity.outside())
+            tensors = batch.taken.tensors
+            backwards = [pick_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, roles)]
             with generators_kept():
-                batch.original(batch.taken.tensors)
-            names = identity.changes()
+                batch.original(select(tensors, roles, backwards))
+                names = identity.changes() or settled.changes()
+                if names:  # what it keeps is to be of the caller's rows
+                    batch.original(tensors)
             if names:
                 identity.current()
-            elif settled is not None:
-                names = settled.changes()
         batch.who = who
         if not names:
             form.unsettled = 0
@@ -374,9 +376,10 @@ class Learning:
         raise self._writes(form, names)
 
     def _watch(self, contents_of: Sequence[str] = ()) -> Written | None:
-        """The module as it is, where it matters what is written to it."""
-        module = self._subject.module
-        return Written(module, contents_of) if module is not None and not self._options.pure else None
+        """What may be written, as it is, where it matters that it is written."""
+        if self._options.pure:
+            return None
+        return Written(self._subject.module, self._subject.identity.outside(), contents_of)
 
     def _writes(self, form: _Form, names: list[str]) -> Writes:
         """Why a call that writes is computed; said where it is no setting up."""

@@ -115,6 +115,14 @@ class GraphIdentity:
             self._programs = programs
         return self.digest
 
+    @property
+    def asks_for_gradients(self) -> bool:
+        """``False``: what it answered is written in the graph."""
+        return False
+
+    def outside(self) -> None:
+        """``None``: a graph writes to nothing."""
+
     def changes(self) -> list[str]:
         """Names of what is not as it was when ``current`` was last asked."""
         found = [name for identity, _ in self._parts for name in identity.program().changes()]

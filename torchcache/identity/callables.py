@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchcache.identity.homes import (
@@ -113,7 +114,7 @@ def _class(value: type) -> Node:
             if not named_class(base):
                 node.parts.append((".__mro__", base))
                 continue
-            foreign = dict(_foreign(vars(base)))
+            foreign = dict(_foreign(base))
             if issubclass(base, nn.Module):
                 node.checks.append(Check("foreign", base, read=_class_foreign))
             if foreign:
@@ -143,37 +144,73 @@ _OF_A_CALL = frozenset({"forward", "_call_impl", "_wrapped_call_impl", "_slow_fo
 
 
 def _class_foreign(value: type) -> tuple[Any, ...]:
-    return tuple(_foreign(vars(value)))
+    return tuple(_foreign(value))
 
 
-def _foreign(members: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Functions and classes of somebody else among the members of something named."""
-    found = []
-    for name, member in sorted(members.items()):
-        kind = type(member)
-        if kind in _PATCHES and not name.startswith(("torchcache_", "_torchcache")) and is_foreign(member):
+# The members of torch's classes and namespaces as they were when they were first looked at, each with its owner.
+_KNOWN: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+
+def _known(owner: Any) -> dict[str, Any]:
+    if id(owner) not in _KNOWN:
+        _KNOWN[id(owner)] = (owner, dict(vars(owner)))
+    return _KNOWN[id(owner)][1]
+
+
+def _foreign(owner: Any) -> list[tuple[str, Any]]:
+    """Members of something named that somebody else put there: functions and classes, and whatever came later."""
+    known, found = _known(owner), []
+    for name, member in sorted(vars(owner).items()):
+        if name.startswith(("torchcache_", "_torchcache")) or name in _NOT_IMPLIED - CONSTRUCTORS:
+            continue
+        came = known.get(name, MISSING) is not beneath(member) and not _is_torchs_own(member)
+        if came or (type(member) in _PATCHES and is_foreign(member)):
             found.append((name, member))
     return found
+
+
+def _is_torchs_own(member: Any) -> bool:
+    """Whether torch itself put a member there late: a module that was imported, or a note of Dynamo's."""
+    if type(member) is types.FunctionType:
+        return home_of(member).startswith("torch._dynamo") and not is_foreign(member)
+    return type(member) is types.ModuleType
 
 
 _PATCHES = (types.FunctionType, staticmethod, classmethod, property, type)
 
 
 def _torch(value: type[Torch]) -> Node:
-    """Functions that were put into torch's namespaces, and those of its own that stand under other names."""
-    import torch
-
+    """What was put into torch's namespaces, and functions of its own that stand under other names."""
     node = Node(value, ("torch", version_of("torch")))
-    for home in (torch, torch.nn.functional, torch.Tensor, torch.Tensor.__mro__[1]):
-        members = vars(home)
-        for name, member in _foreign(members):
-            label = f"the global {getattr(home, '__name__', '')}.{name}"
-            node.parts.append((label, member))
-        node.checks.append(Check("foreign", home, read=lambda owner: tuple(_foreign(vars(owner)))))
+    for home in _HOMES:
+        data = {}
+        for name, member in _foreign(home):
+            if callable(member) or isinstance(member, property):
+                node.parts.append((f"the global {getattr(home, '__name__', '')}.{name}", member))
+            else:
+                data[name] = member
+        if data:
+            node.spaces.append(Space("member", data, data))
+        node.checks.append(Check("foreign", home, read=lambda owner: tuple(_foreign(owner))))
     for name, member in sorted(vars(torch.nn.functional).items()):
         if type(member) is types.FunctionType and not name.startswith("__") and member.__name__ != name:
             node.head += (name, member.__module__, member.__qualname__)
     return node
+
+
+_HOMES: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, torch.Tensor.__mro__[1])
+
+
+def _look_at_torch() -> None:
+    classes: list[Any] = [nn.Module]
+    for kind in classes:
+        _known(kind)
+        classes += [inner for inner in kind.__subclasses__() if named_class(inner) and id(inner) not in _KNOWN]
+    for home in _HOMES:
+        _known(home)
+
+
+_look_at_torch()
 
 
 def _method(value: types.MethodType) -> Node:

@@ -145,8 +145,10 @@ def is_foreign(member: Any) -> bool:
         member = member.__func__
     if isinstance(member, property):
         member = member.fget
-    if isinstance(member, types.FunctionType):
-        return not is_named(home_of(member))
+    while isinstance(member, types.FunctionType):
+        if not is_named(home_of(member)):
+            return True
+        member = vars(member).get("__wrapped__")  # of one that torch decorates
     return isinstance(member, type) and not named_class(member)
 
 

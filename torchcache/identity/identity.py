@@ -9,6 +9,7 @@ import torch
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
+from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 
@@ -90,6 +91,10 @@ class Identity:
         if not (self.digest and self._state.unchanged(tensors)):
             self.digest = digest_bytes(b"who" + program.digest + self._state.update(tensors))
         return self.digest
+
+    def outside(self) -> Outside | None:
+        """What the original may write outside of its module, as it is at this time."""
+        return self.program().outside()
 
     def reads(self, objects: set[int], names: set[str]) -> bool:
         """Whether the program reads any of the objects with these ``id``, or a global of one of these names."""

@@ -15,6 +15,7 @@ from torchcache.identity.homes import home_of, is_installed, is_named, module_of
 from torchcache.identity.modules import GROUPS, GlobalHooks
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, beneath_mark, member_space
+from torchcache.identity.outside import Outside, Place
 from torchcache.identity.reach import Reach
 from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
 
@@ -22,9 +23,7 @@ __all__ = ["Program", "reads"]
 
 
 # Functions by which code asks for the mode that it runs in.
-_ASKS = frozenset(
-    id(getattr(torch, name)) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_inference")
-)
+_ASKS = frozenset(id(getattr(torch, name)) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
 
 
 class Program:
@@ -57,6 +56,8 @@ class Program:
         self.digest = bytes(16)
         self.problem: str | None = None
         self.asks_for_gradients = False
+        self._places: list[Place] = []
+        self._names: frozenset[str] = frozenset()
         # No weak references: torch swaps no tensors that have any.
         self.tensors: list[torch.Tensor] = []
         self._watch = Watch()
@@ -68,6 +69,8 @@ class Program:
                 reach.from_subject(module, function)
             self.problem = reach.problem or None
             self.asks_for_gradients = not reach.nodes.keys().isdisjoint(_ASKS) or "is_inference" in reach.names
+            self._names = frozenset(reach.written)
+            self._places = _places(reach, module)
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, roots)
             self._watch = _watch(reach)
@@ -77,6 +80,10 @@ class Program:
     def unchanged(self) -> bool:
         """Whether nothing that was read has changed since: no attribute, container, class, function or global."""
         return self._watch.unchanged()
+
+    def outside(self) -> Outside:
+        """What the code may write outside of its module, as it is at this time."""
+        return Outside(self._places, self._names, self.tensors)
 
     def changes(self) -> list[str]:
         """What differs from what was read, by the user's names: ``blocks.3.calls``, ``the global LOG``."""
@@ -92,6 +99,19 @@ def reads(subject: Any, objects: set[int], names: set[str]) -> bool:
     reach = Reach()
     reach.from_subject(module, function)
     return not objects.isdisjoint(reach.nodes) or any(not names.isdisjoint(read) for _, read in reach.bindings.values())
+
+
+def _places(reach: Reach, module: Any) -> list[Place]:
+    """Objects whose attributes code may assign to, and globals of the functions that assign; not the module's tree."""
+    tree = {id(inner) for inner in module.modules()} if module is not None else set()
+    found: dict[int, Place] = {}
+    for node in reach.nodes.values():
+        if node.kind in ("object", "module") or (node.kind == "class" and not named_class(node.value)):
+            if id(node.value) not in tree:
+                found[id(node.value)] = (node.value, node.path)
+        elif node.reads is not None and node.reads.written:
+            found[id(node.value.__globals__)] = (node.value.__globals__, node.path)
+    return list(found.values())
 
 
 def _watch(reach: Reach) -> Watch:
@@ -159,13 +179,13 @@ def _add(watch: Watch, node: Node, check: Check, often: bool) -> None:
 def _add_foreign(watch: Watch, node: Node, owner: Any, foreign: Callable[[Any], Any]) -> None:
     """Watch that nothing is put into a namespace of torch."""
     live, known = beneath_proxy(vars(owner)), foreign(owner)
-    functions = {name: member for name, member in live.items() if callable(member)}
+    held = dict(live)
 
     def differs() -> list[str]:
         return [] if same(foreign(owner), known) else [node.path() or f"{getattr(owner, '__name__', 'torch')}"]
 
     if type(live) is dict:
-        watch.namespaces.append(Namespace(live, functions, differs))
+        watch.namespaces.append(Namespace(live, held, differs))
 
 
 def _items(mapping: dict[Any, Any]) -> tuple[Any, ...]:

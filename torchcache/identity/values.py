@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import concurrent.futures
 import contextvars
 import datetime
 import decimal
@@ -285,6 +286,17 @@ def _in_context(value: contextvars.ContextVar[Any]) -> tuple[Any]:
     return (value.get(ABSENT),)
 
 
+def _future(value: Any) -> Node:
+    """What came of a task of a pool; of one that is at work that it is."""
+    done = value.done() and not value.cancelled() and value.exception() is None
+    parts = [(".result()", value.result())] if done else []
+    return Node(value, ("future", str(done)), parts, checks=[Check("kind", value), Check("content", value, read=_done)])
+
+
+def _done(value: Any) -> tuple[Any, ...]:
+    return value.done(), value._result
+
+
 def _environment(value: Any) -> Node:
     space = Space("variable", {}, dict(value), fetch=functools.partial(dict, value))
     return Node(value, ("environment",), spaces=[space], kind="environment")
@@ -350,6 +362,8 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     functools.partial: _partial,
     **dict.fromkeys((operator.attrgetter, operator.itemgetter, operator.methodcaller), _access),
     threading.local: _local,
+    threading.Event: _state_reader(lambda value: value.is_set()),
+    concurrent.futures.Future: _future,
     contextvars.ContextVar: _context,
     type(os.environ): _environment,
     **dict.fromkeys((type(torch.ops.aten.add.default), type(torch.ops.aten.add)), _operator),

@@ -1,4 +1,4 @@
-"""What a forward writes into its modules: attributes, buffers and containers that differ from a snapshot."""
+"""What a forward writes: attributes, buffers and containers that differ from a snapshot."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchcache.identity.objects import ignored
+from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
 
 __all__ = ["Written"]
@@ -25,14 +26,19 @@ class Written:
 
     Parameters
     ----------
-    module : nn.Module
+    module : nn.Module or None
         The root of the tree. A snapshot keeps what it saw alive, so it is to live for one call.
+    outside : Outside or None
+        What may be written elsewhere.
     contents_of : sequence of str
         Paths of tensors whose contents are restored as well.
     """
 
-    def __init__(self, module: nn.Module, contents_of: Sequence[str] = ()) -> None:
+    def __init__(
+        self, module: nn.Module | None, outside: Outside | None = None, contents_of: Sequence[str] = ()
+    ) -> None:
         self._module = module
+        self._outside = outside
         self._before = _snapshot(module)
         held = [self._before[name][0] for name in contents_of if name in self._before]
         self._contents = [(leaf, leaf.detach().clone()) for leaf in held if isinstance(leaf, torch.Tensor)]
@@ -44,11 +50,14 @@ class Written:
         """
         after = _snapshot(self._module)
         names = dict.fromkeys([*self._before, *after])
-        return [name for name in names if not _equal(self._before.get(name), after.get(name))]
+        found = [name for name in names if not _equal(self._before.get(name), after.get(name))]
+        return found if self._outside is None else [*found, *self._outside.changes()]
 
     def restore(self) -> None:
         """Put back attributes that were set, replaced or removed, and containers' items."""
-        modules = dict(self._module.named_modules())
+        if self._outside is not None:
+            self._outside.restore()
+        modules = dict(self._module.named_modules()) if self._module is not None else {}
         for path, inner in modules.items():
             prefix = f"{path}." if path else ""
             members: dict[str, Any] = inner.__dict__
@@ -85,9 +94,9 @@ def _refill(container: Any, items: tuple[Any, ...]) -> None:
 _Entry = tuple[Any, tuple[Any, ...] | None, int]
 
 
-def _snapshot(module: nn.Module) -> dict[str, _Entry]:
+def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:
     found: dict[str, _Entry] = {}
-    for path, inner in module.named_modules():
+    for path, inner in module.named_modules() if module is not None else ():
         prefix = f"{path}." if path else ""
         members = vars(inner)
         for name, value in members.items():
