@@ -14,6 +14,7 @@ PACKAGE = Path(torchcache.__file__).parent
 LAYERS = [
     {"printable", "forks", "version", "threads", "dynamo", "counters"},
     {"errors", "logging", "history"},
+    {"address"},
     {"options"},
     {"context", "mark", "modes", "store"},
     {"digest", "values"},

@@ -71,7 +71,7 @@ class Region:
     def __init__(self, subject: Subject, options: CacheOptions) -> None:
         self.subject = subject
         self.options = options
-        self.tiers = Tiers(options)
+        self.tiers = Tiers(options, subject.name)
         self.counters = Counters()
         self.history = History()
         self.reasons: collections.Counter[str] = collections.Counter()
@@ -228,7 +228,7 @@ class Region:
 
         def prepare(rows: Sequence[torch.Tensor]) -> tuple[list[bytes], Found | None]:
             digests = digest_rows(rows, self.options.digest)
-            if self.tiers.disk is None or not plan.believed:
+            if not self.tiers.beneath or not plan.believed:
                 return digests, None
             return digests, self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who)
 
@@ -246,8 +246,9 @@ class Region:
             for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
                 if slot == ABSENT and digest not in found.extra:
                     missing.setdefault(digest, row)
-        if found.from_disk:
-            self.tiers.tell(batch.who.hex(), self.name)
+        beneath = found.from_beneath
+        if beneath:
+            self.tiers.tell(batch.who)
         self.counters.lookup_seconds += time.perf_counter() - start
         if missing:
             before = (batch.who, plan.layout)
@@ -261,11 +262,12 @@ class Region:
             digests,
             missing,
             found.from_disk,
+            found.from_others,
             leaves,
             lambda places: plan.rows_first(self._original(batch, plan, places)),
             plan.learnt.rounding,
         )
-        first = bool(found.from_disk) and not plan.believed
+        first = bool(beneath) and not plan.believed
         if first or self.schedule.due(batch.taken.key, batch.count):
             alarm = self._audit(batch, plan, looked, first)
             if alarm is not None:
@@ -278,14 +280,15 @@ class Region:
         return outputs
 
     def _count(self, looked: Looked) -> None:
-        disk, computed = len(looked.from_disk), len(looked.missing)
+        disk, others, computed = len(looked.from_disk), len(looked.from_others), len(looked.missing)
         rows = len(looked.digests)
         if rows != self._usefulness.rows:
             self._usefulness.note_rows(rows)
         self.counters.calls += 1
         self.counters.misses += computed
         self.counters.disk_hits += disk
-        self.counters.memory_hits += rows - computed - disk
+        self.counters.remote_hits += others
+        self.counters.memory_hits += rows - computed - disk - others
         self.history.note(self.counters, self.tiers.memory.used, self.tiers.disk_bytes)
 
     def _compute(
@@ -314,9 +317,7 @@ class Region:
             leaves = [select_rows(leaf, places) for leaf in leaves]
         start = time.perf_counter()
         with normal_tensors(), torch.no_grad():
-            slab, slots = self.tiers.keep(
-                key, batch.who.hex(), self.name, list(missing), leaves, RowSpec.of(leaves), batch.who
-            )
+            slab, slots = self.tiers.keep(key, list(missing), leaves, RowSpec.of(leaves), batch.who)
         if slab is not None:
             found.slab = slab
         if len(slots) == len(missing) < len(digests) and self.options.cache_dtype is None and slab is not None:
@@ -361,7 +362,7 @@ class Region:
         misses = list(looked.missing.values())
         hits = [row for row, digest in enumerate(looked.digests) if digest not in looked.missing]
         if first:
-            hits, misses = [row for row in hits if looked.digests[row] in looked.from_disk], []
+            hits, misses = [row for row in hits if looked.digests[row] in looked.from_beneath], []
         early = self.schedule.early(batch.taken.key, batch.count)
         again = Recomputation(
             looked.outputs,
@@ -384,7 +385,7 @@ class Region:
         """Empty the region; a region whose rows depend on each other, or keep being wrong, is given up."""
         self.counters.alarms += 1
         self.counters.count_bypass(batch.count)
-        self.tiers = self.tiers.emptied(batch.who.hex())
+        self.tiers = self.tiers.emptied(batch.who)
         if alarm.stale and self.counters.alarms < MOST_ALARMS:
             what = "its program or its weights changed in a way that cannot be seen; its rows are computed anew"
         else:

@@ -13,8 +13,9 @@ class Counters:
 
     Parameters
     ----------
-    memory_hits, disk_hits, misses, bypasses : int
-        Rows served by a tier (a repeat within a batch counts as memory), computed and stored, computed only.
+    memory_hits, disk_hits, remote_hits, misses, bypasses : int
+        Rows served by memory (a repeat within a batch too), by disk, by a server or a tier of the user's own; computed
+        and stored, computed only.
     calls : int
         Batches.
     alarms : int
@@ -25,6 +26,7 @@ class Counters:
 
     memory_hits: int = 0
     disk_hits: int = 0
+    remote_hits: int = 0
     misses: int = 0
     bypasses: int = 0
     calls: int = 0
@@ -43,7 +45,7 @@ class Counters:
     @property
     def hits(self) -> int:
         """Rows served by any tier."""
-        return self.memory_hits + self.disk_hits
+        return self.memory_hits + self.disk_hits + self.remote_hits
 
     @property
     def saved_seconds(self) -> float | None:

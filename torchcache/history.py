@@ -16,7 +16,7 @@ class Point(NamedTuple):
     ----------
     calls : int
         Batches.
-    memory_hits, disk_hits, misses, bypasses : int
+    memory_hits, disk_hits, remote_hits, misses, bypasses : int
         Rows.
     hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
         Where the time went.
@@ -27,6 +27,7 @@ class Point(NamedTuple):
     calls: int
     memory_hits: int
     disk_hits: int
+    remote_hits: int
     misses: int
     bypasses: int
     hash_seconds: float
@@ -38,9 +39,14 @@ class Point(NamedTuple):
     disk_bytes: int
 
     @property
+    def hits(self) -> int:
+        """Rows served by any tier."""
+        return self.memory_hits + self.disk_hits + self.remote_hits
+
+    @property
     def rows(self) -> int:
         """Rows looked up."""
-        return self.memory_hits + self.disk_hits + self.misses
+        return self.hits + self.misses
 
     @classmethod
     def of(cls, counters: Counters, memory_bytes: int, disk_bytes: int) -> Point:

@@ -22,8 +22,8 @@ class Looked:
         One a row.
     missing : dict of bytes to int
         Digest to its first row in the batch, for each that was found nowhere.
-    from_disk : frozenset of bytes
-        Digests that the disk tier answered.
+    from_disk, from_others : frozenset of bytes
+        Digests that the disk tier answered, and tiers beneath it.
     outputs : list of torch.Tensor
         What was served, rows first.
     compute : callable
@@ -35,6 +35,12 @@ class Looked:
     digests: list[bytes]
     missing: dict[bytes, int]
     from_disk: frozenset[bytes]
+    from_others: frozenset[bytes]
     outputs: list[torch.Tensor]
     compute: Callable[[Sequence[int]], list[torch.Tensor]]
     rounding: Rounding
+
+    @property
+    def from_beneath(self) -> frozenset[bytes]:
+        """Digests that memory did not hold, and another tier did."""
+        return self.from_disk | self.from_others

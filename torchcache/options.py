@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 
+from torchcache.address import check_remote, default_remote
 from torchcache.logging import warn_once
 
 __all__ = ["CacheOptions", "absolute", "default_cache_dir"]
@@ -86,6 +87,13 @@ class CacheOptions:
         only the first rows that come from disk.
     batch_dim : int
         The dimension of the arguments along which samples lie: 1 for sequence-first modules.
+    tiers : sequence of Tier
+        Stores of your own beneath memory and disk, the nearest first: see ``torchcache.Tier``.
+    remote : str or None
+        A Redis or Valkey server beneath all of them, shared with all who name it: ``redis://host:6379/0``,
+        ``rediss://``, ``unix:///path``, with ``?timeout=`` (seconds, 1), ``&ttl=`` (seconds) and ``&read_only=true``.
+        ``None`` is ``$TORCHCACHE_REMOTE`` where ``persistent`` is true. User and password come from the URL, or from
+        ``$TORCHCACHE_REMOTE_USER`` and ``$TORCHCACHE_REMOTE_PASSWORD``. Needs the extra ``torchcache[redis]``.
     pure : bool
         Your promise that what the original writes beside its output (a counter, a log, a kept attention map) need not
         happen for rows that are served.
@@ -108,6 +116,8 @@ class CacheOptions:
     digest: str = "xxh3_128"
     audit: float = 0.01
     batch_dim: int = 0
+    tiers: Sequence[Any] = ()
+    remote: str | None = dataclasses.field(default=None, repr=False)
     pure: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +135,7 @@ class CacheOptions:
             absolute(path)
         _require(given is None or isinstance(given, str), "persistent_module_hash", "a string or None", given)
         _require(given != "", "persistent_module_hash", "a name that is not empty, or None", given, ValueError)
+        self._check_tiers()
         self._check_device()
         self._check_dtype()
         level = self.zstd_compression_level
@@ -141,6 +152,20 @@ class CacheOptions:
         _require(self.digest in DIGESTS, "digest", f"one of {DIGESTS}", self.digest, ValueError)
         if self.digest == "blake3" and importlib.util.find_spec("blake3") is None:
             raise ValueError("torchcache: digest='blake3' needs the blake3 package: pip install 'torchcache[blake3]'")
+
+    def _check_tiers(self) -> None:
+        tiers, remote = self.tiers, self.remote
+        _require(isinstance(tiers, Sequence), "tiers", "a list of torchcache.Tier objects", tiers)
+        for tier in tiers:
+            verbs = all(callable(getattr(tier, verb, None)) for verb in ("read", "write", "remove"))
+            _require(verbs, "tiers", "a list of objects of subclasses of torchcache.Tier", tier)
+        object.__setattr__(self, "tiers", tuple(tiers))
+        _require(remote is None or isinstance(remote, str), "remote", "a URL or None", type(remote))
+        if remote is not None:
+            try:
+                check_remote(remote)
+            except ValueError as error:  # its text says no more of the URL than may be seen
+                raise ValueError(f"torchcache: remote must be {error}") from None
 
     def _check_device(self) -> None:
         device = self.memory_cache_device
@@ -164,6 +189,11 @@ class CacheOptions:
         if not self.persistent:
             return None
         return absolute(self.persistent_cache_dir) if self.persistent_cache_dir else default_cache_dir()
+
+    @property
+    def server(self) -> str | None:
+        """URL of the remote tier; ``None`` where there is none."""
+        return default_remote() if self.remote is None and self.persistent else self.remote
 
     def replace(self, changes: Mapping[str, Any]) -> CacheOptions:
         """These options with ``changes`` made; unknown names are a ``TypeError``."""

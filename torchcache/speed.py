@@ -14,6 +14,7 @@ import torch
 from torchcache.digest.cpu import digest_rows
 from torchcache.errors import StoreError
 from torchcache.store.blob import Codec, RowSpec
+from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier
 
 __all__ = ["RowSpeed", "Speed", "measure"]
@@ -108,7 +109,7 @@ def _measure_rows(directory: Path, name: str, shape: tuple[int, ...]) -> RowSpee
 
     def write() -> int:
         return sum(
-            tier.write(list(zip(keys[at : at + BATCH], blobs[at : at + BATCH], strict=True)), "", 2**62)[0]
+            tier.write(list(zip(keys[at : at + BATCH], blobs[at : at + BATCH], strict=True)), Region("", ""))[0]
             for at in range(0, count, BATCH)
         )
 

@@ -166,8 +166,8 @@ def one_slot_for_all(patch):
 def rows_stored_under_digests_of_others(patch):
     keep = Tiers.keep
 
-    def mixed(self, fingerprint, tag, name, digests, *others):
-        return keep(self, fingerprint, tag, name, digests[::-1], *others)
+    def mixed(self, fingerprint, digests, *others):
+        return keep(self, fingerprint, digests[::-1], *others)
 
     patch.setattr(Tiers, "keep", mixed)
 

@@ -23,6 +23,7 @@ from trained import Run
 import torchcache
 from torchcache.cli.main import main
 from torchcache.store import gate
+from torchcache.store.catalogue import Region
 from torchcache.store.connect import marker
 from torchcache.store.disk import DiskTier
 
@@ -325,7 +326,7 @@ def test_sizes_of_rows_that_are_not_so_lift_no_limit(tmp_path):
     again = DiskTier(tmp_path)
     for number, (key, blob) in enumerate(blobs):
         if number < 5:
-            again.drop({key: b""})
+            again.remove(Region("", ""), {key: b""})
         else:
             again.write([(key, blob)], "0" * 32, limit)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.val")) < limit

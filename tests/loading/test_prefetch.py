@@ -82,7 +82,7 @@ def test_rows_that_memory_has_no_room_for_are_read_once(tmp_path, monkeypatch):
     reads = []
     read = torchcache.store.disk.DiskTier.read
     monkeypatch.setattr(
-        torchcache.store.disk.DiskTier, "read", lambda self, keys: reads.append(len(keys)) or read(self, keys)
+        torchcache.store.disk.DiskTier, "read", lambda self, keys, *others: reads.append(len(keys)) or read(self, keys)
     )
     for (x, _), wanted in zip(torchcache.prefetch(batches()), expected, strict=True):
         torch.testing.assert_close(warm(x), wanted)

@@ -42,7 +42,7 @@ def test_rows_are_in_memory_before_they_are_asked_for(filled, monkeypatch):
     directory, x = filled
     asked = []
     read = DiskTier.read
-    monkeypatch.setattr(DiskTier, "read", lambda self, keys: asked.append(len(keys)) or read(self, keys))
+    monkeypatch.setattr(DiskTier, "read", lambda self, keys, *others: asked.append(len(keys)) or read(self, keys))
     warm, plain = model(directory), torchcache.unmark(model(directory))
     for part in x.split(BATCH):
         torch.testing.assert_close(warm(part), plain(part))

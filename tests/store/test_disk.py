@@ -17,10 +17,15 @@ import pytest
 
 from torchcache.store import connect
 from torchcache.store.blob_disk import BlobDisk
+from torchcache.store.catalogue import Region
 from torchcache.store.connect import MIN_FILE_SIZE
 from torchcache.store.disk import DiskTier
 
 LIMIT = 10**9
+
+
+def record(limit):
+    return Region("tag", "", options={"max_persistent_cache_size": limit})
 
 
 def key(number):
@@ -47,7 +52,7 @@ def database(directory):
 def test_batches_of_any_size_come_back(tmp_path):
     tier = DiskTier(tmp_path)
     stored = entries(range(1700))
-    assert tier.write(stored, "tag", LIMIT) == (1700, 170_000)
+    assert tier.write(stored, record(LIMIT)) == (1700, 170_000)
     assert tier.read([key(number) for number in range(-0, 1700)]) == dict(stored)
     assert tier.read([key(5), key(9999)]) == dict(stored[5:6])
     assert DiskTier(tmp_path).read([key(3)]) == dict(stored[3:4])
@@ -56,7 +61,7 @@ def test_batches_of_any_size_come_back(tmp_path):
 def test_large_values_are_files_and_private(tmp_path):
     tier = DiskTier(tmp_path / "new")
     stored = entries(range(30), size=2 * MIN_FILE_SIZE)
-    tier.write(stored, "tag", LIMIT)
+    tier.write(stored, record(LIMIT))
     files = list(tmp_path.rglob("*.val"))
     assert len(files) == 30
     assert len({path.parent for path in files}) == 1  # a folder for each would double the time
@@ -67,11 +72,11 @@ def test_large_values_are_files_and_private(tmp_path):
 
 def test_the_limit_counts_files_and_stops_storing(tmp_path, warnings):
     tier = DiskTier(tmp_path)
-    stored, _ = tier.write(entries(range(40), size=2 * MIN_FILE_SIZE), "tag", 20 * MIN_FILE_SIZE)
+    stored, _ = tier.write(entries(range(40), size=2 * MIN_FILE_SIZE), record(20 * MIN_FILE_SIZE))
     assert 0 < stored < 11
     assert tier.full
     assert tier.volume() <= 20 * MIN_FILE_SIZE
-    assert DiskTier(tmp_path).write(entries(range(50, 60), 2 * MIN_FILE_SIZE), "tag", 20 * MIN_FILE_SIZE)[0] <= 1
+    assert DiskTier(tmp_path).write(entries(range(50, 60), 2 * MIN_FILE_SIZE), record(20 * MIN_FILE_SIZE))[0] <= 1
     assert len([text for text in warnings if "full" in text]) == 1
 
 
@@ -100,7 +105,7 @@ class Bomb:
 def test_planted_rows_execute_nothing_and_touch_nothing(tmp_path, columns, remedy, warnings):
     directory = tmp_path / "cache"
     tier = DiskTier(directory)
-    tier.write(entries(range(3)), "tag", LIMIT)
+    tier.write(entries(range(3)), record(LIMIT))
     bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
     (tmp_path / "secret").write_bytes(b"secret")
     rows = next(directory.rglob("cache.db")).parent
@@ -119,10 +124,10 @@ def test_planted_rows_execute_nothing_and_touch_nothing(tmp_path, columns, remed
     assert set(found) == {key(0), key(2)}
     assert not (tmp_path / "exploded").exists()
     if remedy == "write":
-        DiskTier(directory).write(entries([1]), "tag", LIMIT)
+        DiskTier(directory).write(entries([1]), record(LIMIT))
         assert set(DiskTier(directory).read([key(1)])) == {key(1)}
     else:
-        DiskTier(directory).drop({key(1): b""})
+        DiskTier(directory).remove(record(LIMIT), {key(1): b""})
     assert (tmp_path / "secret").read_bytes() == b"secret"
     assert not (tmp_path / "exploded").exists()
 
@@ -137,20 +142,20 @@ def plant_file(directory):
 
 def test_a_folder_that_leads_elsewhere_is_neither_read_nor_emptied(tmp_path, warnings):
     directory, outside = tmp_path / "cache", tmp_path / "outside"
-    DiskTier(directory).write(entries(range(3)), "tag", LIMIT)
+    DiskTier(directory).write(entries(range(3)), record(LIMIT))
     path = plant_file(directory)
     secret = outside / "cd" / path.name
     secret.parent.mkdir(parents=True)
     secret.write_bytes(b"secret")
     path.parents[1].symlink_to(outside)
     assert contents(DiskTier(directory).read([key(1)])) == {}
-    DiskTier(directory).drop({key(1): b""})
+    DiskTier(directory).remove(record(LIMIT), {key(1): b""})
     assert secret.exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in this file system")
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, warnings):
-    DiskTier(tmp_path).write(entries(range(3)), "tag", LIMIT)
+    DiskTier(tmp_path).write(entries(range(3)), record(LIMIT))
     path = plant_file(tmp_path)
     path.parent.mkdir(parents=True)
     os.mkfifo(path)
@@ -162,7 +167,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, warnings):
 
 
 def test_what_is_larger_than_any_blob_is_not_read(tmp_path, warnings):
-    DiskTier(tmp_path).write(entries(range(3)), "tag", LIMIT)
+    DiskTier(tmp_path).write(entries(range(3)), record(LIMIT))
     path = plant_file(tmp_path)
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
@@ -188,7 +193,7 @@ def test_what_is_larger_than_any_blob_is_not_read(tmp_path, warnings):
 )
 def test_a_marker_that_says_nothing_is_replaced(tmp_path, marker):
     (tmp_path / "torchcache.json").write_bytes(marker)
-    assert DiskTier(tmp_path).write(entries([1]), "tag", LIMIT) == (1, 100)
+    assert DiskTier(tmp_path).write(entries([1]), record(LIMIT)) == (1, 100)
     assert (tmp_path / "torchcache.json").read_bytes() == connect.marker(1)
 
 
@@ -206,14 +211,14 @@ def test_a_marker_that_says_nothing_is_replaced(tmp_path, marker):
 )
 def test_a_database_with_other_settings_or_tables_costs_rows_and_raises_nothing(tmp_path, harm, warnings):
     tier = DiskTier(tmp_path)
-    tier.write(entries(range(3)), "tag", LIMIT)
+    tier.write(entries(range(3)), record(LIMIT))
     tier.close()
     with database(tmp_path) as connection:
         connection.execute(harm)
     tier = DiskTier(tmp_path)
     assert set(tier.read([key(1)])) <= {key(1)}
-    tier.write(entries([7]), "tag", LIMIT)
-    tier.drop({key(1): b""})
+    tier.write(entries([7]), record(LIMIT))
+    tier.remove(record(LIMIT), {key(1): b""})
     assert tier.volume() >= 0
     assert len(set(warnings)) == len(warnings)
 
@@ -241,12 +246,12 @@ LONG = "x" * 100_000
 @pytest.mark.parametrize("opened", ["before", "after"])
 def test_a_warning_is_a_line_or_two_whatever_the_database_says(tmp_path, harm, opened, warnings):
     tier = DiskTier(tmp_path)
-    tier.write(entries(range(3)), "tag", LIMIT)
+    tier.write(entries(range(3)), record(LIMIT))
     with database(tmp_path) as connection:
         connection.executescript(harm)
     tier = tier if opened == "before" else DiskTier(tmp_path)
     tier.read([key(1)])
-    tier.write(entries([7]), "tag", LIMIT)
+    tier.write(entries([7]), record(LIMIT))
     thread = threading.Thread(target=tier.read, args=([key(2)],))
     thread.start()
     thread.join()
@@ -257,7 +262,7 @@ def test_a_warning_is_a_line_or_two_whatever_the_database_says(tmp_path, harm, o
 @pytest.mark.parametrize("value", ["0; SELECT 1", "x", -7, 5.5, b"a"])
 def test_settings_in_the_database_are_obeyed_on_no_thread(tmp_path, value):
     tier = DiskTier(tmp_path)
-    tier.write(entries(range(3)), "tag", LIMIT)
+    tier.write(entries(range(3)), record(LIMIT))
     with database(tmp_path) as connection:
         connection.execute(
             "UPDATE Settings SET value = ? WHERE key IN ('sqlite_cache_size', 'sqlite_synchronous')", (value,)
@@ -289,7 +294,7 @@ def test_a_newer_format_is_left_alone_and_said_once(tmp_path, warnings):
     tier = DiskTier(tmp_path)
     for _ in range(3):
         assert tier.read([key(1)]) == {}
-        assert tier.write(entries([1]), "tag", LIMIT) == (0, 0)
+        assert tier.write(entries([1]), record(LIMIT)) == (0, 0)
     assert os.listdir(tmp_path) == ["torchcache.json"]
     assert len(warnings) == 1
     assert "upgrade" in warnings[0]
@@ -302,7 +307,7 @@ def test_a_broken_directory_reads_as_empty_and_is_warned_of_once(tmp_path, harm,
         directory.write_text("no directory")
     else:
         first = DiskTier(directory)
-        first.write(entries(range(100)), "tag", LIMIT)
+        first.write(entries(range(100)), record(LIMIT))
         first.close()
         path = next(directory.rglob("cache.db"))
         for side in path.parent.glob("cache.db-*"):
@@ -315,7 +320,7 @@ def test_a_broken_directory_reads_as_empty_and_is_warned_of_once(tmp_path, harm,
     tier = DiskTier(directory)
     for _ in range(3):
         assert tier.read([key(1)]) == {}
-        assert tier.write(entries([1]), "tag", LIMIT) == (0, 0)
+        assert tier.write(entries([1]), record(LIMIT)) == (0, 0)
     assert tier.errors > 0
     assert len(warnings) == 1
 
@@ -324,13 +329,13 @@ WRITER = """
     import sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[3])
-    from test_disk import DiskTier, entries, LIMIT
+    from test_disk import DiskTier, entries, record, LIMIT
     tier = DiskTier(Path(sys.argv[1]))
     start = int(sys.argv[2])
     tier.open()
     print("opened", flush=True)
     for batch in range(10_000 if start < 0 else 20):
-        tier.write(entries(range(abs(start) + batch * 50, abs(start) + batch * 50 + 50), 4000), "tag", LIMIT)
+        tier.write(entries(range(abs(start) + batch * 50, abs(start) + batch * 50 + 50), 4000), record(LIMIT))
         print("wrote", flush=True)
 """
 

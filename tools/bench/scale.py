@@ -26,6 +26,7 @@ from rich.table import Table
 
 import torchcache
 from torchcache.store.blob import Codec, RowSpec
+from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier
 from torchcache.store.slab import MemoryTier
 
@@ -126,7 +127,7 @@ def disk(count: int, known: list[bytes], spec: RowSpec, repeats: int, folder: Pa
         keys = [bytes(16) + digest for digest in known[start : start + 1000]]
         blobs = codec.encode(keys, [torch.randn(len(keys), *shape).to(dtype) for dtype, shape in spec.leaves])
         size += sum(map(len, blobs))
-        tier.write(list(zip(keys, blobs, strict=True)), "region", 10**12)
+        tier.write(list(zip(keys, blobs, strict=True)), Region("region", ""))
     tier.close()
     started = time.perf_counter()
     tier = DiskTier(folder)

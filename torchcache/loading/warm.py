@@ -234,7 +234,7 @@ class _Watch:
         self.rows += len(looked.digests)
         self.misses += len(looked.missing)
         self._count += 1
-        if looked.missing and region.tiers.disk is None:
+        if looked.missing and not region.tiers.beneath:
             held = region.tiers.memory.used
             if held == self._held.get(region):
                 warn_once(

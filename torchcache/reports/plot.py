@@ -80,9 +80,10 @@ def _draw(axes: Any, region: RegionStats) -> None:
     spans = np.diff(steps)
     hits, times, sizes = axes
     rows = np.maximum(_gain(points, "rows"), 1)
-    memory = 100 * _gain(points, "memory_hits") / rows
-    disk = 100 * _gain(points, "disk_hits") / rows
-    _stack(hits, steps, {"from memory": (memory, BLUE), "from disk": (disk, GREEN)})
+    places = {"memory": ("from memory", BLUE), "disk": ("from disk", GREEN), "remote": ("from a server", PURPLE)}
+    shares = {name: 100 * _gain(points, f"{name}_hits") / rows for name in places}
+    kept = [name for name in places if name != "remote" or region.remote_hits]
+    _stack(hits, steps, {places[name][0]: (shares[name], places[name][1]) for name in kept})
     bypassed = f", {region.bypasses:,} more not cached" if region.bypasses else ""
     title = f"{region.name}\n{region.hit_rate:.0%} of {region.rows:,} rows were hits{bypassed}"
     hits.set_title(title, fontsize="medium", pad=26)  # above the legend

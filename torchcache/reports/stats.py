@@ -26,12 +26,12 @@ class RegionStats:
     ----------
     name : str
         Module path and class.
-    memory_hits, disk_hits, misses, bypasses : int
-        Rows served by each tier, computed and stored, computed only.
+    memory_hits, disk_hits, remote_hits, misses, bypasses : int
+        Rows served by memory, by disk, by a server or a tier of your own; computed and stored, computed only.
     rows_stored : int
         Rows in memory now.
-    rows_written, disk_errors : int
-        Rows that this process wrote to disk, and store failures it met there.
+    rows_written, disk_errors, remote_errors : int
+        Rows that this process wrote to disk, store failures it met there, and with a server or tiers of your own.
     memory_bytes, disk_bytes : int
         Bytes of rows in memory now, and of blobs that this process wrote.
     hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
@@ -49,11 +49,13 @@ class RegionStats:
     name: str
     memory_hits: int
     disk_hits: int
+    remote_hits: int
     misses: int
     bypasses: int
     rows_stored: int
     rows_written: int
     disk_errors: int
+    remote_errors: int
     memory_bytes: int
     disk_bytes: int
     hash_seconds: float
@@ -83,18 +85,18 @@ class RegionStats:
         A pass is as many rows as the region met different ones, which is what it has in memory: with one data set,
         an epoch. Empty where memory does not hold all of them, since then a row's return cannot be told.
         """
-        different = self.misses + self.disk_hits
+        different = self.misses + self.disk_hits + self.remote_hits
         if not different or self.rows_stored < different:
             return ()
         rows = [0, *(point.rows for point in self.history)]
-        hits = [0, *(point.memory_hits + point.disk_hits for point in self.history)]
+        hits = [0, *(point.hits for point in self.history)]
         ends = [*range(0, self.rows, different), self.rows]
         return tuple((np.diff(np.interp(ends, rows, hits)) / np.diff(ends)).tolist())
 
     @property
     def hits(self) -> int:
         """Rows served by any tier."""
-        return self.memory_hits + self.disk_hits
+        return self.memory_hits + self.disk_hits + self.remote_hits
 
     @property
     def cost_seconds(self) -> float:
@@ -120,11 +122,13 @@ class RegionStats:
             name=region.name,
             memory_hits=counters.memory_hits,
             disk_hits=counters.disk_hits,
+            remote_hits=counters.remote_hits,
             misses=counters.misses,
             bypasses=counters.bypasses,
             rows_stored=len(tiers.memory),
             rows_written=tiers.disk_rows,
             disk_errors=tiers.disk.errors if tiers.disk is not None else 0,
+            remote_errors=tiers.other_errors,
             memory_bytes=now.memory_bytes,
             disk_bytes=now.disk_bytes,
             hash_seconds=counters.hash_seconds,
@@ -168,7 +172,8 @@ class Stats(Tabular):
 
     def table(self) -> Table:
         """One row a region."""
-        counts = ("memory hits", "disk hits", "misses", "bypasses", "rows")
+        remote = ("remote hits",) if any(region.remote_hits for region in self.regions) else ()
+        counts = ("memory hits", "disk hits", *remote, "misses", "bypasses", "rows")
         times = ("compute s", "cache s", "audit s", "saved s")
         rows = [
             (

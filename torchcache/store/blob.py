@@ -153,6 +153,11 @@ class Codec:
         What one row holds.
     level : int or None
         zstd level; ``None`` never compresses.
+
+    Attributes
+    ----------
+    longest : int
+        Bytes of the longest blob of such a row.
     """
 
     def __init__(self, spec: RowSpec, level: int | None = None) -> None:
@@ -164,9 +169,9 @@ class Codec:
             struct.pack(f"<BB{len(shape)}Q", _CODES[dtype], len(shape), *shape) for dtype, shape in spec.leaves
         )
         self._size, self._widths = spec.size, spec.sizes
-        # A payload that compression makes longer is longer by this at the most.
-        self._longest = self._size + self._size // 128 + 512
         self._payload_at = _HEAD.size + len(self._descriptors)
+        # A payload that compression makes longer is longer by this at the most.
+        self.longest = self._payload_at + self._size + self._size // 128 + 512 + CHECKSUM_SIZE
         self._prefixes = {flags: self._prefix(flags) for flags in (0, COMPRESSED, COMPRESSED | SHUFFLED)}
 
     def encode(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[bytes]:
@@ -265,7 +270,7 @@ class Codec:
             plain = self._payload_at + self._size + CHECKSUM_SIZE
             if SCATTERS and blob.size == plain and self._read_plain(key, blob, row):
                 return
-            blob = blob.read(self._payload_at + self._longest + CHECKSUM_SIZE)
+            blob = blob.read(self.longest)
         payload = self._open(key, blob, decompressor)
         at = 0
         for leaf in row:

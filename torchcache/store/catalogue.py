@@ -76,6 +76,18 @@ class Region:
         name = "".join(sign if sign.isprintable() else "?" for sign in name[:LONGEST_NAME])
         return cls(tag, name, __version__, str(torch.__version__), chosen, now, now)
 
+    @property
+    def limit(self) -> int:
+        """Bytes that the directory may hold; all that there is room for where the record does not say."""
+        limit = self.options.get("max_persistent_cache_size")
+        return limit if isinstance(limit, int) else LARGEST_NUMBER
+
+    def dump(self) -> bytes:
+        """The record as the bytes of a file, without the tag, which names it."""
+        fields = dataclasses.asdict(self)
+        del fields["tag"]
+        return json.dumps(fields, indent=1).encode()
+
     @classmethod
     def parse(cls, tag: str, data: bytes) -> Region:
         """The record in the bytes of a file, every field checked; ``ValueError`` where one is wrong."""
@@ -136,8 +148,7 @@ class Catalogue:
 
     def write(self, region: Region) -> None:
         """Put the file of ``region`` in place at once, whole; raises ``OSError``."""
-        fields = dataclasses.asdict(region)
-        tag = fields.pop("tag")
+        tag = region.tag
         self._check()
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         temporary = self.folder / f".{tag}.{os.getpid()}.{threading.get_ident()}"
@@ -145,7 +156,7 @@ class Catalogue:
             os.remove(temporary)
         try:
             with open(temporary, "xb", opener=open_private) as file:
-                file.write(json.dumps(fields, indent=1).encode())
+                file.write(region.dump())
             os.replace(temporary, self.folder / f"{tag}.json")
         finally:
             with contextlib.suppress(OSError):

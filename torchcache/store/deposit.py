@@ -71,7 +71,7 @@ class Deposit:
         sound = {entry.key for entry in here} - {entry.key for entry in damaged}
         wanted = [(key, blob) for key, blob in entries if key not in sound]
         errors = self._tier.errors
-        stored, size = self._tier.write(wanted, tag, self._limit)
+        stored, size = self._tier.write(wanted, Region(tag, "", options={"max_persistent_cache_size": self._limit}))
         if self._tier.errors > errors:
             raise StoreError(f"{self.directory} cannot be written to: TORCHCACHE_LOG_LEVEL=INFO says why")
         self.present += len(sound)

@@ -19,12 +19,13 @@ import numpy.typing as npt
 from torchcache.errors import StoreVersionError, brief
 from torchcache.forks import without_forks
 from torchcache.logging import logger, warn_once
-from torchcache.store.catalogue import Catalogue
+from torchcache.store.catalogue import Catalogue, Region
 from torchcache.store.connect import MIN_FILE_SIZE, ROWS, Rows, connect, is_locked
 from torchcache.store.file import BlobFile
 from torchcache.store.gate import DATABASE, is_over_budget
 from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
+from torchcache.store.tier import Blob, Tier
 
 __all__ = ["DiskTier", "Places", "disk_tier"]
 
@@ -45,7 +46,7 @@ Places = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 
-class DiskTier:
+class DiskTier(Tier):
     """Blobs in a cache directory, shared by threads and processes.
 
     Nothing here raises on behalf of the store: a failure is counted in ``errors``, warned of once, and reads as
@@ -116,12 +117,12 @@ class DiskTier:
             self._blame("written to", error, "its rows are read and no more are stored")
 
     @without_forks
-    def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes | BlobFile]:
+    def read(self, keys: Sequence[bytes], region: Region | None = None, most: int = 0) -> dict[bytes, Blob]:
         """The blobs of those ``keys`` that are here, large ones still to be read from their files.
 
         One query serves a few hundred keys.
         """
-        found: dict[bytes, bytes | BlobFile] = {}
+        found: dict[bytes, Blob] = {}
         if not self._reading.over or (cache := self._opened()) is None:
             return found
         for start in range(0, len(keys), KEYS_PER_QUERY):
@@ -145,7 +146,7 @@ class DiskTier:
         return self._guard("read", lambda: places(cache), none)
 
     @without_forks
-    def read_at(self, places: Places, after: bytes, last: bytes) -> dict[bytes, bytes | BlobFile]:
+    def read_at(self, places: Places, after: bytes, last: bytes) -> dict[bytes, Blob]:
         """The blobs at ``places``, at most some hundreds, as far as they are still those of such keys.
 
         Two to three times as fast as by key: rows that were stored together share pages.
@@ -157,8 +158,8 @@ class DiskTier:
         return self._blobs(cache, self._guard("read", lambda: cache.fetch(query, arguments, len(places)), []))
 
     @without_forks
-    def write(self, entries: Sequence[tuple[bytes, bytes]], tag: str, limit: int) -> tuple[int, int]:
-        """Store ``(key, blob)`` pairs in one transaction, as many as ``limit`` bytes of directory allow.
+    def write(self, entries: Sequence[tuple[bytes, bytes]], region: Region) -> tuple[int, int]:
+        """Store ``(key, blob)`` pairs in one transaction, as many as the region's limit for the directory allows.
 
         Entries that are there stay as they are: another process may be reading their files.
 
@@ -169,7 +170,7 @@ class DiskTier:
         size : int
             Their bytes, blobs alone.
         """
-        if not self._writing.over:
+        if not self._writing.over or self.full:
             return 0, 0
         if isinstance(self._cache, Reader):
             self._cache = None  # it may be writable by this time
@@ -182,28 +183,43 @@ class DiskTier:
             stored = size = 0
             with self._transact() as cache:
                 cache.measure()
-                room = limit - cache.volume()
+                room = region.limit - cache.volume()
                 present = self._present(cache, [key for key, _ in entries])
                 for key, blob in entries:
                     if key in present:
                         continue
                     room -= len(blob) + ROW_OVERHEAD
                     if room < 0:
-                        self._fill(limit)
+                        self._fill(region.limit)
                         break
-                    cache.set(key, blob, tag=tag, retry=False)
+                    cache.set(key, blob, tag=region.tag, retry=False)
                     stored, size = stored + 1, size + len(blob)
             return stored, size
 
         return self._guard("written to", store, (0, 0))
 
     @without_forks
-    def drop(self, damaged: Mapping[bytes, bytes | BlobFile]) -> None:
-        """Remove damaged entries, so that they are computed anew and stored again.
+    def remove(self, region: Region, found: Mapping[bytes, Blob] | None = None) -> bool:
+        """Remove damaged entries, so that they are computed anew and stored again, or all of the region.
 
         An entry whose file another process removed meanwhile, together with the entry, was not damaged.
         """
+        if found is not None:
+            return self._drop(found)
+        if not (self._writing.over and self.writable):
+            return False
+        cache: Any = self._cache
+        return self._guard("emptied", lambda: cache.evict(region.tag, retry=False) >= 0, False)
 
+    def knows(self, region: Region) -> bool:
+        """Whether any process told of the region."""
+        return self.catalogue.has(region.tag)
+
+    def note(self, region: Region) -> None:
+        """Put the region in the catalogue, once a process."""
+        self.catalogue.note(region)
+
+    def _drop(self, damaged: Mapping[bytes, Blob]) -> bool:
         def delete() -> int:
             dropped = 0
             with self._transact() as cache:
@@ -219,14 +235,7 @@ class DiskTier:
             count = self._guard("repaired", delete, count)
         if count:
             self.complain("held damaged rows, which were dropped and are computed anew", count)
-
-    @without_forks
-    def evict(self, tag: str) -> int:
-        """Remove every entry of region ``tag``; how many there were."""
-        if not (self._writing.over and self.writable):
-            return 0
-        cache: Any = self._cache
-        return int(self._guard("emptied", lambda: cache.evict(tag, retry=False), 0))
+        return True
 
     @without_forks
     def volume(self) -> int:
@@ -290,15 +299,15 @@ class DiskTier:
             present.update(self._blobs(cache, rows))
         return present
 
-    def _is_gone(self, cache: Rows, key: bytes, blob: bytes | BlobFile) -> bool:
+    def _is_gone(self, cache: Rows, key: bytes, blob: Blob) -> bool:
         """Whether the entry that named the file ``blob`` is there no more."""
         if not isinstance(blob, BlobFile):
             return False
         rows = cache.fetch("SELECT substr(filename, 1, 64) FROM Cache WHERE raw = 1 AND key = ?", (key,), 1)
         return not rows or os.path.join(cache.directory, str(rows[0][0])) != blob.path
 
-    def _blobs(self, cache: Rows | Reader, rows: Sequence[Row]) -> dict[bytes, bytes | BlobFile]:
-        found: dict[bytes, bytes | BlobFile] = {}
+    def _blobs(self, cache: Rows | Reader, rows: Sequence[Row]) -> dict[bytes, Blob]:
+        found: dict[bytes, Blob] = {}
         for key, mode, filename, value in rows:
             try:
                 found[key] = cache.disk.find(mode, filename, value)

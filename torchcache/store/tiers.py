@@ -1,4 +1,4 @@
-"""Memory over disk: where a region's rows are looked up and kept."""
+"""Memory over other tiers: where a region's rows are looked up and kept."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.forks import without_forks
+from torchcache.logging import logger
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier, Places, disk_tier
-from torchcache.store.file import BlobFile
+from torchcache.store.remote import remote_tier
 from torchcache.store.scan import Scan
 from torchcache.store.slab import ABSENT, MemoryTier, Slab
-from torchcache.store.writer import writer
+from torchcache.store.tier import Blob, Guarded, Tier
+from torchcache.store.writer import flush, sender, writer
 
 __all__ = ["Found", "Tiers"]
 
@@ -35,11 +37,11 @@ class Found:
     slots : list of int
         Slot of each row of the batch, ``ABSENT`` where it is not in memory.
     extra : dict of bytes to int
-        Rows read from disk that memory had no room for: digest to row of ``extra_rows``.
+        Rows from beneath that memory had no room for: digest to row of ``extra_rows``.
     extra_rows : list of torch.Tensor
         Those rows, one tensor a leaf.
-    from_disk : frozenset of bytes
-        Digests that the disk tier answered.
+    from_disk, from_others : frozenset of bytes
+        Digests that the disk tier answered, and tiers beneath it.
     """
 
     fingerprint: bytes
@@ -48,26 +50,48 @@ class Found:
     extra: dict[bytes, int] = dataclasses.field(default_factory=dict)
     extra_rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     from_disk: frozenset[bytes] = frozenset()
+    from_others: frozenset[bytes] = frozenset()
+
+    @property
+    def from_beneath(self) -> frozenset[bytes]:
+        """Digests that memory did not hold, and another tier did."""
+        return self.from_disk | self.from_others
 
 
 class Tiers:
-    """The store of one region.
+    """The store of one region: memory, and beneath it a list of tiers, the nearest first.
+
+    Rows that a tier has go to all above it, computed ones to all: into memory now, further down behind the step.
 
     Parameters
     ----------
     options : CacheOptions
         Sizes, directory, devices.
+    name : str
+        The region's, for people.
+
+    Attributes
+    ----------
+    beneath : list of Tier
+        Disk, the user's own tiers, a server: those that there are.
+    disk_rows, disk_bytes : int
+        What this process wrote to disk.
     """
 
-    def __init__(self, options: CacheOptions) -> None:
+    def __init__(self, options: CacheOptions, name: str) -> None:
         self.options = options
+        self.name = name
         self.memory = MemoryTier(options.max_memory_cache_size)
-        directory = options.directory
+        directory, remote = options.directory, options.server
         self.disk: DiskTier | None = disk_tier(directory) if directory is not None else None
+        self.beneath: list[Tier] = [self.disk] if self.disk is not None else []
+        self.beneath += [Guarded(tier, type(tier).__qualname__) for tier in options.tiers]
+        self.beneath += [remote_tier(remote)] if remote is not None else []
         self.disk_rows = 0
         self.disk_bytes = 0
         self._codecs: dict[RowSpec, Codec] = {}
         self._scans: dict[bytes, Scan] = {}
+        self._told: set[bytes] = set()
 
     def stored(self, spec: RowSpec) -> RowSpec:
         """``spec`` as the tiers keep it: floating leaves in ``cache_dtype``."""
@@ -84,14 +108,14 @@ class Tiers:
         state: bytes,
         ahead: Found | None = None,
     ) -> Found:
-        """Look ``digests`` up in memory, then the rest on disk; what disk has is promoted to memory.
+        """Look ``digests`` up in memory, then the rest beneath it; what is found there is promoted to memory.
 
         Parameters
         ----------
         fingerprint, digests
             The keys.
         expected : callable
-            What a row holds and on which device its user is; asked only where disk has rows.
+            What a row holds and on which device its user is; asked only where memory lacks rows.
         state : bytes
             Digest of the weights that compute such rows now.
         ahead : Found or None
@@ -104,31 +128,31 @@ class Tiers:
         found = Found(fingerprint, slab, slots)
         if early and slab is not None:
             found.from_disk = frozenset(digest for digest in early if digest in slab.slots)
-        if self.disk is None or ABSENT not in slots:
+        if not self.beneath or ABSENT not in slots:
             return found
         absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
         if ahead is not None and ahead.fingerprint == fingerprint and ahead.extra.keys() >= set(absent):
             found.extra, found.extra_rows = ahead.extra, ahead.extra_rows
-            found.from_disk |= frozenset(absent)
+            taken = frozenset(absent)
+            found.from_disk |= taken & ahead.from_disk
+            found.from_others |= taken & ahead.from_others
             return found
         self._read(found, fingerprint, absent, expected, state)
         if scan is not None:
             scan.forget(found.from_disk)  # rows that it is reading at this moment as well
-        if found.from_disk and found.slab is not None:
+        if found.from_beneath and found.slab is not None:
             found.slots = found.slab.find(digests)
         return found
 
     def keep(
         self,
         fingerprint: bytes,
-        tag: str,
-        name: str,
         digests: Sequence[bytes],
         rows: Sequence[torch.Tensor],
         spec: RowSpec,
         state: bytes,
     ) -> tuple[Slab | None, range]:
-        """Store computed ``rows``: in memory now, on disk behind the step.
+        """Store computed ``rows``: in memory now, beneath it behind the step.
 
         Returns
         -------
@@ -139,9 +163,8 @@ class Tiers:
         """
         stored = self.stored(spec)
         slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
-        if self.disk is not None and not self.disk.full and all(storable(dtype) for dtype, _ in stored.leaves):
-            admitted = len(slots)
-            region = (tag, name)
+        if self._takers() and all(storable(dtype) for dtype, _ in stored.leaves):
+            admitted, region = len(slots), self._region(state)
             if slab is not None and admitted:
                 self._submit(fingerprint, region, digests[:admitted], slab.view(slots.start, slots.stop), stored)
             if admitted < len(digests):
@@ -151,24 +174,41 @@ class Tiers:
                 self._submit(fingerprint, region, digests[admitted:], copies, stored)
         return slab, slots
 
-    def tell(self, tag: str, name: str) -> None:
-        """Have the catalogue know that region ``tag`` is used; done once a process, behind the step."""
-        disk = self.disk
-        if disk is not None and not disk.catalogue.noted(tag):
-            writer().submit(0, lambda: disk.catalogue.note(Region.of(tag, name, self.options)))
+    def tell(self, state: bytes) -> None:
+        """Have the tiers know that the region is used; done once a process, behind the step."""
+        if state not in self._told:
+            self._told.add(state)
+            region = self._region(state)
+
+            def note() -> None:
+                for tier in self.beneath:
+                    tier.note(region)
+
+            sender().submit(0, note)
 
     def knows(self, who: bytes) -> bool:
-        """Whether the directory may hold rows of this identity."""
-        return self.disk is not None and self.disk.catalogue.has(who.hex())
+        """Whether any tier may hold rows of this identity."""
+        return any(tier.knows(self._region(who)) for tier in self.beneath)
 
-    def emptied(self, tag: str) -> Tiers:
-        """Tiers for the same region without rows; those on disk that region ``tag`` has there are removed."""
-        if self.disk is not None:
-            writer().flush()
-            self.disk.evict(tag)
-        fresh = Tiers(self.options)
+    def emptied(self, state: bytes) -> Tiers:
+        """Tiers for the same region without rows: those beneath lose what they have of this identity.
+
+        What cannot be removed is not asked any more.
+        """
+        flush()
+        fresh = Tiers(self.options, self.name)
+        region = self._region(state)
+        fresh.beneath = [tier for tier in self.beneath if tier.remove(region)]
         fresh.disk_rows, fresh.disk_bytes = self.disk_rows, self.disk_bytes
         return fresh
+
+    @property
+    def other_errors(self) -> int:
+        """Failures of the tiers beneath disk, and damaged rows that they had."""
+        return sum(tier.errors for tier in self.beneath if isinstance(tier, Guarded))
+
+    def _region(self, state: bytes) -> Region:
+        return Region.of(state.hex(), self.name, self.options)
 
     def _device(self, output: torch.device) -> torch.device:
         chosen = self.options.memory_cache_device
@@ -182,28 +222,55 @@ class Tiers:
         expected: Callable[[], tuple[RowSpec, torch.device]],
         state: bytes,
     ) -> None:
-        assert self.disk is not None
-        keys = [fingerprint + digest for digest in digests]
-        there = self.disk.read(keys)
-        blobs = {key: there[key] for key in keys if key in there}
-        if not blobs:
-            return
         spec, device = expected()
         stored, target = self.stored(spec), self._device(device)
-        tried = self._promote(found, blobs, stored, target, state)
-        if found.from_disk and tried == len(blobs) and fingerprint not in self._scans:
-            self._scans[fingerprint] = self._scan(fingerprint, stored, target, state)
+        if not all(storable(dtype) for dtype, _ in stored.leaves):
+            return
+        region, most = self._region(state), self._codec(stored).longest
+        wanted = [fingerprint + digest for digest in digests]
+        sources: list[tuple[Tier, dict[bytes, Blob]]] = []
+        for tier in self.beneath:
+            there = tier.read(wanted, region, most)
+            if there:
+                sources.append((tier, {key: there[key] for key in wanted if key in there}))
+                wanted = [key for key in wanted if key not in there]
+            if not wanted:
+                break
+        blobs = {key: blob for _, part in sources for key, blob in part.items()}
+        if not blobs:
+            return
+        sound, tried = self._promote(found, blobs, stored, target, state)
+        for tier, part in sources:
+            good = {key: blob for key, blob in part.items() if key in sound}
+            taken = frozenset(key[len(fingerprint) :] for key in good)
+            if tier is self.disk:
+                found.from_disk |= taken
+            else:
+                found.from_others |= taken
+                self._pass_up(tier, region, good)
+            if len(good) < len(part):
+                tier.remove(region, {key: blob for key, blob in part.items() if key not in sound})
+        if self.disk is not None and found.from_disk and tried == len(blobs) and fingerprint not in self._scans:
+            self._scans[fingerprint] = self._scan(fingerprint, stored, target, state, region)
 
     def _promote(
         self,
         found: Found,
-        blobs: dict[bytes, bytes | BlobFile],
+        blobs: dict[bytes, Blob],
         stored: RowSpec,
         device: torch.device,
         state: bytes,
         extra: bool = True,
-    ) -> int:
-        """Put rows from disk into memory, and what it has no room for into ``found``; how many it had room for."""
+    ) -> tuple[set[bytes], int]:
+        """Put rows from beneath into memory, and what it has no room for into ``found``.
+
+        Returns
+        -------
+        sound : set of bytes
+            Keys of the rows that are there now.
+        tried : int
+            How many of the first ones memory had room for; without ``extra`` the others were not looked at.
+        """
         keys, read = list(blobs), list(blobs.values())
         digests = [key[len(found.fingerprint) :] for key in keys]
         codec = self._codec(stored)
@@ -215,21 +282,15 @@ class Tiers:
             device,
             state,
         )
-        attempted = len(keys) if extra else tried
-        if tried < attempted:
-            rows = [self.memory.buffers.empty((attempted - tried, *shape), dtype) for dtype, shape in stored.leaves]
+        if extra and tried < len(keys):
+            rows = [self.memory.buffers.empty((len(keys) - tried, *shape), dtype) for dtype, shape in stored.leaves]
             more = codec.decode_into(keys[tried:], read[tried:], rows)
             found.extra_rows = [leaf[: len(more)] for leaf in rows]
             found.extra = {digests[tried + index]: row for row, index in enumerate(more)}
             sound += [tried + index for index in more]
-        found.from_disk |= frozenset(digests[index] for index in sound)
-        if len(sound) < attempted:
-            whole = set(sound)
-            assert self.disk is not None
-            self.disk.drop({key: blobs[key] for index, key in enumerate(keys[:attempted]) if index not in whole})
-        return tried
+        return {keys[index] for index in sound}, tried
 
-    def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes) -> Scan:
+    def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes, region: Region) -> Scan:
         """What reads the other rows of a call ahead, until half of the memory is full."""
         disk, last = self.disk, fingerprint + b"\xff" * DIGEST_SIZE
         assert disk is not None
@@ -249,36 +310,62 @@ class Tiers:
             scan.forget(known)
             new = {key: blob for key, blob in blobs.items() if key[len(fingerprint) :] not in known}
             if new:
-                self._promote(Found(fingerprint, slab, []), new, stored, device, state, extra=False)
+                sound, tried = self._promote(Found(fingerprint, slab, []), new, stored, device, state, extra=False)
+                if len(sound) < tried:
+                    disk.remove(region, {key: new[key] for key in list(new)[:tried] if key not in sound})
             return True
 
         scan = Scan(stored.size, locate, read)
         return scan
 
     def _submit(
-        self,
-        fingerprint: bytes,
-        region: tuple[str, str],
-        digests: Sequence[bytes],
-        rows: list[torch.Tensor],
-        spec: RowSpec,
+        self, fingerprint: bytes, region: Region, digests: Sequence[bytes], rows: list[torch.Tensor], spec: RowSpec
     ) -> None:
-        disk = self.disk
-        assert disk is not None
-        tag, name = region
+        """Have rows written to all tiers beneath, encoded once."""
         keys = [fingerprint + digest for digest in digests]
 
         def job() -> None:
-            if disk.full:
+            if not self._takers():
                 return
             blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in rows])
-            stored, size = disk.write(list(zip(keys, blobs, strict=True)), tag, self.options.max_persistent_cache_size)
+            entries = list(zip(keys, blobs, strict=True))
+            for tier in self._takers():
+                self._write(tier, entries, region)
+
+        writer().submit(spec.size * len(keys), job)
+
+    def _pass_up(self, tier: Tier, region: Region, blobs: dict[bytes, Blob]) -> None:
+        """Have sound rows of ``tier`` written to those above it."""
+        above = self.beneath[: self.beneath.index(tier)]
+        entries = [(key, blob) for key, blob in blobs.items() if isinstance(blob, bytes)]
+        if above and entries:
+
+            def write() -> None:
+                for higher in above:
+                    self._write(higher, entries, region)
+
+            writer().submit(sum(len(blob) for _, blob in entries), write)
+
+    def _takers(self) -> list[Tier]:
+        """The tiers that take rows: all but a full disk."""
+        return [tier for tier in self.beneath if tier is not self.disk or not self.disk.full]
+
+    def _write(self, tier: Tier, entries: list[tuple[bytes, bytes]], region: Region) -> None:
+        """Write to a tier: to disk in this thread, the writer's; to others in one of their own, so that none waits."""
+        if tier is self.disk:
+            stored, size = tier.write(entries, region)
             self.disk_rows += stored
             self.disk_bytes += size
             if stored:
-                disk.catalogue.note(Region.of(tag, name, self.options))
+                tier.note(region)
+            return
 
-        writer().submit(spec.size * len(keys), job)
+        def send() -> None:
+            if tier.write(entries, region)[0]:
+                tier.note(region)
+
+        if not sender().submit(sum(len(blob) for _, blob in entries), send, wait=False):
+            logger.info("%s: %d rows were not sent, since earlier ones still wait", self.name, len(entries))
 
     def _codec(self, spec: RowSpec) -> Codec:
         codec = self._codecs.get(spec)

@@ -1,4 +1,4 @@
-"""Write-behind: rows go to disk on a thread of their own, in order, never more than a bounded amount behind."""
+"""Write-behind: rows go to tiers on threads of their own, in order, never more than a bounded amount behind."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchcache.errors import brief
 from torchcache.logging import logger, warn_once
 from torchcache.threads import yield_to_training
 
-__all__ = ["Writer", "flush", "writer"]
+__all__ = ["Writer", "flush", "sender", "writer"]
 
 QUEUE_BYTES = 256 * 1024 * 1024
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 
 class Writer:
@@ -25,11 +25,14 @@ class Writer:
     Parameters
     ----------
     limit : int
-        Bytes that may wait; ``submit`` blocks beyond it, unless nothing waits at all.
+        Bytes that may wait, unless nothing waits at all.
+    name : str
+        The thread's.
     """
 
-    def __init__(self, limit: int = QUEUE_BYTES) -> None:
+    def __init__(self, limit: int = QUEUE_BYTES, name: str = "torchcache-writer") -> None:
         self.limit = limit
+        self._name = name
         self._jobs: deque[tuple[int, Job]] = deque()
         self._waiting = 0
         # Entered by itself: an interrupt within a condition's own entering would leave it locked.
@@ -37,16 +40,19 @@ class Writer:
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
-    def submit(self, size: int, job: Job) -> None:
-        """Queue ``job``, which holds ``size`` bytes."""
+    def submit(self, size: int, job: Job, wait: bool = True) -> bool:
+        """Queue ``job``, which holds ``size`` bytes; where there is no room, wait for it, or leave it and say so."""
         with self._lock:
+            if not wait and self._waiting and self._waiting + size > self.limit:
+                return False
             self._changed.wait_for(lambda: not self._waiting or self._waiting + size <= self.limit)
             self._waiting += size
             self._jobs.append((size, job))
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="torchcache-writer", daemon=True)
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+        return True
 
     def flush(self) -> None:
         """Wait until everything submitted so far has run."""
@@ -72,23 +78,33 @@ class Writer:
                 self._changed.notify_all()
 
 
-_writer = Writer()
+def _new() -> tuple[Writer, Writer]:
+    return Writer(), Writer(name="torchcache-sender")
+
+
+_writer, _sender = _new()
 
 
 def writer() -> Writer:
-    """The writer of this process."""
+    """What encodes rows, and writes them to disk."""
     return _writer
 
 
+def sender() -> Writer:
+    """What writes to tiers that may be slow, so that the disk does not wait for them."""
+    return _sender
+
+
 def flush() -> None:
-    """Wait until every row stored so far is on disk."""
+    """Wait until every row stored so far is on disk, and with all other tiers."""
     _writer.flush()
+    _sender.flush()
 
 
 def _after_fork() -> None:
-    # The child has neither the thread nor a usable lock; the parent writes what was waiting.
-    global _writer
-    _writer = Writer()
+    # The child has neither the threads nor usable locks; the parent writes what was waiting.
+    global _writer, _sender
+    _writer, _sender = _new()
 
 
 atexit.register(flush)

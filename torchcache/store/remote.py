@@ -1,0 +1,207 @@
+"""The remote tier: rows on a Redis or Valkey server, for all machines that use it.
+
+A row is the value of ``torchcache:<format>:<tag>:<key>``, the blob as it lies on disk: ``tag`` in hexadecimal, ``key``
+as its 32 bytes. ``torchcache:<format>:<tag>`` is the region's record, as in a directory's catalogue. What the server
+keeps, and for how long, is the server's to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torchcache.address import Address
+from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.catalogue import Region
+from torchcache.store.tier import Blob, Guarded, Tier
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from torchcache.store.bounded import Limits
+
+__all__ = ["RemoteTier", "remote_tier"]
+
+# One command asks for so many bytes and so many rows at the most: what a server does for others waits no longer.
+PIECE_BYTES = 8 * 1024 * 1024
+PIECE_ROWS = 1024
+# What the protocol adds to a value.
+FRAME_BYTES = 64
+# Emptying a region walks over the server's keys, some at a time; all of it may take so many time limits.
+PATIENCE = 30
+SCAN_ROWS, SCAN_BYTES = 1000, 1024 * 1024
+
+_PREFIX = f"torchcache:{FORMAT_VERSION}:"
+
+T = TypeVar("T")
+
+
+class RemoteTier(Tier):
+    """Rows on a server. It raises what the client raises; ``remote_tier`` gives it guarded.
+
+    Nothing that the server sends is believed, neither in kind nor in length, and no answer is waited for longer than
+    the address says.
+
+    Parameters
+    ----------
+    address : Address
+        Where the server is.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._noted: set[str] = set()
+        self._lock = threading.Lock()
+        self._connected: tuple[Redis, Limits] | None = None
+
+    def read(self, keys: Sequence[bytes], region: Region, most: int) -> Mapping[bytes, Blob]:
+        """The values of those keys that are there and no longer than ``most`` bytes."""
+        prefix, found = _prefix(region), dict[bytes, Blob]()
+        with self._asking() as (client, limits):
+            for part in _pieces(keys, lambda key: most):
+                names = [prefix + key for key in part]
+                for key, value in zip(part, _values(client, limits, names, most), strict=True):
+                    if isinstance(value, bytes) and len(value) <= most:
+                        found[key] = value
+        return found
+
+    def write(self, entries: Sequence[tuple[bytes, bytes]], region: Region) -> tuple[int, int]:
+        """Set the values, some megabytes at a time."""
+        if self.address.read_only:
+            return 0, 0
+        prefix = _prefix(region)
+        for part in _pieces(entries, lambda entry: len(entry[1])):
+            with self._asking() as (client, limits), limits.bytes(len(part) * FRAME_BYTES):
+                pipeline = client.pipeline(transaction=False)
+                for key, blob in part:
+                    pipeline.set(prefix + key, blob, ex=self.address.ttl)
+                pipeline.execute()
+        return len(entries), sum(len(blob) for _, blob in entries)
+
+    def remove(self, region: Region, found: Mapping[bytes, Blob] | None = None) -> bool:
+        """Delete those keys, or all of the region."""
+        if self.address.read_only:
+            return False
+        if found is not None:
+            with self._asking() as (client, limits), limits.bytes(0):
+                client.unlink(*(_prefix(region) + key for key in found))
+            return True
+        with self._asking(PATIENCE) as (client, limits):
+            for names in scan(client, limits, f"{_PREFIX}{region.tag}*"):
+                with limits.bytes(0):
+                    client.unlink(*names)
+        self._noted.discard(region.tag)
+        return True
+
+    def knows(self, region: Region) -> bool:
+        """Whether the region has a record."""
+        with self._asking() as (client, limits), limits.bytes(0):
+            return bool(client.exists(_PREFIX + region.tag))
+
+    def note(self, region: Region) -> None:
+        """Put the region's record there, once a process."""
+        if self.address.read_only or region.tag in self._noted:
+            return
+        with self._asking() as (client, limits), limits.bytes(0):
+            client.set(_PREFIX + region.tag, region.dump(), ex=self.address.ttl)
+        self._noted.add(region.tag)
+
+    @contextlib.contextmanager
+    def _asking(self, times: float = 1) -> Iterator[tuple[Redis, Limits]]:
+        """The client, for as long as the address grants."""
+        with self._lock:
+            if self._connected is None:
+                self._connected = _connect(self.address)
+        client, limits = self._connected
+        with limits.seconds(times * self.address.timeout):
+            yield client, limits
+
+
+def scan(client: Redis, limits: Limits, pattern: str) -> Iterator[list[bytes]]:
+    """The names of the server's keys that match, some hundreds at a time, some of them twice maybe."""
+    cursor = 0
+    while True:
+        with limits.bytes(SCAN_BYTES):
+            answer: Any = client.scan(cursor, match=pattern, count=SCAN_ROWS)
+        cursor, names = answer
+        names = [name for name in names if isinstance(name, bytes)]
+        if names:
+            yield names
+        if not cursor:
+            return
+
+
+def _connect(address: Address) -> tuple[Redis, Limits]:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    from torchcache.store.bounded import CONNECTIONS, Limits
+
+    limits = Limits()
+    pool = redis.ConnectionPool.from_url(
+        address.url,
+        **address.secrets,
+        connection_class=CONNECTIONS[address.scheme],
+        limits=limits,
+        socket_connect_timeout=address.timeout,
+        # One more try where a server closed a connection that was not used for long.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        protocol=2,
+    )
+    return redis.Redis(connection_pool=pool), limits
+
+
+def _values(client: Redis, limits: Limits, names: Sequence[bytes], most: int) -> Sequence[object]:
+    """The values of these keys; ``None`` for one that is not there, is of another kind, or is longer than ``most``."""
+    granted = len(names) * (most + FRAME_BYTES)
+    try:
+        with limits.bytes(granted):
+            values: Any = client.mget(names)
+            return list(values)
+    except Exception:
+        if not limits.overrun:
+            raise
+    with limits.bytes(len(names) * FRAME_BYTES):  # one of them is too long: leave it out
+        pipeline = client.pipeline(transaction=False)
+        for name in names:
+            pipeline.strlen(name)
+        lengths = pipeline.execute(raise_on_error=False)
+    short = [name for name, length in zip(names, lengths, strict=True) if isinstance(length, int) and length <= most]
+    with limits.bytes(granted):
+        values = client.mget(short) if short else []
+    found = dict(zip(short, values, strict=True))
+    return [found.get(name) for name in names]
+
+
+def _pieces(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """``items`` in order, in parts of some megabytes."""
+    part: list[T] = []
+    room = PIECE_BYTES
+    for item in items:
+        room -= size(item)
+        if part and (room < 0 or len(part) == PIECE_ROWS):
+            yield part
+            part, room = [], PIECE_BYTES - size(item)
+        part.append(item)
+    if part:
+        yield part
+
+
+def _prefix(region: Region) -> bytes:
+    return f"{_PREFIX}{region.tag}:".encode()
+
+
+# Weak: a process that makes one model after another holds the connections of those that are in use.
+_tiers: weakref.WeakValueDictionary[str, Guarded] = weakref.WeakValueDictionary()
+_tiers_lock = threading.Lock()
+
+
+def remote_tier(url: str) -> Guarded:
+    """The tier of a server, the same for all who use it at a time."""
+    with _tiers_lock:
+        address = Address(url)
+        return _tiers.setdefault(url, Guarded(RemoteTier(address), address.name))
