@@ -23,6 +23,7 @@ from torchcache.reports.explain import explain
 from torchcache.reports.plot import plot
 from torchcache.reports.stats import stats
 from torchcache.reports.summary import summary
+from torchcache.store.tier import Tier
 from torchcache.store.writer import flush
 from torchcache.transform import graphs, transform
 from torchcache.version import __version__ as __version__
@@ -38,6 +39,7 @@ __all__ = [
     "StoreDamagedError",
     "StoreError",
     "StoreVersionError",
+    "Tier",
     "TorchcacheError",
     "audit",
     "bypass",

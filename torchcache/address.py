@@ -49,7 +49,7 @@ class Address:
         ttl = query.pop("ttl", None)
         self.ttl = None if ttl is None else max(1, round(_number(ttl, "ttl")))
         self.read_only = _flag(query.pop("read_only", "false"))
-        self.url = urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
+        self.url = url.partition("?")[0] + (f"?{urllib.parse.urlencode(query)}" if query else "")
         self.secrets = {
             name: os.environ[variable]
             for name, variable in (("username", "TORCHCACHE_REMOTE_USER"), ("password", "TORCHCACHE_REMOTE_PASSWORD"))

@@ -16,8 +16,6 @@ __all__ = ["CONNECTIONS", "Limits"]
 
 # What the protocol adds to the values of an answer, and a greeting is long.
 SLACK_BYTES = 64 * 1024
-# The client waits for so long where no limit is set: it closes a connection.
-_OTHERWISE = 1.0
 
 
 class Limits(threading.local):
@@ -51,7 +49,7 @@ class Limits(threading.local):
         left = self.end - time.monotonic()
         if left <= 0:
             raise TimeoutError("its time limit is over")
-        return min(left, _OTHERWISE) if math.isinf(left) else left
+        return left
 
     def count(self, received: int) -> None:
         """Note bytes that came; raises ``OSError`` where they are too many."""
@@ -67,25 +65,34 @@ class _Socket:
     def __init__(self, beneath: socket.socket, limits: Limits) -> None:
         self._beneath = beneath
         self._limits = limits
+        self._timeout = beneath.gettimeout()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._beneath, name)
 
+    def settimeout(self, seconds: float | None) -> None:
+        self._timeout = seconds
+
     def recv(self, size: int) -> bytes:
-        self._beneath.settimeout(self._limits.wait())
+        self._hurry()
         data = self._beneath.recv(size)
         self._limits.count(len(data))
         return data
 
     def recv_into(self, buffer: Any, *arguments: int) -> int:
-        self._beneath.settimeout(self._limits.wait())
+        self._hurry()
         received = self._beneath.recv_into(buffer, *arguments)
         self._limits.count(received)
         return received
 
     def sendall(self, data: Any) -> None:
-        self._beneath.settimeout(self._limits.wait())
+        self._hurry()
         self._beneath.sendall(data)
+
+    def _hurry(self) -> None:
+        left = self._limits.wait()
+        seconds = left if self._timeout is None else min(self._timeout, left)
+        self._beneath.settimeout(None if math.isinf(seconds) else seconds)
 
 
 class _Bounded:
@@ -96,7 +103,8 @@ class _Bounded:
         super().__init__(**settings)
 
     def _connect(self) -> _Socket:
-        return _Socket(_within(self._limits.wait(), super()._connect), self._limits)  # type: ignore[misc]
+        left = self._limits.wait()
+        return _Socket(_within(None if math.isinf(left) else left, super()._connect), self._limits)  # type: ignore[misc]
 
 
 class _Plain(_Bounded, Connection):
@@ -115,7 +123,7 @@ class _Local(_Bounded, UnixDomainSocketConnection):
 CONNECTIONS = {"redis": _Plain, "rediss": _Encrypted, "unix": _Local}
 
 
-def _within(seconds: float, connect: Callable[[], socket.socket]) -> socket.socket:
+def _within(seconds: float | None, connect: Callable[[], socket.socket]) -> socket.socket:
     """What ``connect`` returns; it looks a name up, which has no time limit of its own."""
     made: list[socket.socket] = []
     failed: list[BaseException] = []
