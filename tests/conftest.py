@@ -47,3 +47,15 @@ def warnings():
     logger.addHandler(handler)
     yield texts
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Redis or Valkey server of the test's own."""
+    import servers
+
+    servers.needs_server()
+    (tmp_path / "server").mkdir()
+    server = servers.Server(tmp_path / "server")
+    yield server
+    server.stop()

@@ -108,7 +108,7 @@ class Guarded(Tier):
 
         def read() -> dict[bytes, Blob]:
             found = self._tier.read(keys, region, most)
-            return {key: found[key] for key in keys if isinstance(found.get(key), Blob)}
+            return {key: found[key] for key in keys if type(found.get(key)) is bytes}
 
         return self._try("read", self._reading, read, {})
 
