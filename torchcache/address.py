@@ -9,7 +9,7 @@ import urllib.parse
 
 from torchcache.logging import warn_once
 
-__all__ = ["Address", "check_remote", "default_remote"]
+__all__ = ["Address", "check_remote", "default_remote", "is_address"]
 
 _SCHEMES = ("redis", "rediss", "unix")
 
@@ -55,6 +55,11 @@ class Address:
             for name, variable in (("username", "TORCHCACHE_REMOTE_USER"), ("password", "TORCHCACHE_REMOTE_PASSWORD"))
             if os.environ.get(variable)
         }
+
+
+def is_address(text: str) -> bool:
+    """Whether ``text`` is meant as a URL of a server, not as a path."""
+    return text.partition("://")[0] in _SCHEMES and "://" in text
 
 
 def default_remote() -> str | None:

@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torchcache.address import is_address
 from torchcache.cli.screen import Screen
 from torchcache.options import absolute, default_cache_dir
+from torchcache.store.server import Server
 
-__all__ = ["Command", "Run", "add_directory", "directory_of", "why_directory"]
+__all__ = ["Command", "Run", "add_directory", "add_place", "directory_of", "place", "server_of", "why_directory"]
 
 Run = Callable[[argparse.Namespace, Screen], int]
 
@@ -54,6 +56,28 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the cache directory (default: $TORCHCACHE_DIR, else the user's cache directory)",
     )
+
+
+def place(text: str) -> Path | str:
+    """A directory, or the URL of a server."""
+    return text if is_address(text) else Path(text)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Add the optional ``DIR``, which may be a server."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        type=place,
+        help="the cache directory (default: $TORCHCACHE_DIR, else the user's cache directory), or redis://host of a "
+        "server",
+    )
+
+
+def server_of(arguments: argparse.Namespace) -> Server | None:
+    """The server that is meant, if it is one."""
+    return Server(arguments.directory) if isinstance(arguments.directory, str) else None
 
 
 def directory_of(arguments: argparse.Namespace) -> Path:

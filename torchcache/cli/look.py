@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from torchcache.cli.command import Command, add_directory, directory_of
+from torchcache.cli.command import Command, add_directory, add_place, directory_of, server_of
 from torchcache.cli.quantity import ago, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError
@@ -14,20 +14,28 @@ from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
 from torchcache.store.records import Records
 from torchcache.store.survey import Holding, survey, survey_calls
-from torchcache.store.verify import verify
+from torchcache.store.verify import Verdict, verify
 
 __all__ = ["COMMANDS"]
 
 
 def _info(arguments: argparse.Namespace, screen: Screen) -> int:
-    with Records(directory_of(arguments)) as records:
-        info = survey(records)
+    server = server_of(arguments)
+    if server is not None:
+        info = server.survey()
+    else:
+        with Records(directory_of(arguments)) as records:
+            info = survey(records)
     screen.result(info)
     used = size_text(info.volume)
     if info.limit is not None:
         used += f" of {size_text(info.limit)} ({info.volume / max(1, info.limit):.0%})"
     rows = sum(held.rows for held in info.regions)
-    facts = [("directory", info.directory), ("format", str(info.format)), ("size", used)]
+    facts = [
+        ("directory" if server is None else "server", info.directory),
+        ("format", str(info.format)),
+        ("size", used),
+    ]
     screen.facts([*facts, ("regions", str(len(info.regions))), ("rows", f"{rows:,}")])
     columns = ("region", "fingerprint", ">rows", ">size", ">ratio", "created", "last used")
     screen.table(columns, [_line(held) for held in info.regions])
@@ -83,6 +91,10 @@ def _ages(ages: dict[str, int]) -> str:
 
 
 def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
+    server = server_of(arguments)
+    if server is not None:
+        with screen.progress("checking", None) as progress:
+            return _report(server.verify(arguments.repair, progress), arguments, screen)
     try:
         with Records(directory_of(arguments)) as records:
             found = records.sql("SELECT count(*) FROM Cache")
@@ -92,6 +104,10 @@ def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
         screen.result({"directory": str(directory_of(arguments)), "database": [str(error)], "sound": False})
         screen.say(str(error), "red")
         return 1
+    return _report(verdict, arguments, screen)
+
+
+def _report(verdict: Verdict, arguments: argparse.Namespace, screen: Screen) -> int:
     screen.result({**dataclasses.asdict(verdict), "sound": verdict.sound})
     screen.say(f"{verdict.checked:,} rows checked, {size_text(verdict.bytes)}")
     for problem, count in sorted(verdict.damaged.items()):
@@ -116,7 +132,7 @@ def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    add_directory(parser)
+    add_place(parser)
     parser.add_argument(
         "--repair",
         action=argparse.BooleanOptionalAction,
@@ -129,10 +145,11 @@ COMMANDS = (
     Command(
         "info",
         "what is cached: regions, rows, sizes, last use",
-        add_directory,
+        add_place,
         _info,
         "Lists the regions of a cache directory, the most recently used first. The ratio is bytes of tensors by bytes "
         "stored, from up to 200 rows. Your code is not imported.",
+        ("torchcache info", "torchcache info redis://cache.lab:6379/0"),
     ),
     Command(
         "stats",

@@ -7,15 +7,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchcache.cli.command import Command
+from torchcache.cli.command import Command, place
 from torchcache.cli.quantity import size, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreError
 from torchcache.options import absolute
 from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
-from torchcache.store.deposit import Deposit, merge
+from torchcache.store.deposit import Deposit, DirectoryDeposit, merge, rows_of
 from torchcache.store.records import Records
+from torchcache.store.server import Server, ServerDeposit
 from torchcache.store.survey import find_region, survey
 from torchcache.store.transfer import export_region, import_region
 
@@ -65,7 +66,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace, screen: Screen) -> int:
-    with Deposit(absolute(arguments.directory), arguments.max_size) as deposit:
+    with DirectoryDeposit(absolute(arguments.directory), arguments.max_size) as deposit:
         region = import_region(absolute(arguments.file), deposit)
     return _stored(deposit, 0, screen, {"region": dataclasses.asdict(region)})
 
@@ -77,24 +78,35 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(arguments: argparse.Namespace, screen: Screen) -> int:
-    target = absolute(arguments.target)
-    sources = [absolute(source) for source in arguments.sources]
-    if any(source.resolve() == target.resolve() for source in sources):
-        raise StoreError(f"{target} is a source and the target at once")
+    sources = [Server(source) if isinstance(source, str) else absolute(source) for source in arguments.sources]
+    target = Server(arguments.target) if isinstance(arguments.target, str) else absolute(arguments.target)
+    names = [source.name if isinstance(source, Server) else str(source) for source in sources]
+    place = target.name if isinstance(target, Server) else str(target.resolve())
+    if place in [source.name if isinstance(source, Server) else str(source.resolve()) for source in sources]:
+        raise StoreError(f"{arguments.target} is a source and the target at once")
     damaged = 0
-    opened = [Records(source) for source in sources]
-    with Deposit(target, arguments.max_size) as deposit:
-        for records in opened:
-            with records:
-                found = records.sql("SELECT count(*) FROM Cache")
-                with screen.progress(f"merging {records.directory}", found[0][0] if found else 0) as progress:
-                    damaged += merge(records, deposit, progress=progress)
-    return _stored(deposit, damaged, screen, {"sources": [str(source) for source in sources]})
+    opened = [source if isinstance(source, Server) else Records(source) for source in sources]
+    into = ServerDeposit(target) if isinstance(target, Server) else DirectoryDeposit(target, arguments.max_size)
+    with into as deposit:
+        for source, name in zip(opened, names, strict=True):
+            if isinstance(source, Server):
+                with screen.progress(f"merging {name}", None) as progress:
+                    damaged += merge(source.regions().values(), source.sound_rows(progress), deposit)
+                continue
+            with source:
+                found = source.sql("SELECT count(*) FROM Cache")
+                with screen.progress(f"merging {name}", found[0][0] if found else 0) as progress:
+                    damaged += merge(source.catalogue.read().values(), rows_of(source, progress), deposit)
+    return _stored(deposit, damaged, screen, {"sources": names})
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", metavar="SRC", nargs="+", type=Path, help="cache directories; they are not changed")
-    parser.add_argument("target", metavar="DST", type=Path, help="the directory to fill, made where there is none")
+    parser.add_argument(
+        "sources", metavar="SRC", nargs="+", type=place, help="cache directories, or redis://host; they are not changed"
+    )
+    parser.add_argument(
+        "target", metavar="DST", type=place, help="the directory to fill, made where there is none, or redis://host"
+    )
     _add_max_size(parser)
 
 
@@ -116,8 +128,8 @@ def _stored(deposit: Deposit, damaged: int, screen: Screen, more: dict[str, obje
         "damaged": damaged,
         "left_out": deposit.left_out,
     }
-    screen.result({"directory": str(deposit.directory), **more, **counts})
-    screen.say(f"{deposit.stored:,} rows ({size_text(deposit.bytes)}) stored in {deposit.directory}")
+    screen.result({"directory": deposit.name, **more, **counts})
+    screen.say(f"{deposit.stored:,} rows ({size_text(deposit.bytes)}) stored in {deposit.name}")
     if deposit.present:
         screen.say(f"{deposit.present:,} were there already")
     if damaged:

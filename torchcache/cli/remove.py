@@ -7,19 +7,23 @@ import contextlib
 import sys
 import time
 
-from torchcache.cli.command import Command, add_directory, directory_of
+from torchcache.cli.command import Command, add_directory, add_place, directory_of, server_of
 from torchcache.cli.quantity import age, date, size, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError, StoreError
 from torchcache.printable import printable
 from torchcache.store.prune import Removal, clear, discard_database, prune
 from torchcache.store.records import Records
-from torchcache.store.survey import find_region, survey
+from torchcache.store.server import Server
+from torchcache.store.survey import Holding, find_region, survey
 
 __all__ = ["COMMANDS"]
 
 
 def _clear(arguments: argparse.Namespace, screen: Screen) -> int:
+    server = server_of(arguments)
+    if server is not None:
+        return _clear_server(server, arguments, screen)
     directory = directory_of(arguments)
     try:
         return _clear_rows(arguments, screen)
@@ -31,18 +35,31 @@ def _clear(arguments: argparse.Namespace, screen: Screen) -> int:
         return _clear_rows(arguments, screen)
 
 
+def _clear_server(server: Server, arguments: argparse.Namespace, screen: Screen) -> int:
+    info = server.survey()
+    held = find_region(info, arguments.region) if arguments.region else info.regions
+    _confirm_regions(arguments, held, info.directory)
+    removal = server.clear([one.tag for one in held] if arguments.region else None)
+    screen.result(removal)
+    screen.say(f"{removal.rows:,} rows ({size_text(removal.bytes)}) removed from {removal.directory}")
+    return 0
+
+
 def _clear_rows(arguments: argparse.Namespace, screen: Screen) -> int:
     with Records(directory_of(arguments)) as records:
         info = survey(records)
         regions = find_region(info, arguments.region) if arguments.region else None
-        held = info.regions if regions is None else regions
-        rows, taken = sum(one.rows for one in held), sum(one.bytes for one in held)
-        what = "regions" if len(held) != 1 else "region"
-        _confirm(arguments, f"Remove {rows:,} rows ({size_text(taken)}) of {len(held)} {what} from {info.directory}?")
+        _confirm_regions(arguments, info.regions if regions is None else regions, info.directory)
         names = _names(records)
         removal = clear(records, regions)
     _report(removal, names, "removed", screen)
     return 0
+
+
+def _confirm_regions(arguments: argparse.Namespace, held: list[Holding], where: str) -> None:
+    rows, taken = sum(one.rows for one in held), sum(one.bytes for one in held)
+    what = "regions" if len(held) != 1 else "region"
+    _confirm(arguments, f"Remove {rows:,} rows ({size_text(taken)}) of {len(held)} {what} from {where}?")
 
 
 def _confirm(arguments: argparse.Namespace, question: str) -> None:
@@ -60,7 +77,7 @@ def _confirm(arguments: argparse.Namespace, question: str) -> None:
 
 
 def _clear_arguments(parser: argparse.ArgumentParser) -> None:
-    add_directory(parser)
+    add_place(parser)
     parser.add_argument("--region", metavar="R", help="only this one: the start of its fingerprint, or its module path")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
 

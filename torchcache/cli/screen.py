@@ -76,7 +76,7 @@ class Screen:
             self.say(f"... and {len(rows) - MOST_ROWS:,} more: --json tells all")
 
     @contextlib.contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int], object]]:
+    def progress(self, what: str, total: int | None) -> Iterator[Callable[[int], object]]:
         """A bar on a terminal's standard error; gives the function that advances it."""
         if self.json or not sys.stderr.isatty():
             yield lambda done: None

@@ -29,11 +29,12 @@ class Limits(threading.local):
     @contextlib.contextmanager
     def seconds(self, seconds: float) -> Iterator[None]:
         """So much time from this moment on, for all that is done meanwhile."""
-        self.end = time.monotonic() + seconds
+        before = self.end
+        self.end = min(before, time.monotonic() + seconds)
         try:
             yield
         finally:
-            self.end = math.inf
+            self.end = before
 
     @contextlib.contextmanager
     def bytes(self, count: int) -> Iterator[None]:

@@ -82,6 +82,11 @@ class Region:
         limit = self.options.get("max_persistent_cache_size")
         return limit if isinstance(limit, int) else LARGEST_NUMBER
 
+    def spanning(self, other: Region) -> Region:
+        """The record with the time of another one of the same region as well."""
+        created, last_used = min(self.created, other.created), max(self.last_used, other.last_used)
+        return dataclasses.replace(self, created=created, last_used=last_used)
+
     def dump(self) -> bytes:
         """The record as the bytes of a file, without the tag, which names it."""
         fields = dataclasses.asdict(self)

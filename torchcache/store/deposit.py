@@ -1,9 +1,9 @@
-"""Blobs from elsewhere stored in a cache directory: only sound ones, and never over a sound row."""
+"""Blobs from elsewhere stored: only sound ones, and never over a sound row."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torchcache.errors import StoreError
@@ -12,12 +12,46 @@ from torchcache.store.connect import check_version
 from torchcache.store.disk import DiskTier
 from torchcache.store.records import UNKNOWN, Records
 
-__all__ = ["Deposit", "merge"]
+__all__ = ["Deposit", "DirectoryDeposit", "merge", "rows_of"]
 
 PIECE_BYTES = 32 * 1024 * 1024
 
 
-class Deposit:
+class Deposit(abc.ABC):
+    """What takes blobs in, and counts them.
+
+    Attributes
+    ----------
+    name : str
+        Where it is, for people.
+    stored, present, bytes, left_out : int
+        Rows that are new, were there, the bytes of the new ones, and rows that did not fit in.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stored = self.present = self.bytes = self.left_out = 0
+
+    def __enter__(self) -> Deposit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def note(self, region: Region) -> None:
+        """Put a region's record there; one that is there keeps its name and the wider span of time."""
+
+    @abc.abstractmethod
+    def add(self, tag: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
+        """Store those ``(key, blob)`` pairs that have no sound row here."""
+
+    def close(self) -> None:
+        """No more is added."""
+        return
+
+
+class DirectoryDeposit(Deposit):
     """A directory that takes blobs in, made where there is none.
 
     Parameters
@@ -34,9 +68,8 @@ class Deposit:
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
+        super().__init__(str(directory))
         check_version(directory)
-        self.directory = directory
-        self.stored = self.present = self.bytes = self.left_out = 0
         self._limit = limit
         self._tier = DiskTier(directory)
         if not self._tier.writable:
@@ -44,26 +77,18 @@ class Deposit:
         self._records = Records(directory)
         self._catalogue = Catalogue(directory)
 
-    def __enter__(self) -> Deposit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the directory."""
         self._records.__exit__()
         self._tier.close()
 
     def note(self, region: Region) -> None:
-        """Put a region's record in the catalogue; one that is there keeps its name and the wider span of time."""
+        """Put a region's record in the catalogue."""
         known = self._catalogue.read().get(region.tag)
-        if known is not None:
-            region = dataclasses.replace(
-                known,
-                created=min(known.created, region.created),
-                last_used=max(known.last_used, region.last_used),
-            )
-        self._catalogue.write(region)
+        self._catalogue.write(region if known is None else known.spanning(region))
 
     def add(self, tag: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
-        """Store those ``(key, blob)`` pairs that have no sound row here."""
+        """Store those pairs that have no sound row here; a damaged one gives way."""
         here = list(self._records.find([key for key, _ in entries]))
         damaged = [entry for entry in here if entry.check()[1] is not None]
         if damaged:
@@ -71,26 +96,27 @@ class Deposit:
         sound = {entry.key for entry in here} - {entry.key for entry in damaged}
         wanted = [(key, blob) for key, blob in entries if key not in sound]
         errors = self._tier.errors
-        stored, size = self._tier.write(wanted, Region(tag, "", options={"max_persistent_cache_size": self._limit}))
+        region = Region(tag, "", options={"max_persistent_cache_size": self._limit})
+        stored, size = self._tier.write(wanted, region)
         if self._tier.errors > errors:
-            raise StoreError(f"{self.directory} cannot be written to: TORCHCACHE_LOG_LEVEL=INFO says why")
+            raise StoreError(f"{self.name} cannot be written to: TORCHCACHE_LOG_LEVEL=INFO says why")
         self.present += len(sound)
         self.stored += stored
         self.bytes += size
         self.left_out += len(wanted) - stored
 
 
-def merge(records: Records, deposit: Deposit, *, progress: Callable[[int], object] = lambda done: None) -> int:
-    """Copy all sound rows of a directory; the number of damaged ones, which are left out.
+def merge(regions: Iterable[Region], rows: Iterable[tuple[str, bytes, bytes | None]], deposit: Deposit) -> int:
+    """Copy all sound rows; the number of damaged ones, which are left out.
 
     Parameters
     ----------
-    records : Records
-        The source, which is not changed.
+    regions : iterable of Region
+        Records of the source.
+    rows : iterable of (str, bytes, bytes or None)
+        Its rows: tag, key and blob, ``None`` for one that is damaged.
     deposit : Deposit
-        Where the rows go; it counts them.
-    progress : callable
-        Called with the number of rows done since its last call.
+        Where they go; it counts them.
     """
     damaged = waiting = 0
     pieces: dict[str, list[tuple[bytes, bytes]]] = {}
@@ -102,20 +128,26 @@ def merge(records: Records, deposit: Deposit, *, progress: Callable[[int], objec
         pieces.clear()
         waiting = 0
 
-    for region in records.catalogue.read().values():
+    for region in regions:
         deposit.note(region)
-    for entry in records.entries():
-        blob = _sound_blob(entry.check()[1], entry.read) if entry.tag != UNKNOWN else None
+    for tag, key, blob in rows:
         if blob is None:
             damaged += 1
-        else:
-            pieces.setdefault(entry.tag, []).append((entry.key, blob))
-            waiting += len(blob)
+            continue
+        pieces.setdefault(tag, []).append((key, blob))
+        waiting += len(blob)
         if waiting >= PIECE_BYTES:
             store()
-        progress(1)
     store()
     return damaged
+
+
+def rows_of(records: Records, progress: Callable[[int], object]) -> Iterator[tuple[str, bytes, bytes | None]]:
+    """The rows of a directory, as ``merge`` takes them."""
+    for entry in records.entries():
+        blob = _sound_blob(entry.check()[1], entry.read) if entry.tag != UNKNOWN else None
+        yield entry.tag, entry.key, blob
+        progress(1)
 
 
 def _sound_blob(wrong: str | None, read: Callable[[], bytes]) -> bytes | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torchcache.store.bounded import Limits
 
-__all__ = ["RemoteTier", "remote_tier"]
+__all__ = ["FRAME_BYTES", "PIECE_BYTES", "PREFIX", "RemoteTier", "connect", "pieces", "remote_tier", "scan"]
 
 # One command asks for so many bytes and so many rows at the most: what a server does for others waits no longer.
 PIECE_BYTES = 8 * 1024 * 1024
@@ -34,7 +34,7 @@ FRAME_BYTES = 64
 PATIENCE = 30
 SCAN_ROWS, SCAN_BYTES = 1000, 1024 * 1024
 
-_PREFIX = f"torchcache:{FORMAT_VERSION}:"
+PREFIX = f"torchcache:{FORMAT_VERSION}:".encode()
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class RemoteTier(Tier):
         """The values of those keys that are there and no longer than ``most`` bytes."""
         prefix, found = _prefix(region), dict[bytes, Blob]()
         with self._asking() as (client, limits):
-            for part in _pieces(keys, lambda key: most):
+            for part in pieces(keys, lambda key: most):
                 names = [prefix + key for key in part]
                 for key, value in zip(part, _values(client, limits, names, most), strict=True):
                     if isinstance(value, bytes) and len(value) <= most:
@@ -73,7 +73,7 @@ class RemoteTier(Tier):
         if self.address.read_only:
             return 0, 0
         prefix = _prefix(region)
-        for part in _pieces(entries, lambda entry: len(entry[1])):
+        for part in pieces(entries, lambda entry: len(entry[1])):
             with self._asking() as (client, limits), limits.bytes(len(part) * FRAME_BYTES):
                 pipeline = client.pipeline(transaction=False)
                 for key, blob in part:
@@ -90,7 +90,7 @@ class RemoteTier(Tier):
                 client.unlink(*(_prefix(region) + key for key in found))
             return True
         with self._asking(PATIENCE) as (client, limits):
-            for names in scan(client, limits, f"{_PREFIX}{region.tag}*"):
+            for names in scan(client, limits, _record(region).decode() + "*"):
                 with limits.bytes(0):
                     client.unlink(*names)
         self._noted.discard(region.tag)
@@ -99,14 +99,14 @@ class RemoteTier(Tier):
     def knows(self, region: Region) -> bool:
         """Whether the region has a record."""
         with self._asking() as (client, limits), limits.bytes(0):
-            return bool(client.exists(_PREFIX + region.tag))
+            return bool(client.exists(_record(region)))
 
     def note(self, region: Region) -> None:
         """Put the region's record there, once a process."""
         if self.address.read_only or region.tag in self._noted:
             return
         with self._asking() as (client, limits), limits.bytes(0):
-            client.set(_PREFIX + region.tag, region.dump(), ex=self.address.ttl)
+            client.set(_record(region), region.dump(), ex=self.address.ttl)
         self._noted.add(region.tag)
 
     @contextlib.contextmanager
@@ -114,7 +114,7 @@ class RemoteTier(Tier):
         """The client, for as long as the address grants."""
         with self._lock:
             if self._connected is None:
-                self._connected = _connect(self.address)
+                self._connected = connect(self.address)
         client, limits = self._connected
         with limits.seconds(times * self.address.timeout):
             yield client, limits
@@ -134,7 +134,8 @@ def scan(client: Redis, limits: Limits, pattern: str) -> Iterator[list[bytes]]:
             return
 
 
-def _connect(address: Address) -> tuple[Redis, Limits]:
+def connect(address: Address) -> tuple[Redis, Limits]:
+    """A client that connects when it is first asked, and what the calling thread grants its server."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -177,7 +178,7 @@ def _values(client: Redis, limits: Limits, names: Sequence[bytes], most: int) ->
     return [found.get(name) for name in names]
 
 
-def _pieces(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+def pieces(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
     """``items`` in order, in parts of some megabytes."""
     part: list[T] = []
     room = PIECE_BYTES
@@ -191,8 +192,12 @@ def _pieces(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
         yield part
 
 
+def _record(region: Region) -> bytes:
+    return PREFIX + region.tag.encode()
+
+
 def _prefix(region: Region) -> bytes:
-    return f"{_PREFIX}{region.tag}:".encode()
+    return _record(region) + b":"
 
 
 # Weak: a process that makes one model after another holds the connections of those that are in use.

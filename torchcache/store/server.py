@@ -1,0 +1,270 @@
+"""The rows on a server, walked, counted, checked and removed for tools, beside the processes that use it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torchcache.address import Address
+from torchcache.errors import StoreError, brief
+from torchcache.store.blob import FORMAT_VERSION, BlobError
+from torchcache.store.catalogue import LARGEST, Region, is_tag
+from torchcache.store.deposit import Deposit
+from torchcache.store.header import LARGEST_ROW, check_blob, read_header
+from torchcache.store.prune import Removal
+from torchcache.store.remote import FRAME_BYTES, PIECE_BYTES, PREFIX, RemoteTier, connect, pieces, scan
+from torchcache.store.survey import SAMPLE, Holding, Info
+from torchcache.store.verify import Verdict
+
+__all__ = ["Server", "ServerDeposit"]
+
+# Each question may take so many of the address's time limits: people wait longer than training does.
+PATIENCE = 30
+HEAD_BYTES = 4096
+_ROW = len(PREFIX) + 32 + 1 + 32
+_RECORD = len(PREFIX) + 32
+
+
+class Server:
+    """The rows on a server.
+
+    Parameters
+    ----------
+    url : str
+        Its address.
+
+    Raises
+    ------
+    StoreError
+        By each method, where the server cannot be used.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.address = Address(url)
+        except ValueError as error:
+            raise StoreError(f"a server must be {error}") from None
+        self.name = self.address.name
+
+    def regions(self) -> dict[str, Region]:
+        """The records by tag; what is no record is left out."""
+        with self.asking() as ask:
+            return self._regions(ask)
+
+    def survey(self) -> Info:
+        """The regions and their rows."""
+        rows: dict[str, int] = collections.Counter()
+        sizes: dict[str, int] = collections.Counter()
+        samples: dict[str, list[bytes]] = collections.defaultdict(list)
+        with self.asking() as ask:
+            regions = self._regions(ask)
+            for names in self._rows(ask):
+                for name, length in zip(names, ask.lengths(names), strict=True):
+                    tag = _tag(name)
+                    rows[tag] += 1
+                    sizes[tag] += length
+                    if len(samples[tag]) < SAMPLE:
+                        samples[tag].append(name)
+            ratios = {tag: self._ratio(ask, names) for tag, names in samples.items()}
+            limit = ask.limit()
+        held = [
+            Holding(tag, regions.get(tag), rows[tag], sizes[tag], ratios.get(tag), 0.0, 0.0)
+            for tag in {**rows, **regions}
+        ]
+        held.sort(key=lambda one: -one.last_used)
+        return Info(self.name, FORMAT_VERSION, sum(one.bytes for one in held), limit, held)
+
+    def verify(self, repair: bool, progress: Callable[[int], object] = lambda done: None) -> Verdict:
+        """Check each row: header, lengths, checksum, frame."""
+        verdict = Verdict(self.name)
+        with self.asking() as ask:
+            for names in self._rows(ask):
+                bad = []
+                for name, blob in self._values(ask, names):
+                    verdict.checked += 1
+                    verdict.bytes += len(blob)
+                    if (problem := _problem(name, blob)) is not None:
+                        verdict.damaged[problem] += 1
+                        bad.append(name)
+                    progress(1)
+                if repair and bad:
+                    verdict.repaired += ask.remove(bad)
+        verdict.damaged = dict(verdict.damaged)
+        return verdict
+
+    def clear(self, tags: Sequence[str] | None = None) -> Removal:
+        """Remove the rows and records of those regions, or of all."""
+        removal = Removal(self.name)
+        with self.asking() as ask:
+            for names in self._rows(ask):
+                chosen = [name for name in names if tags is None or _tag(name) in tags]
+                lengths = ask.lengths(chosen)
+                ask.remove(chosen)
+                for name, length in zip(chosen, lengths, strict=True):
+                    removal.rows += 1
+                    removal.bytes += length
+                    removal.regions[_tag(name)] = removal.regions.get(_tag(name), 0) + 1
+            ask.remove([PREFIX + tag.encode() for tag in (self._regions(ask) if tags is None else tags)])
+        removal.before = removal.bytes
+        return removal
+
+    def sound_rows(self, progress: Callable[[int], object]) -> Iterator[tuple[str, bytes, bytes | None]]:
+        """Tag, key and blob of each row; ``None`` for the blob of one that is damaged."""
+        with self.asking() as ask:
+            for names in self._rows(ask):
+                for name, blob in self._values(ask, names):
+                    yield _tag(name), name[-32:], blob if _problem(name, blob) is None else None
+                    progress(1)
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[_Ask]:
+        """Ask the server, whose failures are a ``StoreError``."""
+        try:
+            yield _Ask(self.address)
+        except StoreError:
+            raise
+        except ImportError:
+            raise StoreError("the client of servers is missing: pip install 'torchcache[redis]'") from None
+        except Exception as error:  # whatever a server answers
+            raise StoreError(f"{self.name} cannot be used: {type(error).__name__}: {brief(error)}") from None
+
+    def _rows(self, ask: _Ask) -> Iterator[list[bytes]]:
+        seen: set[bytes] = set()
+        for names in ask.scan():
+            new = [name for name in dict.fromkeys(names) if len(name) == _ROW and is_tag(_tag(name))]
+            new = [name for name in new if name not in seen]
+            seen.update(new)
+            if new:
+                yield new
+
+    def _regions(self, ask: _Ask) -> dict[str, Region]:
+        regions = {}
+        for names in ask.scan():
+            for name in names:
+                if len(name) == _RECORD and is_tag(_tag(name)):
+                    region = ask.record(_tag(name))
+                    if region is not None:
+                        regions[region.tag] = region
+        return regions
+
+    def _values(self, ask: _Ask, names: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        lengths = dict(zip(names, ask.lengths(names), strict=True))
+        for part in pieces(names, lambda name: min(lengths[name], PIECE_BYTES)):
+            yield from zip(part, ask.values(part, max(lengths[name] for name in part)), strict=True)
+
+    def _ratio(self, ask: _Ask, names: list[bytes]) -> float | None:
+        plain = stored = 0
+        for name, length in zip(names, ask.lengths(names), strict=True):
+            with contextlib.suppress(BlobError):
+                header = read_header(io.BytesIO(ask.part(name, HEAD_BYTES)))
+                plain += header.spec.size
+                stored += length - header.payload_at - 8
+        return plain / stored if stored > 0 else None
+
+
+class ServerDeposit(Deposit):
+    """A server that takes blobs in. A row that is there stays, sound or not: whoever reads it finds out.
+
+    Parameters
+    ----------
+    server : Server
+        Where they go.
+    """
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.name)
+        self._server = server
+        self._tier = RemoteTier(server.address)
+
+    def note(self, region: Region) -> None:
+        """Put a region's record there."""
+        with self._server.asking() as ask:
+            known = ask.record(region.tag)
+            ask.set(PREFIX + region.tag.encode(), (region if known is None else known.spanning(region)).dump())
+
+    def add(self, tag: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
+        """Store those pairs that have no row there."""
+        with self._server.asking() as ask:
+            lengths = ask.lengths([_name(tag, key) for key, _ in entries])
+            wanted = [entry for entry, length in zip(entries, lengths, strict=True) if not length]
+            stored, size = self._tier.write(wanted, Region(tag, ""))
+        self.present += len(entries) - len(wanted)
+        self.stored += stored
+        self.bytes += size
+        self.left_out += len(wanted) - stored
+
+
+class _Ask:
+    """Questions to a server, each within limits of its own."""
+
+    def __init__(self, address: Address) -> None:
+        self._client, self._limits = connect(address)
+        self._seconds = PATIENCE * address.timeout
+
+    def scan(self) -> Iterator[list[bytes]]:
+        with self._limits.seconds(100 * self._seconds):
+            yield from scan(self._client, self._limits, PREFIX.decode() + "*")
+
+    def lengths(self, names: Sequence[bytes]) -> list[int]:
+        pipeline = self._client.pipeline(transaction=False)
+        for name in names:
+            pipeline.strlen(name)
+        with self._within(len(names) * FRAME_BYTES):
+            found = pipeline.execute(raise_on_error=False)
+        return [length if isinstance(length, int) and length >= 0 else 0 for length in found]
+
+    def values(self, names: Sequence[bytes], longest: int) -> list[bytes]:
+        with self._within(len(names) * (min(longest, LARGEST_ROW) + FRAME_BYTES)):
+            found: Any = self._client.mget(names)
+        return [value if isinstance(value, bytes) else b"" for value in found]
+
+    def part(self, name: bytes, most: int) -> bytes:
+        with self._within(most + FRAME_BYTES):
+            found: Any = self._client.getrange(name, 0, most - 1)
+        return found if isinstance(found, bytes) else b""
+
+    def record(self, tag: str) -> Region | None:
+        try:
+            return Region.parse(tag, self.part(PREFIX + tag.encode(), LARGEST))
+        except ValueError:
+            return None
+
+    def set(self, name: bytes, value: bytes) -> None:
+        with self._within(0):
+            self._client.set(name, value)
+
+    def remove(self, names: Sequence[bytes]) -> int:
+        if not names:
+            return 0
+        with self._within(0):
+            return int(self._client.unlink(*names))
+
+    def limit(self) -> int | None:
+        with self._within(64 * 1024):
+            found: Any = self._client.info("memory")
+        most = found.get("maxmemory") if isinstance(found, dict) else None
+        return most if isinstance(most, int) and most > 0 else None
+
+    @contextlib.contextmanager
+    def _within(self, count: int) -> Iterator[None]:
+        with self._limits.seconds(self._seconds), self._limits.bytes(count):
+            yield
+
+
+def _name(tag: str, key: bytes) -> bytes:
+    return PREFIX + tag.encode() + b":" + key
+
+
+def _tag(name: bytes) -> str:
+    return name[len(PREFIX) : len(PREFIX) + 32].decode("ascii", "replace")
+
+
+def _problem(name: bytes, blob: bytes) -> str | None:
+    try:
+        check_blob(name[-32:], io.BytesIO(blob), len(blob))
+    except BlobError as error:
+        return str(error)
+    return None
