@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.data import get_worker_info
 
 from torchcache.forks import without_forks
-from torchcache.logging import logger
+from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
@@ -163,6 +164,11 @@ class Tiers:
         """
         stored = self.stored(spec)
         slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
+        if not self.beneath and get_worker_info() is not None:
+            warn_once(
+                f"{self.name} is called in a worker of a DataLoader: what its memory holds goes when it ends, and no "
+                "other process sees it; set persistent=True to keep its rows"
+            )
         if self._takers() and all(storable(dtype) for dtype, _ in stored.leaves):
             admitted, region = len(slots), self._region(state)
             if slab is not None and admitted:

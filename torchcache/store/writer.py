@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 
 from torchcache.errors import brief
 from torchcache.logging import logger, warn_once
@@ -51,6 +52,8 @@ class Writer:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
+                # In a process that multiprocessing started, nothing of atexit runs.
+                Finalize(None, flush, exitpriority=0)
             self._changed.notify_all()
         return True
 
