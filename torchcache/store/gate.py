@@ -243,13 +243,17 @@ class _Budget:
     def __init__(self, path: Path) -> None:
         self._files = (path, path.with_name(SIDES[0]))
         self._began = 0.0
+        self._size = -1
 
     def begin(self) -> None:
         self._began = time.thread_time()
+        self._size = -1
 
     def is_spent(self) -> bool:
+        if self._size < 0:  # at once: what the query itself writes earns it nothing
+            self._size = sum(map(_bytes_on_disk, self._files))
         more = time.thread_time() - self._began - BUDGET_SECONDS
-        return more > 0 and more * BUDGET_BYTES_PER_SECOND > sum(map(_bytes_on_disk, self._files))
+        return more > 0 and more * BUDGET_BYTES_PER_SECOND > self._size
 
 
 def _look(path: Path) -> os.stat_result | None:
