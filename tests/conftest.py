@@ -14,6 +14,7 @@ from torchcache.logging import logger, warn_once
 @pytest.fixture(autouse=True)
 def _clean(tmp_path, monkeypatch, request):
     monkeypatch.setenv("TORCHCACHE_DIR", str(tmp_path / "default-cache"))
+    monkeypatch.delenv("TORCHCACHE_REMOTE", raising=False)
     warn_once.cache_clear()
     torch._dynamo.reset()
     failed = []
