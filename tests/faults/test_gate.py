@@ -55,6 +55,10 @@ def told(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
+def record(limit):
+    return Region("0" * 32, "", options={"max_persistent_cache_size": limit})
+
+
 def in_time(function):
     """Do it in a child that is ended where it hangs."""
     endurance.in_a_child(lambda tell: function() and None)
@@ -315,14 +319,14 @@ def test_the_size_is_measured_and_not_believed(tmp_path, claim):
     limit = 3_000_000
     tier = DiskTier(tmp_path)
     blobs = [(bytes([n]) * 32, bytes(200_000)) for n in range(40)]
-    tier.write(blobs[:1], "0" * 32, limit)
+    tier.write(blobs[:1], record(limit))
     tier.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "rows-1" / "cache.db", isolation_level=None)) as connection:
         value = float(claim) if claim == "9e999" else claim
         connection.execute("UPDATE Settings SET value = ? WHERE key = 'size'", (value,))
     again = DiskTier(tmp_path)
     for blob in blobs[1:]:
-        again.write([blob], "0" * 32, limit)
+        again.write([blob], record(limit))
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.val"))
     assert 0.7 * limit < held < limit
 
@@ -331,7 +335,7 @@ def test_sizes_of_rows_that_are_not_so_lift_no_limit(tmp_path):
     limit = 3_000_000
     tier = DiskTier(tmp_path)
     blobs = [(bytes([n]) * 32, bytes(200_000)) for n in range(60)]
-    tier.write(blobs[:5], "0" * 32, limit)
+    tier.write(blobs[:5], record(limit))
     with contextlib.closing(sqlite3.connect(tmp_path / "rows-1" / "cache.db", isolation_level=None)) as connection:
         connection.execute("UPDATE Cache SET size = 1000000000")
     again = DiskTier(tmp_path)
@@ -339,7 +343,7 @@ def test_sizes_of_rows_that_are_not_so_lift_no_limit(tmp_path):
         if number < 5:
             again.remove(Region("", ""), {key: b""})
         else:
-            again.write([(key, blob)], "0" * 32, limit)
+            again.write([(key, blob)], record(limit))
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.val")) < limit
 
 

@@ -278,9 +278,17 @@ class Records:
         return self._disk.volume()
 
     def compact(self) -> bool:
-        """Give free pages back to the file system; ``False`` where other processes are in the way."""
+        """Give free pages back to the file system; ``False`` where other processes are in the way.
+
+        Raises
+        ------
+        StoreDamagedError
+            Where the database's pages are not in order: copying forged ones has no budget.
+        """
         if self._connection is None:
             return True
+        if self.sql("PRAGMA quick_check(1)") != [("ok",)]:
+            raise StoreDamagedError(f"the pages of {self.database} are out of order: {START_ANEW}")
         try:
             self._connection.execute("VACUUM")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
