@@ -158,7 +158,7 @@ def planted(directory, outside, chance):
 
 def claims(directory, outside, chance):
     """Sizes and times that are not so."""
-    value = chance.choice([-(10**15), 10**15, 2**63 - 1, "text", "x" * 10**5, float("inf"), None, b"blob"])
+    value = chance.choice([-(10**15), 10**15, 2**63 - 1, "text", "x" * 10**4, float("inf"), None, b"blob"])
     with opened(directory) as connection:
         connection.execute(
             chance.choice(
