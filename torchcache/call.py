@@ -78,7 +78,9 @@ class Region:
         self.schedule = Schedule(options.audit)
         self._learning = Learning(subject, options)
         self._turnover = Turnover()
-        self._usefulness = Usefulness(subject.name, self.counters, self.reasons, self._turnover, bool(self.tiers.beneath))
+        self._usefulness = Usefulness(
+            subject.name, self.counters, self.reasons, self._turnover, bool(self.tiers.beneath)
+        )
         self._usefulness.watch(self)
         self.writes = False
         self.partly: Callable[[Given, Trains], Any] | None = None

@@ -9,6 +9,7 @@ __all__ = [
     "Bypass",
     "FingerprintError",
     "MarkError",
+    "NoDirectoryError",
     "OutputError",
     "RowwiseError",
     "SampleKeyError",
@@ -52,6 +53,10 @@ class SampleKeyError(TorchcacheError, ValueError):
 
 class StoreError(TorchcacheError):
     """A command cannot do to a cache directory what it was asked to."""
+
+
+class NoDirectoryError(StoreError):
+    """No cache directory was given, and this user has no home where the default one would be."""
 
 
 class StoreDamagedError(StoreError):

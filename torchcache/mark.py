@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,12 @@ class Mark:
         members = vars(module)
         if _OVERRIDING.isdisjoint(members):  # almost always
             return self.options
-        return self.options.replace({name: members[key] for name, key in _OVERRIDES.items() if key in members})
+        changes = {name: members[key] for name, key in _OVERRIDES.items() if key in members}
+        chosen = _chosen.setdefault(module, weakref.WeakKeyDictionary())
+        known = chosen.get(self)
+        if known is None or known[0] != changes:
+            known = chosen[self] = (changes, self.options.replace(changes))
+        return known[1]
 
     def original(self, module: nn.Module | None) -> Callable[..., Any]:
         """What runs in place of a lookup; it takes the module first, if there is one."""
@@ -137,3 +143,8 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     only = inspect.Parameter.POSITIONAL_ONLY
     # No keyword can have the name of one that is positional only.
     return tuple(f"{p.name}{'/' * (p.kind is only)}" for p in parameters if p.kind in _POSITIONAL)
+
+
+# What the attributes of a module said, and the options that they make: a relative directory stays where it was.
+_Chosen = tuple[dict[str, Any], CacheOptions]
+_chosen: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Mark, _Chosen]] = weakref.WeakKeyDictionary()

@@ -14,6 +14,7 @@ import platformdirs
 import torch
 
 from torchcache.address import check_remote, default_remote
+from torchcache.errors import NoDirectoryError
 from torchcache.logging import warn_once
 
 __all__ = ["CacheOptions", "absolute", "default_cache_dir"]
@@ -30,28 +31,61 @@ REMOVED = {
 }
 
 
-def default_cache_dir() -> Path:
-    """``$TORCHCACHE_DIR`` where that is a path, else the platform's cache directory for the user; absolute."""
-    chosen = os.environ.get("TORCHCACHE_DIR")
-    default = Path(platformdirs.user_cache_dir("torchcache")).absolute()
+def _working_directory() -> Path | None:
     try:
-        return absolute(chosen) if chosen else default
-    except ValueError as error:
-        warn_once(f"TORCHCACHE_DIR={chosen!r} cannot be used ({error}): {default} is used")
-        return default
+        return Path.cwd()
+    except OSError:  # it was deleted
+        return None
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
+# What a relative TORCHCACHE_DIR starts from, wherever the process goes later.
+_STARTED_IN = _working_directory()
+
+
+def default_cache_dir() -> Path:
+    """``$TORCHCACHE_DIR`` where that is a path, else the platform's cache directory for the user; absolute.
+
+    Raises
+    ------
+    NoDirectoryError
+        There is neither.
+    """
+    chosen = os.environ.get("TORCHCACHE_DIR")
+    why = ""
+    if chosen:
+        try:
+            return absolute(chosen, _STARTED_IN)
+        except ValueError as error:
+            why = f"TORCHCACHE_DIR={chosen!r} cannot be used ({error})"
+    try:
+        default = absolute(platformdirs.user_cache_dir("torchcache"))
+    except (RuntimeError, ValueError):
+        reason = why or "there is no home directory"
+        raise NoDirectoryError(f"{reason}: set TORCHCACHE_DIR, or give a directory") from None
+    if why:
+        warn_once(f"{why}: {default} is used")
+    return default
+
+
+def absolute(path: str | os.PathLike[str], start: Path | None = None) -> Path:
     """``path`` with ``~`` and ``~user`` in its place, from the root on; nothing else in it is replaced.
+
+    Parameters
+    ----------
+    path : str or Path
+        A relative one starts from ``start``.
+    start : Path or None
+        ``None`` is the working directory.
 
     Raises
     ------
     ValueError
-        There is no such user, or no home directory.
+        There is no such user, no home directory or no working directory.
     """
     try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:
+        whole = Path(path).expanduser()
+        return (start / whole if start is not None else whole).absolute()
+    except (RuntimeError, OSError) as error:
         raise ValueError(f"{os.fspath(path)!r}: {error}") from None
 
 
@@ -66,12 +100,19 @@ class CacheOptions:
     persistent : bool
         Keep rows on disk too, for later runs and other processes.
     persistent_cache_dir : str, Path or None
-        Directory of the disk tier; ``None`` is ``$TORCHCACHE_DIR``, else the user's cache directory.
+        Directory of the disk tier; ``None`` is ``$TORCHCACHE_DIR``, else the user's cache directory. ``~`` is replaced,
+        ``$NAME`` is not; a relative path starts from the working directory of the moment when the mark is made.
+    group : bool
+        Give the directory to its group as well: all that is made there can be read and written by the members, whatever
+        the umask, and by nobody else. Without it, a directory that exists and that its group may write to is used as
+        the umask says, and any other one is for you alone.
     persistent_module_hash : str or None
         Your own name for program and weights instead of the computed fingerprint. Changing the
         code or the weights under the same name then returns the old rows: change the name with them.
     max_persistent_cache_size : int
-        Bytes that the cache directory may hold, over all runs and processes. When full, no more is stored.
+        Bytes that the cache directory may hold, over all runs and processes. When full, rows of what no living process
+        uses give way to new ones, those used longest ago first; where there are none, no more is stored. A directory
+        that holds much more than that, since others allow more, is left as it is.
     max_memory_cache_size : int
         Bytes that the memory tier of one region may hold. When full, new rows are not admitted.
     memory_cache_device : str, torch.device or None
@@ -107,6 +148,7 @@ class CacheOptions:
     enabled: bool = True
     persistent: bool = False
     persistent_cache_dir: str | os.PathLike[str] | None = None
+    group: bool = False
     persistent_module_hash: str | None = None
     max_persistent_cache_size: int = 10_000_000_000
     max_memory_cache_size: int = 1_000_000_000
@@ -121,7 +163,7 @@ class CacheOptions:
     pure: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "persistent", "pure"):
+        for name in ("enabled", "persistent", "group", "pure"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         for name in ("max_persistent_cache_size", "max_memory_cache_size"):
             size = getattr(self, name)
@@ -132,7 +174,7 @@ class CacheOptions:
         path, given = self.persistent_cache_dir, self.persistent_module_hash
         _require(path is None or isinstance(path, (str, os.PathLike)), "persistent_cache_dir", "a path or None", path)
         if path:
-            absolute(path)
+            object.__setattr__(self, "persistent_cache_dir", absolute(path))
         _require(given is None or isinstance(given, str), "persistent_module_hash", "a string or None", given)
         _require(given != "", "persistent_module_hash", "a name that is not empty, or None", given, ValueError)
         self._check_tiers()
@@ -185,10 +227,16 @@ class CacheOptions:
 
     @property
     def directory(self) -> Path | None:
-        """Directory of the disk tier, absolute; ``None`` where nothing is persistent."""
+        """Directory of the disk tier, absolute; ``None`` where nothing is persistent, or no place is known."""
         if not self.persistent:
             return None
-        return absolute(self.persistent_cache_dir) if self.persistent_cache_dir else default_cache_dir()
+        if self.persistent_cache_dir:
+            return Path(self.persistent_cache_dir)
+        try:
+            return default_cache_dir()
+        except NoDirectoryError as error:
+            warn_once(f"rows stay in memory alone, since {error}")
+            return None
 
     @property
     def server(self) -> str | None:

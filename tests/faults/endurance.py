@@ -1,6 +1,7 @@
 """Training and every command on one hostile directory, in a child that is watched: time, memory, what lies outside."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -38,6 +39,7 @@ def honest(directory):
 def steps(directory, work):
     """The steps in order, by name."""
     yield "training", lambda: _train(directory)
+    yield "training when it is full", lambda: _train_when_full(directory)
     for name, *more in (
         ["info"],
         ["info", "--json"],
@@ -61,6 +63,17 @@ def steps(directory, work):
 def _train(directory):
     run = Run(directory)
     run.steps(SMALL + 10, LARGE + 1)
+    torchcache.flush()
+
+
+def _train_when_full(directory):
+    """With other weights, so that rows must give way."""
+    gc.collect()  # the models of the step before hold theirs
+    held = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    run = Run(directory, max_persistent_cache_size=held)
+    for model in (*run.models.values(), *run.twins.values()):
+        model.weight.data.mul_(2)
+    run.steps(SMALL, LARGE)
     torchcache.flush()
 
 

@@ -360,7 +360,7 @@ def modes(directory, outside, chance):
 
 def folders(directory, outside, chance):
     """A folder of the store that is a link to one outside, with a database or without."""
-    path = directory / chance.choice(["rows-1", "rows-1/ab", "regions"])
+    path = directory / chance.choice(["rows-1", "rows-1/ab", "regions", "in-use"])
     if path.name == "rows-1" and chance.random() < 0.3:
         target = outside / "rows"
         shutil.copytree(path, target)
@@ -393,7 +393,23 @@ def catalogue(directory, outside, chance):
         path.write_text(json.dumps(record))
 
 
+def in_use(directory, outside, chance):
+    """Something strange among the files that say what is in use, or a file that says that all is."""
+    folder = directory / "in-use"
+    kind = chance.choice(["strange", "strange", "all", "many", "folder"])
+    if kind == "folder":
+        put_strange(folder, outside, chance)
+        return
+    folder.mkdir(exist_ok=True)
+    tags = [path.stem for path in (directory / "regions").iterdir()]
+    if kind == "all":
+        (folder / f"{7:016x}.txt").write_text("\n".join(tags))
+    else:
+        for number in range(1 if kind == "strange" else 30):
+            put_strange(folder / f"{number:016x}.txt", outside, chance)
+
+
 RULES = [
     schema_object, schema_replaced, schema_text, planted, claims, many_regions, large_texts, journal, log_frames,
-    log_frames, sides, pages, pages, pages, marker, modes, folders, value_files, catalogue,
+    log_frames, sides, pages, pages, pages, marker, modes, folders, value_files, catalogue, in_use, in_use,
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import sqlite3
 from pathlib import Path
@@ -80,7 +81,9 @@ def _doctor(arguments: argparse.Namespace, screen: Screen) -> int:
     screen.result({**dataclasses.asdict(place), **found})
     shared = " (shared over a network)" if place.network else ""
     there = "there" if place.exists else f"not there yet; {place.tried} was tried"
-    mode = f"{place.mode}, {'for you alone' if place.private else 'open to others'}" if place.mode else "0700 when made"
+    whose = "for you alone" if place.private else "open to others"
+    whose = f"shared with the group {place.group}" if place.group else whose
+    mode = f"{place.mode}, {whose}" if place.mode else "0700 when made"
     screen.facts(
         [
             ("directory", f"{directory} ({there})"),
@@ -128,12 +131,34 @@ def _advice(place: Place) -> list[str]:
         )
     if place.filesystem in ("tmpfs", "ramfs"):
         advice.append(f"{place.filesystem} lies in memory: the cache is gone after a restart")
-    if not place.private:
-        advice.append(f"other users can enter the directory: chmod 700 {place.directory}")
+    if place.group:
+        advice += _advice_of_group(place)
+    elif not place.private:
+        advice.append(
+            f"other users can enter the directory: chmod 700 {place.directory}, or 2770 to share it with its group"
+        )
     if place.free < LITTLE_SPACE:
         advice.append(
             f"{size_text(place.free)} are free, less than the default limit of 10 GB: set max_persistent_cache_size"
         )
+    return advice
+
+
+def _advice_of_group(place: Place) -> list[str]:
+    advice = []
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if not place.setgid:
+        advice.append(f"what is made there gets the group of whoever makes it: chmod g+s {place.directory}")
+    if umask & 0o060:
+        advice.append(f"your umask {umask:04o} keeps what you make from the group: umask 002, or mark with group=True")
+    if place.kept:
+        advice.append(
+            f"the group cannot use {', '.join(place.kept)}: have the owner run chmod -R g+rwX {place.directory} and "
+            f"chgrp -R {place.group} {place.directory}, or mark with group=True once"
+        )
+    if int(place.mode, 8) & 0o007:
+        advice.append(f"users of other groups can enter the directory: chmod o-rwx {place.directory}")
     return advice
 
 
@@ -150,7 +175,7 @@ COMMANDS = (
         "where the cache lives, and whether it can work there; exit code 1 if not",
         add_directory,
         _doctor,
-        "Tells why this directory is the one, its permissions, file system and free space, and tries SQLite's "
+        "Tells why this directory is the one, its permissions, group, file system and free space, and tries SQLite's "
         "write-ahead log there with a second process. Nothing is left behind.",
     ),
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torchcache.cli import fill, look, machine, move, remove
 from torchcache.cli.command import Command
@@ -36,6 +39,11 @@ _EXIT_CODES = """exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, without the program's name; the exit code."""
     parsed = _parser().parse_args(arguments)
+    with _any_sign(sys.stdout):
+        return _run(parsed)
+
+
+def _run(parsed: argparse.Namespace) -> int:
     command: Command = parsed.command
     try:
         return command.run(parsed, Screen(parsed.json))
@@ -53,6 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _any_sign(stream: Any) -> Iterator[None]:
+    """Have signs that the encoding of ``stream`` lacks shown by their numbers."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors="strict")
 
 
 def _not_done(command: Command, why: str) -> int:

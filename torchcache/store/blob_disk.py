@@ -8,12 +8,13 @@ import re
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import diskcache
 
+from torchcache.store.access import Access
 from torchcache.store.file import BlobFile
-from torchcache.store.gate import open_private
 
 __all__ = ["BlobDisk"]
 
@@ -21,13 +22,25 @@ _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 _RAW, _BINARY = 1, 2
 # A folder takes as long to make as a file, and a block of the disk.
 FILES_PER_FOLDER = 256
+FOLDERS_TRIED = 8
 
 
 class BlobDisk(diskcache.Disk):  # type: ignore[misc]
-    """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways."""
+    """Bytes in, bytes out: the pickled, text and number modes of diskcache are refused both ways.
 
-    def __init__(self, directory: str, **settings: Any) -> None:
+    Parameters
+    ----------
+    directory : str
+        Where the files are.
+    access : Access or None
+        The permissions of what is made; ``None`` is what the cache directory above asks for.
+    **settings
+        Of ``diskcache.Disk``.
+    """
+
+    def __init__(self, directory: str, access: Access | None = None, **settings: Any) -> None:
         super().__init__(directory, **settings)
+        self._access = access or Access(Path(directory).parent)
         self.uncommitted: list[str] = []
         self._folder = ""
         self._room = 0
@@ -58,15 +71,26 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
             raise TypeError(f"values of the store are bytes, not {type(value).__name__}")
         if len(value) < self.min_file_size:
             return 0, _RAW, None, sqlite3.Binary(value)
-        filename, path = self.filename(key, value)
-        self.uncommitted.append(filename)
-        folder = os.path.dirname(path)
-        for made in (os.path.dirname(folder), folder):  # makedirs gives its mode to the last one alone
-            os.makedirs(made, mode=0o700, exist_ok=True)
-        self.path_of(filename)
-        with open(path, "xb", opener=open_private) as file:
-            file.write(value)
+        for tries in range(FOLDERS_TRIED, 0, -1):
+            filename, path = self.filename(key, value)
+            try:
+                self._write(filename, path, value)
+                break
+            except (PermissionError, FileExistsError, FileNotFoundError):
+                # A folder that another made for himself alone, that is a link, or that was removed when it was empty.
+                self._room = 0
+                if tries == 1:
+                    raise
         return len(value), _BINARY, filename, None
+
+    def _write(self, filename: str, path: str, value: bytes) -> None:
+        folder = os.path.dirname(path)
+        for made in (os.path.dirname(folder), folder):
+            self._access.make_folder(made)
+        self.path_of(filename)
+        self.uncommitted.append(filename)
+        with open(path, "xb", opener=self._access.open_new) as file:
+            file.write(value)
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool = False) -> bytes:
         """The bytes of a database row; any mode but plain bytes and files of ours is refused."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import threading
@@ -19,10 +20,11 @@ import torch
 
 from torchcache.logging import logger
 from torchcache.options import CacheOptions
-from torchcache.store.gate import open_private, read_file
+from torchcache.store.access import Access
+from torchcache.store.gate import read_file
 from torchcache.version import __version__
 
-__all__ = ["Catalogue", "Region", "is_tag"]
+__all__ = ["FOLDER", "Catalogue", "Region", "is_tag", "last_used"]
 
 FOLDER = "regions"
 LARGEST = 64 * 1024
@@ -30,6 +32,8 @@ MOST = 100_000
 LATEST = 1e11
 LARGEST_NUMBER = 2**63
 LONGEST_NAME = 1000
+# A process in full use tells of it so often.
+NOTED_SECONDS = 900.0
 _TAG = re.compile(r"[0-9a-f]{32}")
 # What a region's rows, or the room for them, depend on.
 _OPTIONS = ("persistent_module_hash", "max_persistent_cache_size", "cache_dtype", "zstd_compression_level", "digest")
@@ -57,7 +61,8 @@ class Region:
     options : dict
         The options of its mark that concern the directory.
     created, last_used : float
-        Seconds since the epoch; a process tells of its use once.
+        Seconds since the epoch; a process tells of its use when that begins, while it reads or stores rows, and when
+        it ends.
     """
 
     tag: str
@@ -114,6 +119,19 @@ class Region:
         return cls(tag, name, ours, theirs, options, created, last_used)
 
 
+def last_used(region: Region | None, newest: float) -> float:
+    """When a region was last used, as far as is known; no time that is still to come.
+
+    Parameters
+    ----------
+    region : Region or None
+        Its record.
+    newest : float
+        When its last row was stored, in seconds since the epoch.
+    """
+    return min(time.time(), max(newest, region.last_used if region else 0.0))
+
+
 class Catalogue:
     """The records of a cache directory.
 
@@ -123,26 +141,29 @@ class Catalogue:
     ----------
     directory : Path
         The cache directory.
+    access : Access or None
+        The permissions of what is made; ``None`` is what the directory asks for.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, access: Access | None = None) -> None:
         self.folder = directory / FOLDER
-        self._noted: set[str] = set()
+        self._access = access or Access(directory)
+        self._noted: dict[str, float] = {}
 
     def noted(self, tag: str) -> bool:
-        """Whether this process told of the region's use."""
-        return tag in self._noted
+        """Whether this process told of the region's use, not long ago."""
+        return time.monotonic() - self._noted.get(tag, -math.inf) < NOTED_SECONDS
 
     def has(self, tag: str) -> bool:
         """Whether any process told of region ``tag``."""
         return tag in self._noted or os.path.lexists(self.folder / f"{tag}.json")
 
     def note(self, region: Region) -> None:
-        """Record that ``region`` is used: once a process, and again if its file was removed meanwhile."""
+        """Record that ``region`` is used, now and then, and at once if its file was removed meanwhile."""
         path = self.folder / f"{region.tag}.json"
-        if not is_tag(region.tag) or (region.tag in self._noted and path.exists()):
+        if not is_tag(region.tag) or (self.noted(region.tag) and path.exists()):
             return
-        self._noted.add(region.tag)
+        self._noted[region.tag] = time.monotonic()
         try:
             known = self._read(path)
             if known is not None:
@@ -151,16 +172,30 @@ class Catalogue:
         except OSError as error:
             logger.info("%s could not be written: %s", path, error)
 
+    def touch(self, tag: str) -> None:
+        """Record that region ``tag`` was used until now, if there is a record of it."""
+        with contextlib.suppress(OSError):
+            known = self.get(tag)
+            if known is not None:
+                self.write(dataclasses.replace(known, last_used=time.time()))
+
+    def get(self, tag: str) -> Region | None:
+        """The record of region ``tag``, if there is a sound one."""
+        with contextlib.suppress(OSError):
+            self._check()
+            return self._read(self.folder / f"{tag}.json") if is_tag(tag) else None
+        return None
+
     def write(self, region: Region) -> None:
         """Put the file of ``region`` in place at once, whole; raises ``OSError``."""
         tag = region.tag
         self._check()
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self._access.make_folder(self.folder)
         temporary = self.folder / f".{tag}.{os.getpid()}.{threading.get_ident()}"
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         try:
-            with open(temporary, "xb", opener=open_private) as file:
+            with open(temporary, "xb", opener=self._access.open_new) as file:
                 file.write(region.dump())
             os.replace(temporary, self.folder / f"{tag}.json")
         finally:

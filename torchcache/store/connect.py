@@ -14,6 +14,7 @@ import random
 import secrets
 import shutil
 import sqlite3
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ import xxhash
 from diskcache.core import DEFAULT_SETTINGS, METADATA
 
 from torchcache.errors import StoreVersionError
+from torchcache.logging import warn_once
+from torchcache.store.access import OWNER, Access, allowed
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.blob_disk import BlobDisk
+from torchcache.store.catalogue import FOLDER as REGIONS
 from torchcache.store.connections import Connections
 from torchcache.store.gate import (
     DATABASE,
@@ -33,9 +37,9 @@ from torchcache.store.gate import (
     Connection,
     check_names,
     open_database,
-    open_private,
     read_file,
 )
+from torchcache.store.in_use import FOLDER as IN_USE
 
 __all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "Rows", "check_version", "connect", "is_locked", "marker"]
 
@@ -67,6 +71,8 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
         The directory of the database, used as it is given.
     lock_seconds : float
         How long to wait for a lock.
+    access : Access
+        The permissions of what is made.
 
     Raises
     ------
@@ -74,12 +80,12 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
         As ``open_database`` does.
     """
 
-    def __init__(self, rows: Path, lock_seconds: float) -> None:
+    def __init__(self, rows: Path, lock_seconds: float, access: Access) -> None:
         # Not its base's: that expands $NAMES in the path, and obeys whatever settings the database says.
         self._connections = Connections()
         self._rows = rows
         self._directory, self._timeout, self._txn_id = str(rows), lock_seconds, None
-        self._disk = BlobDisk(self._directory, min_file_size=MIN_FILE_SIZE)
+        self._disk = BlobDisk(self._directory, access, min_file_size=MIN_FILE_SIZE)
         self.cull_limit = SETTINGS["cull_limit"]
         self._measured = False
         self._con  # noqa: B018
@@ -96,6 +102,11 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
         """Bytes of the directory: pages of the database and files of values."""
         size, pages = (self.fetch(f"PRAGMA {name}")[0][0] for name in ("page_size", "page_count"))
         return int(max(size * pages, os.lstat(self._rows / DATABASE).st_size)) + (self._file_bytes() or 0)
+
+    def room(self, limit: int) -> int:
+        """Bytes that may still be stored where the directory may hold ``limit``."""
+        size, free = (self.fetch(f"PRAGMA {name}")[0][0] for name in ("page_size", "freelist_count"))
+        return int(limit - self.volume() + size * free)
 
     def measure(self) -> None:
         """Count the bytes of files anew where what the database says of them may be wrong; within a transaction."""
@@ -147,8 +158,8 @@ def marker(version: int) -> bytes:
     return json.dumps({"format": version, "check": _check(version)}).encode()
 
 
-def connect(directory: Path, lock_seconds: float) -> Rows:
-    """Open the rows of ``directory``, both made for their owner alone where they are missing.
+def connect(access: Access, lock_seconds: float) -> Rows:
+    """Open the rows of a directory, both made where they are missing.
 
     Raises
     ------
@@ -159,17 +170,20 @@ def connect(directory: Path, lock_seconds: float) -> Rows:
     OSError, sqlite3.Error
         When it cannot be opened, or is locked for longer than ``lock_seconds``.
     """
+    directory = access.directory
     rows = directory / ROWS
     check_version(directory)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    _write_marker(directory)
+    access.make((MARKER, REGIONS, IN_USE, ROWS))
+    _write_marker(access)
     check_names(rows, own=True)
     if not os.path.lexists(rows / DATABASE):
-        _create(rows)
+        _create(rows, access)
+    elif allowed(directory) != OWNER and not os.access(rows / DATABASE, os.W_OK):
+        raise PermissionError("its group may not write to cache.db")  # SQLite would open it, and fail at the first row
     deadline = time.monotonic() + lock_seconds
     while True:
         try:
-            return Rows(rows, lock_seconds)
+            return Rows(rows, lock_seconds, access)
         except sqlite3.OperationalError as error:
             # A connection that opens or closes at the same time recovers or removes the log.
             if not is_locked(error) or time.monotonic() > deadline:
@@ -186,15 +200,15 @@ def _check(version: int) -> str:
     return xxhash.xxh3_64_hexdigest(f"torchcache {version}".encode())
 
 
-def _write_marker(directory: Path) -> None:
-    path = directory / MARKER
+def _write_marker(access: Access) -> None:
+    path = access.directory / MARKER
     wanted = marker(FORMAT_VERSION)
     with contextlib.suppress(OSError):
         if read_file(path, _LARGEST_MARKER) == wanted:
             return
     temporary = path.with_name(f"{MARKER}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb", opener=open_private) as file:
+        with open(temporary, "xb", opener=access.open_new) as file:
             file.write(wanted)
         os.replace(temporary, path)
     except BaseException:
@@ -203,13 +217,18 @@ def _write_marker(directory: Path) -> None:
         raise
 
 
-def _create(rows: Path) -> None:
+def _create(rows: Path, access: Access) -> None:
     """Put a database in ``rows``, whole at once: no process finds half of one, and none has a rollback journal."""
     made = rows.with_name(f".{rows.name}.{secrets.token_hex(8)}")
-    os.mkdir(made, 0o700)
+    access.make_folder(made)
     try:
         # SQLite gives its files the mode that the first one has.
-        os.close(os.open(made / DATABASE, os.O_CREAT | os.O_WRONLY, 0o600))
+        os.close(access.open_new(made / DATABASE, os.O_CREAT | os.O_WRONLY))
+        if allowed(access.directory) & ~os.stat(made / DATABASE).st_mode & stat.S_IWGRP:
+            warn_once(
+                f"the group of {access.directory} may write to it, but this process's umask keeps the group from what "
+                "it makes there: set group=True, or umask 002"
+            )
         with contextlib.closing(sqlite3.connect(made / DATABASE, isolation_level=None)) as connection:
             connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
             connection.execute("PRAGMA journal_mode = wal")

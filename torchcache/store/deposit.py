@@ -71,7 +71,7 @@ class DirectoryDeposit(Deposit):
         super().__init__(str(directory))
         check_version(directory)
         self._limit = limit
-        self._tier = DiskTier(directory)
+        self._tier = DiskTier(directory, evicts=False)
         if not self._tier.writable:
             raise StoreError(f"{directory} cannot be opened for writing")
         self._records = Records(directory)

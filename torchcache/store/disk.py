@@ -18,21 +18,24 @@ import numpy.typing as npt
 
 from torchcache.errors import StoreVersionError, brief
 from torchcache.forks import without_forks
-from torchcache.logging import logger, warn_once
+from torchcache.logging import logger
+from torchcache.store.access import Access
 from torchcache.store.catalogue import Catalogue, Region
 from torchcache.store.connect import MIN_FILE_SIZE, ROWS, Rows, connect, is_locked
 from torchcache.store.file import BlobFile
 from torchcache.store.gate import DATABASE, is_over_budget
+from torchcache.store.in_use import InUse
 from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
+from torchcache.store.room import Room, cost
 from torchcache.store.tier import Blob, Tier
 
 __all__ = ["DiskTier", "Places", "disk_tier"]
 
 KEYS_PER_QUERY = 500
 LOCK_SECONDS = 10.0
-# What one row costs in the database beside its blob: key, columns and index entries.
-ROW_OVERHEAD = 160
+# A batch is stored in so many parts, if room is made for each.
+PARTS = 4
 
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
 SELECT, SELECT_WITHOUT_VALUES = (
@@ -55,16 +58,22 @@ class DiskTier(Tier):
     Parameters
     ----------
     directory : Path
-        The cache directory; made, for its owner alone, when missing.
+        The cache directory; made when missing.
+    group : bool
+        Whether its group is to have it too.
+    evicts : bool
+        Whether rows that are not in use give way to new ones when it is full.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, group: bool = False, evicts: bool = True) -> None:
         self.directory = directory
+        self.access = Access(directory, group)
         self._folder = directory / ROWS
         self.errors = 0
-        self.full = False
         self._complained = False
-        self.catalogue = Catalogue(directory)
+        self.catalogue = Catalogue(directory, self.access)
+        self.in_use = InUse(self.catalogue, self.access)
+        self._room = Room(self.catalogue, self.in_use, evicts)
         self._cache: Rows | Reader | None = None
         self._failed = False
         self._identity: tuple[int, int] | None = None
@@ -75,6 +84,16 @@ class DiskTier(Tier):
     def open(self) -> bool:
         """Open the directory unless that was done; ``False`` where it cannot be used."""
         return self._opened() is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether new rows are refused, until it is looked again what may go for them."""
+        return not self._room.refused.over
+
+    def use(self, user: object, tag: str) -> None:
+        """Keep the rows of region ``tag`` as long as ``user`` lives, who is held weakly."""
+        if self.open():
+            self.in_use.add(user, tag)
 
     @property
     def writable(self) -> bool:
@@ -90,7 +109,7 @@ class DiskTier(Tier):
         with self._lock:
             if self._cache is None and not self._failed and self._reading.over:
                 try:
-                    self._cache = connect(self.directory, LOCK_SECONDS)
+                    self._cache = connect(self.access, LOCK_SECONDS)
                     self._identity = self._identify()
                 except StoreVersionError as error:
                     self._failed = True
@@ -159,7 +178,7 @@ class DiskTier(Tier):
 
     @without_forks
     def write(self, entries: Sequence[tuple[bytes, bytes]], region: Region) -> tuple[int, int]:
-        """Store ``(key, blob)`` pairs in one transaction, as many as the region's limit for the directory allows.
+        """Store ``(key, blob)`` pairs, as many as the region's limit for the directory allows.
 
         Entries that are there stay as they are: another process may be reading their files.
 
@@ -176,27 +195,42 @@ class DiskTier(Tier):
             self._cache = None  # it may be writable by this time
         elif self._cache is not None and self._identify() != self._identity:
             self._abandon()
-        if not self.writable:
+        cache = self._opened()
+        if not isinstance(cache, Rows):
             return 0, 0
+        stored = size = 0
 
-        def store() -> tuple[int, int]:
-            stored = size = 0
-            with self._transact() as cache:
-                cache.measure()
-                room = region.limit - cache.volume()
-                present = self._present(cache, [key for key, _ in entries])
-                for key, blob in entries:
-                    if key in present:
-                        continue
-                    room -= len(blob) + ROW_OVERHEAD
-                    if room < 0:
-                        self._fill(region.limit)
-                        break
-                    cache.set(key, blob, tag=region.tag, retry=False)
-                    stored, size = stored + 1, size + len(blob)
-            return stored, size
+        def store() -> None:
+            nonlocal stored, size
+            rest = entries
+            for _ in range(PARTS):
+                done, taken, rest = self._store(rest, region)
+                stored, size = stored + done, size + taken
+                costs = [cost(blob) for _, blob in rest]
+                if not (rest and self._room.make(cache, self._transact, region.tag, costs, region.limit)):
+                    return
 
-        return self._guard("written to", store, (0, 0))
+        self._guard("written to", store, None)
+        return stored, size
+
+    def _store(
+        self, entries: Sequence[tuple[bytes, bytes]], region: Region
+    ) -> tuple[int, int, Sequence[tuple[bytes, bytes]]]:
+        """Store entries in one transaction: how many, their bytes, and those that did not fit in."""
+        stored = size = 0
+        with self._transact() as cache:
+            cache.measure()
+            room = cache.room(region.limit)
+            present = self._present(cache, [key for key, _ in entries])
+            for place, (key, blob) in enumerate(entries):
+                if key in present:
+                    continue
+                room -= cost(blob)
+                if room < 0:
+                    return stored, size, entries[place:]
+                cache.set(key, blob, tag=region.tag, retry=False)
+                stored, size = stored + 1, size + len(blob)
+        return stored, size, ()
 
     @without_forks
     def remove(self, region: Region, found: Mapping[bytes, Blob] | None = None) -> bool:
@@ -327,11 +361,9 @@ class DiskTier(Tier):
         """Start anew where the directory was deleted or replaced: SQLite would go on in files without a name."""
         with self._lock:
             self._cache = None
+        self.in_use.forget()
+        self._room.forget()
         self.complain("was deleted or replaced while in use and is filled anew")
-
-    def _fill(self, limit: int) -> None:
-        self.full = True
-        warn_once(f"{self.directory} is full ({limit} bytes, max_persistent_cache_size): no more rows are stored there")
 
     def _guard(self, done: str, action: Callable[[], T], otherwise: T) -> T:
         try:
@@ -345,6 +377,8 @@ class DiskTier(Tier):
         if is_over_budget(error):  # the next query could take as long
             self._failed, self._cache = True, None
             reason = "a query took too long for its size, or met too large a value; torchcache clear starts it anew"
+        elif isinstance(error, PermissionError):
+            reason += "; torchcache doctor tells who may"
         self.complain(f"cannot be {done} ({reason}); {rest}")
 
     def complain(self, what: str, count: int = 1) -> None:
@@ -361,7 +395,9 @@ _tiers_lock = threading.Lock()
 
 
 @without_forks
-def disk_tier(directory: Path) -> DiskTier:
+def disk_tier(directory: Path, group: bool = False) -> DiskTier:
     """The disk tier of ``directory``, the same for all who use it at a time."""
     with _tiers_lock:
-        return _tiers.setdefault(directory, DiskTier(directory))
+        tier = _tiers.setdefault(directory, DiskTier(directory))
+        tier.access.group |= group
+        return tier

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcache.errors import StoreDamagedError, StoreError
+from torchcache.store.access import OWNER, allowed
 
 __all__ = [
     "DATABASE",
@@ -27,7 +28,6 @@ __all__ = [
     "check_names",
     "is_over_budget",
     "open_database",
-    "open_private",
     "open_regular",
     "read_file",
     "schema_of",
@@ -110,11 +110,6 @@ def read_file(path: str | Path, most: int) -> bytes:
     return data
 
 
-def open_private(path: str, flags: int) -> int:
-    """An opener of files for their owner alone."""
-    return os.open(path, flags, 0o600)
-
-
 def check_names(rows: Path, *, own: bool = False) -> None:
     """Look at the names that SQLite opens, before it does.
 
@@ -123,7 +118,8 @@ def check_names(rows: Path, *, own: bool = False) -> None:
     rows : Path
         The directory of the database, which may be missing.
     own : bool
-        Take the others' permissions away: what SQLite makes beside a database has the mode of the database.
+        Take the permissions of those away whom the cache directory is not for: what SQLite makes beside a database has
+        the mode of the database.
 
     Raises
     ------
@@ -140,7 +136,7 @@ def check_names(rows: Path, *, own: bool = False) -> None:
     if not stat.S_ISDIR(found.st_mode):
         raise StoreError(f"{rows} is a link or no directory, and not followed: remove it, or choose another directory")
     if own:
-        _close_to_others(rows, found.st_mode)
+        _close_to_others(rows, found.st_mode, rows.parent)
     for name in (DATABASE, *SIDES, JOURNAL):
         path = rows / name
         found = _look(path)
@@ -150,7 +146,7 @@ def check_names(rows: Path, *, own: bool = False) -> None:
         if name == JOURNAL or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise ForeignDatabaseError(f"{path} is not the store's: torchcache clear starts the directory anew")
         if own:
-            _close_to_others(path, found.st_mode)
+            _close_to_others(path, found.st_mode, rows.parent)
 
 
 def open_database(rows: Path, mode: str, timeout: float) -> Connection:
@@ -263,10 +259,15 @@ def _look(path: Path) -> os.stat_result | None:
         return None
 
 
-def _close_to_others(path: Path, mode: int) -> None:
+def _close_to_others(path: Path, mode: int, directory: Path) -> None:
     # By name: SQLite's locks on a file end when this process closes any descriptor of it.
-    if os.name == "posix" and mode & 0o077:
-        os.chmod(path, stat.S_IMODE(mode) & 0o700)
+    mask = allowed(directory)
+    if os.name == "posix" and mode & 0o777 & ~mask:
+        try:
+            os.chmod(path, stat.S_IMODE(mode) & (mask | mode & stat.S_ISGID))
+        except PermissionError:  # another member's, who alone may change that
+            if mask == OWNER or os.stat(directory).st_mode & stat.S_IXOTH:
+                raise
 
 
 def _bytes_on_disk(path: Path) -> int:

@@ -14,6 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from torchcache.store.access import OWNER, allowed
+from torchcache.store.catalogue import FOLDER as REGIONS
+from torchcache.store.connect import MARKER, ROWS
+from torchcache.store.gate import DATABASE
+from torchcache.store.in_use import FOLDER as IN_USE
+
+with contextlib.suppress(ImportError):  # Windows has no such groups
+    import grp
+
 __all__ = ["Place", "examine"]
 
 MOUNTS = "/proc/self/mountinfo"
@@ -38,6 +47,12 @@ class Place:
         Its permissions, such as ``"0700"``; empty where it is not there.
     private : bool
         Whether no other user may enter it.
+    group : str
+        The group that shares it; empty where it is for its owner alone.
+    setgid : bool
+        Whether what is made there belongs to that group.
+    kept : list of str
+        What is there already and kept from that group.
     filesystem, mount : str
         Kind and mount point of its file system; ``"unknown"`` where the system does not say.
     network : bool
@@ -54,6 +69,9 @@ class Place:
     writable: bool
     mode: str
     private: bool
+    group: str
+    setgid: bool
+    kept: list[str]
     filesystem: str
     mount: str
     network: bool
@@ -67,7 +85,8 @@ def examine(directory: Path) -> Place:
     while not near.is_dir() and near != near.parent:
         near = near.parent
     exists = directory.is_dir()
-    mode = stat.S_IMODE(os.stat(directory).st_mode) if exists else 0o700
+    mode = stat.S_IMODE(os.stat(directory).st_mode) if exists else OWNER
+    group = _group(os.stat(directory).st_gid) if exists and allowed(directory) != OWNER else ""
     kind, mount = _filesystem(near)
     writable = os.access(near, os.W_OK | os.X_OK) and (exists or not directory.exists())
     return Place(
@@ -77,12 +96,33 @@ def examine(directory: Path) -> Place:
         writable=writable,
         mode=f"{mode:04o}" if exists else "",
         private=not mode & 0o077,
+        group=group,
+        setgid=bool(mode & stat.S_ISGID),
+        kept=_kept(directory) if group else [],
         filesystem=kind,
         mount=mount,
         network=kind in NETWORK,
         free=shutil.disk_usage(near).free,
         wal=_try_wal(near) if writable else "not tried, since nothing can be written there",
     )
+
+
+def _group(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except (KeyError, NameError):
+        return str(number)
+
+
+def _kept(directory: Path) -> list[str]:
+    kept = []
+    for name in (MARKER, REGIONS, IN_USE, ROWS, f"{ROWS}/{DATABASE}"):
+        with contextlib.suppress(OSError):
+            found = os.lstat(directory / name)
+            wanted = 0o070 if stat.S_ISDIR(found.st_mode) else 0o060
+            if found.st_mode & wanted != wanted or found.st_gid != os.stat(directory).st_gid:
+                kept.append(name)
+    return kept
 
 
 def _filesystem(path: Path) -> tuple[str, str]:

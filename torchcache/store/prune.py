@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torchcache.store.connect import ROWS
-from torchcache.store.disk import ROW_OVERHEAD
 from torchcache.store.gate import DATABASE, JOURNAL, SIDES
 from torchcache.store.records import BATCH, Entry, Records
+from torchcache.store.room import ROW_OVERHEAD
 from torchcache.store.survey import Holding, survey
 
 __all__ = ["Removal", "clear", "discard_database", "prune"]

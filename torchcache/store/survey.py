@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchcache.errors import StoreError
 from torchcache.store.blob import FORMAT_VERSION
-from torchcache.store.catalogue import Region
+from torchcache.store.catalogue import Region, last_used
 from torchcache.store.records import LENGTH, TAG, UNKNOWN, Records
 
 __all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey_calls"]
@@ -51,7 +51,7 @@ class Holding:
     @property
     def last_used(self) -> float:
         """When the region was last used, as far as is known."""
-        return max(self.newest, self.region.last_used if self.region else 0.0)
+        return last_used(self.region, self.newest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Tiers:
         self.name = name
         self.memory = MemoryTier(options.max_memory_cache_size)
         directory, remote = options.directory, options.server
-        self.disk: DiskTier | None = disk_tier(directory) if directory is not None else None
+        self.disk: DiskTier | None = disk_tier(directory, options.group) if directory is not None else None
         self.beneath: list[Tier] = [self.disk] if self.disk is not None else []
         self.beneath += [Guarded(tier, type(tier).__qualname__) for tier in options.tiers]
         self.beneath += [remote_tier(remote)] if remote is not None else []
@@ -181,16 +181,20 @@ class Tiers:
         return slab, slots
 
     def tell(self, state: bytes) -> None:
-        """Have the tiers know that the region is used; done once a process, behind the step."""
-        if state not in self._told:
-            self._told.add(state)
-            region = self._region(state)
+        """Have the tiers know that the region is used; done now and then, behind the step."""
+        tag, disk = state.hex(), self.disk
+        if state in self._told and (disk is None or disk.in_use.has(self, tag)):
+            return
+        self._told.add(state)
+        region = self._region(state)
 
-            def note() -> None:
-                for tier in self.beneath:
-                    tier.note(region)
+        def note() -> None:
+            if disk is not None:
+                disk.use(self, tag)
+            for tier in self.beneath:
+                tier.note(region)
 
-            sender().submit(0, note)
+        sender().submit(0, note)
 
     def knows(self, who: bytes) -> bool:
         """Whether any tier may hold rows of this identity."""
@@ -359,6 +363,7 @@ class Tiers:
     def _write(self, tier: Tier, entries: list[tuple[bytes, bytes]], region: Region) -> None:
         """Write to a tier: to disk in this thread, the writer's; to others in one of their own, so that none waits."""
         if tier is self.disk:
+            self.disk.use(self, region.tag)
             stored, size = tier.write(entries, region)
             self.disk_rows += stored
             self.disk_bytes += size
