@@ -136,8 +136,8 @@ class Batch:
         """Whether outputs are computed in a lower precision than their dtypes."""
         return self.mode.autocast is not None
 
-    def original(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """What the original returns with ``tensors`` in place of the caller's.
+    def original(self, tensors: Sequence[torch.Tensor], *, gradients: bool | None = None) -> Any:
+        """What the original returns with ``tensors`` in place of the caller's, in the caller's grad mode or another.
 
         Raises
         ------
@@ -146,7 +146,7 @@ class Batch:
         """
         args, kwargs = self.taken.rebuild(tensors)
         try:
-            with computing(), torch.set_grad_enabled(self.given.gradients):
+            with computing(), torch.set_grad_enabled(self.given.gradients if gradients is None else gradients):
                 return self.given.subject.run(args, kwargs)
         except Exception as error:
             said = (str(error).splitlines() or [""])[0][:200]

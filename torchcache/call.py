@@ -187,13 +187,12 @@ class Region:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
             raise Trains(*self._trainable(held))
         who = self.subject.identity.current(held)
-        asks = self.subject.identity.asks_for_gradients
-        if asks and torch.is_inference_mode_enabled():
+        if self.subject.identity.asks_for_inference and torch.is_inference_mode_enabled():
             raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
         for gone in self._turnover.note(who, self.counters.hits):
             self._learning.forget(gone)
             self.tiers.memory.drop_state(gone)
-        gradients = given.gradients if asks else None
+        gradients = given.gradients if who in self._learning.modal else None
         return Batch(given, taken, who, NumericMode.current(tensors[0].device.type, gradients))
 
     def _trainable(self, held: Tensors) -> tuple[str, str]:

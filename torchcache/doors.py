@@ -20,7 +20,7 @@ from torchcache.errors import Bypass
 from torchcache.graph.traced import Traced
 from torchcache.logging import warn_once
 from torchcache.mark import Mark
-from torchcache.op import NOTHING, opaque, subject_name
+from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import region_of
 from torchcache.usefulness import note_call
 
@@ -123,9 +123,12 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
                 f"{region.name} is computed, not cached: it is partly trainable, and torch.compile caches the frozen "
                 "part of it with backend=torchcache_backend only"
             )
+    name = subject_name(mark, module)
+    if how == LOOKUP and gradients and region.subject.identity.asks_for_gradients:
+        name += RECORDING
     if how != LOOKUP and module is not None and mark.own in vars(module):
         how = OWN
-    return f"{how} {subject_name(mark, module)}"
+    return f"{how} {name}"
 
 
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
@@ -134,8 +137,7 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     identity = region.subject.identity
     if gradients and identity.trains():
         return PART if module is not None else PLAIN
-    # Within a compiled graph the operator does not run in the caller's grad mode.
-    return PLAIN if region.writes or (gradients and identity.asks_for_gradients) else LOOKUP
+    return PLAIN if region.writes else LOOKUP
 
 
 def _still(region: Region, gradients: bool) -> Callable[[], bool]:
@@ -145,9 +147,7 @@ def _still(region: Region, gradients: bool) -> Callable[[], bool]:
         reference = held()
         if reference is None:
             return False, False
-        identity = reference.subject.identity
-        trains = gradients and identity.trains()
-        return reference.writes or (gradients and identity.asks_for_gradients), trains
+        return reference.writes, gradients and reference.subject.identity.trains()
 
     held = weakref.ref(region)
     before = now()

@@ -28,7 +28,7 @@ from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
 from torchcache.values.layout import dense, inverted, memory_order
 
-__all__ = ["LOOKUP", "NOTHING", "Call", "opaque", "register", "subject_name", "subject_of", "unaliased"]
+__all__ = ["LOOKUP", "NOTHING", "RECORDING", "Call", "opaque", "register", "subject_name", "subject_of", "unaliased"]
 
 Leaves = Sequence[Any]
 
@@ -73,12 +73,15 @@ class _Traced:
         Structure of arguments and keyword arguments.
     leaves : list
         Their leaves: constants, ``_Tensor`` for a tensor, ``torch.SymInt`` for a number that varies.
+    gradients : bool
+        Whether the original is to run as where gradients are recorded: compiled code runs otherwise.
     """
 
     mark: Mark
     module: weakref.ReferenceType[nn.Module] | None
     spec: pytree.TreeSpec
     leaves: list[Any]
+    gradients: bool
     output_spec: pytree.TreeSpec | None = None
     output_leaves: list[Any] = dataclasses.field(default_factory=list)
     orders: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
@@ -121,7 +124,7 @@ class _Traced:
                 identity.current()
             args, kwargs = self.arguments(tensors, numbers)
             holder = _Original(self.mark, module)
-            with dynamo.fake_state(holder, tensors) as state, torch.no_grad(), computing():
+            with dynamo.fake_state(holder, tensors) as state, torch.set_grad_enabled(self.gradients), computing():
                 outputs = torch.func.functional_call(holder, state, args, kwargs)
             with dynamo.no_mode():
                 names = holder.written or identity.changes()
@@ -151,7 +154,8 @@ class _Traced:
         if self.module is not None and module is None:
             raise RuntimeError("torchcache: a compiled graph calls a marked module that is gone: compile it again")
         region = region_of(self.mark, module)
-        outputs = _called(region, *self.mark.without_defaults(module, args, kwargs))
+        with torch.set_grad_enabled(self.gradients):
+            outputs = _called(region, *self.mark.without_defaults(module, args, kwargs))
         made = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return unaliased([*map(dense, made, self.orders)], tensors)
 
@@ -233,8 +237,9 @@ def _autocast(said: str) -> contextlib.AbstractContextManager[Any]:
 
 
 LOOKUP = torch.ops.torchcache.lookup.default
-# Stands for ``None`` among the arguments of ``opaque``.
+# Stands for ``None`` among the arguments of ``opaque``, and at the end of a subject for gradients that are recorded.
 NOTHING = "torchcache: None"
+RECORDING = "+"
 
 # Calls by name, kept by their owners: a graph refers to them by name only.
 _calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
@@ -273,8 +278,10 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of ``subject`` that no tracer looks into; runs where a graph is traced, and where it runs eagerly.
 
     ``NOTHING`` among the arguments is ``None``. What it returns is to be flattened and rebuilt: constants in it are
-    part of the structure.
+    part of the structure. ``RECORDING`` at the end of ``subject`` says that gradients are recorded.
     """
+    called = subject
+    subject = called.removesuffix(RECORDING)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     # The operator takes whole numbers that vary; others are constants of the trace.
     leaves = [None if type(leaf) is str and leaf == NOTHING else _fixed(leaf) for leaf in leaves]
@@ -285,7 +292,7 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert mark is not None
     kept = [_Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     shown = [torch.SymInt if isinstance(leaf, torch.SymInt) else leaf for leaf in kept]
-    form = f"{subject} {spec} {shown!r}"
+    form = f"{called} {spec} {shown!r}"
     if not dynamo.is_traced(tensors):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         outputs = _called(region_of(mark, module), *mark.without_defaults(module, args, kwargs))
@@ -293,7 +300,7 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # One graph may make such calls with tensors of several shapes. A compiler traces each once more.
     shaped = f"{form} {dynamo.hints(tensors)}"
     if dynamo.is_fake(tensors):
-        traced = _Traced(mark, owner, spec, kept)
+        traced = _Traced(mark, owner, spec, kept, called != subject)
         outputs = traced.fake(tensors, numbers)
         call = _name(subject, traced, outputs)
         for key in (form, shaped):
@@ -330,6 +337,7 @@ def _name(subject: str, traced: _Traced, outputs: Sequence[torch.Tensor]) -> str
             str(traced.spec),
             str(traced.output_spec),
             [leaf for leaf in traced.leaves if leaf is not _Tensor],
+            traced.gradients,
         )
     )
     return f"{subject}/{digest_bytes(text.encode('utf-8', 'surrogatepass')).hex()[:16]}"

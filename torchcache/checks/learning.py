@@ -142,6 +142,8 @@ class Learning:
         self._forms: dict[bytes, _Form] = {}
         self._plans: dict[bytes, Plan] = {}
         self._stacked: set[bytes] = set()
+        # Identities that compute other values where gradients are recorded.
+        self.modal: set[bytes] = set()
 
     def plan(self, batch: Batch, stored: Callable[[bytes], bool]) -> Plan:
         """The plan for ``batch``, whose rows are known then.
@@ -222,6 +224,7 @@ class Learning:
 
     def forget(self, who: bytes) -> None:
         """Drop what was learnt of an identity."""
+        self.modal.discard(who)
         self._plans = {key: plan for key, plan in self._plans.items() if not key.startswith(who)}
 
     def _form(self, batch: Batch) -> _Form:
@@ -327,6 +330,7 @@ class Learning:
             written.restore()
             raise self._writes(form, names) from None
         self._settle(batch, form, written, learnt.rows)
+        self._compare_modes(batch, learnt)
         form.roles, form.learnt, form.spare = learnt.rows, learnt, None
         self._assign(batch, learnt.rows)
         return self._keep(batch, learnt, output, proven=True)
@@ -350,6 +354,21 @@ class Learning:
         if not taken.tensors:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
+
+    def _compare_modes(self, batch: Batch, learnt: Learnt) -> None:
+        """Find whether it matters that gradients are recorded, where the program asks for that."""
+        if batch.who in self.modal or not self._subject.identity.asks_for_gradients:
+            return
+        tensors = batch.taken.tensors
+        rows = [pick_rows(leaf, range(min(2, leaf.shape[0]))) for leaf in rows_of(tensors, learnt.rows)]
+        given = select(tensors, learnt.rows, rows)
+        with generators_kept(), normal_tensors():
+            mine = take_outputs(batch.original(given)).tensors
+            other = take_outputs(batch.original(given, gradients=not batch.given.gradients)).tensors
+        if len(mine) != len(other) or not learnt.rounding.agree(mine, other):
+            self.modal.add(batch.who)
+            why = "where gradients are recorded it computes other values: each mode has rows of its own from now on"
+            raise Bypass(why, lasting=False, quiet=True)
 
     def _settle(self, batch: Batch, form: _Form, written: Written | None, roles: Roles) -> None:
         """Go on with the identity after a first call, which may set a module up; another call must not change it."""

@@ -115,10 +115,8 @@ class GraphIdentity:
             self._programs = programs
         return self.digest
 
-    @property
-    def asks_for_gradients(self) -> bool:
-        """``False``: what it answered is written in the graph."""
-        return False
+    # What it was answered is written in the graph.
+    asks_for_gradients = asks_for_inference = False
 
     def outside(self) -> None:
         """``None``: a graph writes to nothing."""

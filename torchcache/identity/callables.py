@@ -23,7 +23,7 @@ from torchcache.identity.homes import (
     version_of,
 )
 from torchcache.identity.node import Check, Node, Space
-from torchcache.identity.objects import member_space, names_of_class
+from torchcache.identity.objects import ignored, member_space, names_of_class
 from torchcache.identity.reader import reads_of
 from torchcache.identity.reads import Chain
 
@@ -161,19 +161,22 @@ def _foreign(owner: Any) -> list[tuple[str, Any]]:
     """Members of something named that somebody else put there: functions and classes, and whatever came later."""
     known, found = _known(owner), []
     for name, member in sorted(vars(owner).items()):
-        if name.startswith(("torchcache_", "_torchcache")) or name in _NOT_IMPLIED - CONSTRUCTORS:
+        if ignored(name) or name in _NOT_IMPLIED - CONSTRUCTORS:
             continue
-        came = known.get(name, MISSING) is not beneath(member) and not _is_torchs_own(member)
+        came = known.get(name, MISSING) is not member and not _is_torchs_own(member, known.get(name))
         if came or (type(member) in _PATCHES and is_foreign(member)):
             found.append((name, member))
     return found
 
 
-def _is_torchs_own(member: Any) -> bool:
-    """Whether torch itself put a member there late: a module that was imported, or a note of Dynamo's."""
-    if type(member) is types.FunctionType:
-        return home_of(member).startswith("torch._dynamo") and not is_foreign(member)
-    return type(member) is types.ModuleType
+def _is_torchs_own(member: Any, known: Any) -> bool:
+    """Whether torch or torchcache put a member there late: a module, a wrapper of what was there, code of Dynamo's."""
+    inner = beneath(member)
+    if type(inner) is types.FunctionType and home_of(inner).startswith("torch._dynamo"):
+        return True  # what it wraps is looked at all the same
+    while inner is not known and type(inner) is types.FunctionType and is_named(home_of(inner)):
+        inner = vars(inner).get("__wrapped__")
+    return inner is known or type(member) is types.ModuleType
 
 
 _PATCHES = (types.FunctionType, staticmethod, classmethod, property, type)

@@ -65,6 +65,11 @@ class Identity:
         """Whether the program, as it was looked at last, asks whether gradients are recorded."""
         return self._program is not None and self._program.asks_for_gradients
 
+    @property
+    def asks_for_inference(self) -> bool:
+        """Whether it asks whether inference mode is on."""
+        return self._program is not None and self._program.asks_for_inference
+
     def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
         """16 bytes that name program and state as they are now, computed anew only where either changed.
 

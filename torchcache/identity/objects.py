@@ -34,7 +34,7 @@ ABSENT = object()
 NOTES = frozenset({"_commit_hash", "_name_or_path", "name_or_path", "warnings_issued", "_is_hf_initialized"})
 # Where a mark keeps what the instance itself had under a name.
 _OWN = "_torchcache_own_"
-_NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo")
+_NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
 
 # Classes whose own code reads nothing of their objects that a name in the program would not.
 _PLAIN_HOLDERS = frozenset({"argparse", "types", "abc", "typing", "collections.abc", "builtins", "_collections_abc"})

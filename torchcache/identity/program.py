@@ -22,8 +22,7 @@ from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
 __all__ = ["Program", "reads"]
 
 
-# Functions by which code asks for the mode that it runs in.
-_ASKS = frozenset(id(getattr(torch, name)) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
+_ASK_FOR_INFERENCE = frozenset({id(torch.is_inference_mode_enabled), id(torch.is_inference)})
 
 
 class Program:
@@ -44,8 +43,8 @@ class Program:
         16 bytes of identity, without the contents of tensors. Equal programs have equal digests in every process.
     tensors : list of torch.Tensor
         Every tensor that the program can reach by name, in a stable order: parameters, buffers, and any other.
-    asks_for_gradients : bool
-        Whether its code asks whether gradients are recorded, or whether inference mode is on.
+    asks_for_gradients, asks_for_inference : bool
+        Whether its code asks whether gradients are recorded, and whether inference mode is on.
     problem : str or None
         Why there can be no identity: what the code reads and torchcache cannot compare, with its path and its type.
     """
@@ -55,7 +54,7 @@ class Program:
         self.where = where
         self.digest = bytes(16)
         self.problem: str | None = None
-        self.asks_for_gradients = False
+        self.asks_for_gradients = self.asks_for_inference = False
         self._places: list[Place] = []
         self._names: frozenset[str] = frozenset()
         # No weak references: torch swaps no tensors that have any.
@@ -68,7 +67,9 @@ class Program:
                 reach = Reach(frozenset(reach.written))
                 reach.from_subject(module, function)
             self.problem = reach.problem or None
-            self.asks_for_gradients = not reach.nodes.keys().isdisjoint(_ASKS) or "is_inference" in reach.names
+            self.asks_for_gradients = id(torch.is_grad_enabled) in reach.nodes
+            self.asks_for_inference = not reach.nodes.keys().isdisjoint(_ASK_FOR_INFERENCE)
+            self.asks_for_inference |= "is_inference" in reach.names
             self._names = frozenset(reach.written)
             self._places = _places(reach, module)
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torchcache.identity.bytecode import Instruction, constant_bytes, instructions
-from torchcache.identity.reads import DISPLAYS, MUTATORS, READERS, READERS_OF_GLOBALS, Chain, Reads
+from torchcache.identity.reads import DISPLAYS, MUTATORS, READERS, READERS_OF_GLOBALS, Chain, Reads, modules_named
 
 __all__ = ["reads_of"]
 
@@ -191,10 +191,9 @@ class _Reader:
             self._called(at)
         elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and value == 26):
             container, key = self._pop(2)
-            if any(str(chain).endswith("sys.modules") for chain in _chains(container)):
-                stack.append(_module_named(key, "import_module"))
-            else:
-                stack.append(frozenset(symbol for symbol in container if symbol[0] == "attr") or _UNKNOWN)
+            listed = any(str(chain).endswith("sys.modules") for chain in _chains(container))
+            found = modules_named(key) if listed else {symbol for symbol in container if symbol[0] == "attr"}
+            stack.append(frozenset(found) or _UNKNOWN)
         elif name in ("GET_ITER", "NOP", "PUSH_EXC_INFO", "LIST_TO_TUPLE", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES"):
             if name == "PUSH_EXC_INFO":
                 stack.append(_UNKNOWN)
@@ -328,10 +327,8 @@ class _Reader:
             first = given[0] if given else None
             if last in ("getattr", "hasattr", "delattr", "setattr", "__getattribute__") and first is not None:
                 return self._named_access(last, given)
-            if first is not None and (
-                last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get")
-            ):
-                return _module_named(first, last)
+            if last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get"):
+                return modules_named(first or _NOTHING, top=last == "__import__") or _UNKNOWN
             if last in ("attrgetter", "methodcaller"):
                 texts = [symbol[1] for value in given for symbol in value if symbol[0] == "const"]
                 self.names.update(part for text in texts for part in str(text).split("."))
@@ -406,13 +403,6 @@ def _is_modulo(at: Instruction) -> bool:
 def _items(group: Value) -> Value:
     """What the items of a group may come from; those of text and numbers are not followed."""
     return frozenset(symbol for symbol in group if symbol[0] != "const") or _UNKNOWN
-
-
-def _module_named(name: Value, how: str) -> Value:
-    """The module that code gets by its name; ``__import__`` gives the package at its top."""
-    texts = [symbol[1] for symbol in name if symbol[0] == "const" and isinstance(symbol[1], str)]
-    tops = [text.partition(".")[0] if how == "__import__" else text for text in texts]
-    return frozenset(("global", top, ()) for top in tops if top) or _UNKNOWN
 
 
 def _chains(value: Iterable[Symbol]) -> list[Chain]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-__all__ = ["DISPLAYS", "MUTATORS", "READERS", "READERS_OF_GLOBALS", "Chain", "Reads"]
+__all__ = ["DISPLAYS", "MUTATORS", "READERS", "READERS_OF_GLOBALS", "Chain", "Reads", "modules_named"]
 
 
 # Calls that read all of their first argument; True where they read all that is within it, too.
@@ -84,3 +85,9 @@ class Reads:
     handed: tuple[tuple[Chain, frozenset[str], bool], ...]
     written: frozenset[str]
     texts: frozenset[str]
+
+
+def modules_named(name: frozenset[tuple[Any, ...]], top: bool = False) -> frozenset[tuple[Any, ...]]:
+    """What code gets by a value that names a module: that module, or the package at its top, as a global."""
+    texts = {str(symbol[1]) for symbol in name if symbol[0] == "const"}
+    return frozenset(("global", text.partition(".")[0] if top else text, ()) for text in texts)
