@@ -231,7 +231,7 @@ class Region:
             digests = digest_rows(rows, self.options.digest)
             if not self.tiers.beneath or not plan.believed:
                 return digests, None
-            return digests, self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who)
+            return digests, self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who, copies=False)
 
         return prepare
 
@@ -256,7 +256,7 @@ class Region:
             plan = self._learning.prove(batch, plan)
             if (batch.who, plan.layout) != before:
                 raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
-        computed = self._compute(batch, plan, key, digests, missing, found)
+        computed = self._compute(batch, plan, key, missing)
         served = self._merge(batch, plan, digests, missing, found, computed)
         outputs, leaves = served
         looked = Looked(
@@ -292,9 +292,7 @@ class Region:
         self.counters.memory_hits += rows - computed - disk - others
         self.history.note(self.counters, self.tiers.memory.used, self.tiers.disk_bytes)
 
-    def _compute(
-        self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], missing: dict[bytes, int], found: Found
-    ) -> Tensors:
+    def _compute(self, batch: Batch, plan: Plan, key: bytes, missing: dict[bytes, int]) -> Tensors:
         """The rows that are missing, computed and stored."""
         if not missing:
             return []
@@ -318,11 +316,7 @@ class Region:
             leaves = [select_rows(leaf, places) for leaf in leaves]
         start = time.perf_counter()
         with normal_tensors(), torch.no_grad():
-            slab, slots = self.tiers.keep(key, list(missing), leaves, RowSpec.of(leaves), batch.who)
-        if slab is not None:
-            found.slab = slab
-        if len(slots) == len(missing) < len(digests) and self.options.cache_dtype is None and slab is not None:
-            found.slots = slab.find(digests)
+            self.tiers.keep(key, list(missing), leaves, RowSpec.of(leaves), batch.who)
         self.counters.merge_seconds += time.perf_counter() - start
         return leaves
 
@@ -349,8 +343,8 @@ class Region:
         with normal_tensors():
             layouts = plan.layouts(batch, lambda places: self._original(batch, plan, places))
             near, buffers = batch.rows[0].device, self.tiers.memory.buffers
-            if found.slab is not None and ABSENT not in found.slots:
-                leaves = found.slab.gather(found.slots)
+            if found.rows and ABSENT not in found.slots:
+                leaves = found.rows
             else:
                 leaves = assemble(digests, missing, found, computed, layouts, near, buffers)
             merged = [layout.apply(leaf, near, buffers) for layout, leaf in zip(layouts, leaves, strict=True)]

@@ -114,7 +114,8 @@ class CacheOptions:
         uses give way to new ones, those used longest ago first; where there are none, no more is stored. A directory
         that holds much more than that, since others allow more, is left as it is.
     max_memory_cache_size : int
-        Bytes that the memory tier of one region may hold. When full, new rows are not admitted.
+        Bytes that the memory tier of one region may hold. When full, rows that come back take the place of rows that
+        were idle for longer than rows usually take to come back; the others stay.
     memory_cache_device : str, torch.device or None
         Where the memory tier lives; ``None`` is the device of the outputs.
     cache_dtype : torch.dtype or None

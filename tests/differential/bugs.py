@@ -186,8 +186,8 @@ def stored_rows_given_out(patch):
     gather = Slab.gather
 
     def shared(self, slots):
-        run = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        return self.view(slots[0], slots[0] + len(slots)) if run else gather(self, slots)
+        run = len(slots) and list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        return [leaf[slots[0] : slots[0] + len(slots)] for leaf in self.leaves] if run else gather(self, slots)
 
     patch.setattr(Slab, "gather", shared)
 

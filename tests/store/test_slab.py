@@ -1,4 +1,4 @@
-"""The memory tier."""
+"""The memory tier while it has room."""
 
 import multiprocessing
 import os
@@ -8,10 +8,11 @@ import types
 import pytest
 import torch
 
-from torchcache.store import slab as slab_module
+from torchcache.store import memory
 from torchcache.store.blob import _DTYPES, RowSpec
+from torchcache.store.memory import MemoryTier
 from torchcache.store.select import element_bytes
-from torchcache.store.slab import ABSENT, MemoryTier, Slab
+from torchcache.store.slab import ABSENT, Slab
 
 SPEC = RowSpec(((torch.float32, (2,)), (torch.int64, ())))
 CPU = torch.device("cpu")
@@ -28,8 +29,9 @@ def digests(numbers):
 
 def test_rows_are_found_gathered_and_not_shared():
     tier = MemoryTier(10**6)
-    slab, slots = tier.admit(b"a", digests(range(5)), rows(range(5)), SPEC, CPU)
-    assert list(slots) == [0, 1, 2, 3, 4]
+    _, places = tier.admit(b"a", digests(range(5)), rows(range(5)), SPEC, CPU)
+    assert list(places) == [0, 1, 2, 3, 4]
+    slab = tier.slab(b"a")
     assert slab.find(digests([3, 9, 0])) == [3, ABSENT, 0]
     first = slab.gather([3, 0, 3])
     assert first[1].tolist() == [3, 0, 3]
@@ -40,10 +42,10 @@ def test_rows_are_found_gathered_and_not_shared():
 def test_the_budget_is_hard_over_all_fingerprints_and_first_rows_win():
     tier = MemoryTier(7 * SPEC.size + 3)
     assert len(tier.admit(b"a", digests(range(4)), rows(range(4)), SPEC, CPU)[1]) == 4
-    slab, slots = tier.admit(b"b", digests(range(10, 20)), rows(range(10, 20)), SPEC, CPU)
-    assert len(slots) == 3
-    assert slab.find(digests([10, 12, 13])) == [0, 2, ABSENT]
-    assert tier.admit(b"c", digests([1]), rows([1]), SPEC, CPU) == (None, range(0))
+    _, places = tier.admit(b"b", digests(range(10, 20)), rows(range(10, 20)), SPEC, CPU)
+    assert list(places) == [0, 1, 2]
+    assert tier.slab(b"b").find(digests([10, 12, 13])) == [0, 2, ABSENT]
+    assert tier.admit(b"c", digests([1]), rows([1]), SPEC, CPU) == (None, [])
     assert tier.used == 7 * SPEC.size <= tier.budget
     assert len(tier) == 7
     tier.clear()
@@ -52,13 +54,12 @@ def test_the_budget_is_hard_over_all_fingerprints_and_first_rows_win():
 
 def test_slabs_that_cannot_be_lazy_grow():
     slab = Slab(SPEC, CPU, capacity=5000, lazy=False)
-    assert slab._leaves[0].shape[0] < 5000
+    assert slab.leaves[0].shape[0] < 5000
     for start in range(0, 5000, 500):
         numbers = range(start, start + 500)
-        slab.grow(start + 500)
-        slab.write(start, digests(numbers), rows(numbers))
+        slab.write(slab.lease(500), digests(numbers), rows(numbers))
     assert slab.gather([0, 1500, 4999])[1].tolist() == [0, 1500, 4999]
-    assert slab._leaves[0].shape[0] == 5000
+    assert slab.leaves[0].shape[0] == 5000
 
 
 @pytest.mark.parametrize("system", ["posix", "another"])
@@ -66,7 +67,7 @@ def test_threads_that_read_and_write_at_once_see_only_right_rows(system, monkeyp
     tier = MemoryTier(10**7)
     wrong, failed = [], []
     monkeypatch.setattr(threading, "excepthook", failed.append)
-    monkeypatch.setattr(slab_module, "os", types.SimpleNamespace(name=system))
+    monkeypatch.setattr(memory, "os", types.SimpleNamespace(name=system))
 
     def write(offset):
         for start in range(0, 2000, 20):
@@ -77,9 +78,11 @@ def test_threads_that_read_and_write_at_once_see_only_right_rows(system, monkeyp
         for _ in range(300):
             numbers = torch.randint(0, 8000, (64,)).tolist()
             slab = tier.slab(b"a")
-            slots = slab.find(digests(numbers)) if slab is not None else []
-            held = [(number, slot) for number, slot in zip(numbers, slots, strict=False) if slot != ABSENT]
-            if held and slab.gather([slot for _, slot in held])[1].tolist() != [number for number, _ in held]:
+            if slab is None:
+                continue
+            slots, there = slab.take(digests(numbers))
+            held = [number for number, slot in zip(numbers, slots, strict=True) if slot != ABSENT]
+            if held and there[1].tolist() != held:
                 wrong.append(held)
 
     threads = [threading.Thread(target=write, args=(2000 * n,)) for n in range(4)]
@@ -96,8 +99,8 @@ def test_threads_that_read_and_write_at_once_see_only_right_rows(system, monkeyp
 def test_rows_are_kept_in_the_slabs_dtype():
     tier = MemoryTier(10**6)
     spec = RowSpec(((torch.float16, (2,)), (torch.int64, ())))
-    slab, _ = tier.admit(b"a", digests(range(3)), rows(range(3)), spec, CPU)
-    halves, numbers = slab.gather([2, 1])
+    tier.admit(b"a", digests(range(3)), rows(range(3)), spec, CPU)
+    halves, numbers = tier.slab(b"a").gather([2, 1])
     assert halves.dtype == torch.float16
     assert halves.tolist() == [[2, -2], [1, -1]]
     assert numbers.tolist() == [2, 1]
@@ -106,19 +109,20 @@ def test_rows_are_kept_in_the_slabs_dtype():
 
 def test_the_callers_rows_are_copied():
     tier, mine = MemoryTier(10**6), rows(range(3))
-    slab, _ = tier.admit(b"a", digests(range(3)), mine, SPEC, CPU)
+    tier.admit(b"a", digests(range(3)), mine, SPEC, CPU)
     for leaf in mine:
         leaf.zero_()
-    assert slab.gather([2])[0].tolist() == [[2, -2]]
+    assert tier.slab(b"a").gather([2])[0].tolist() == [[2, -2]]
 
 
 def test_where_memory_is_not_lazy_the_tier_grows_within_its_budget(monkeypatch):
-    monkeypatch.setattr(slab_module, "os", types.SimpleNamespace(name="another"))
+    monkeypatch.setattr(memory, "os", types.SimpleNamespace(name="another"))
     tier = MemoryTier(3000 * SPEC.size)
     for start in range(0, 4000, 700):
         numbers = range(start, start + 700)
-        slab, _ = tier.admit(b"a", digests(numbers), rows(numbers), SPEC, CPU)
-        assert slab._leaves[0].shape[0] <= 3000
+        tier.admit(b"a", digests(numbers), rows(numbers), SPEC, CPU)
+        slab = tier.slab(b"a")
+        assert slab.leaves[0].shape[0] <= 3000
     assert len(tier) == 3000
     assert slab.gather(slab.find(digests([0, 1500, 2999])))[1].tolist() == [0, 1500, 2999]
     assert slab.find(digests([3000])) == [ABSENT]
@@ -128,10 +132,10 @@ def test_rows_of_old_weights_make_room_and_those_in_use_stay():
     tier = MemoryTier(100 * SPEC.size)
     tier.admit(b"a", digests(range(90)), rows(range(90)), SPEC, CPU, b"old")
     tier.admit(b"b", digests(range(40)), rows(range(40)), SPEC, CPU, b"new")
-    _, slots = tier.admit(b"c", digests(range(80)), rows(range(80)), SPEC, CPU, b"new")
+    _, places = tier.admit(b"c", digests(range(80)), rows(range(80)), SPEC, CPU, b"new")
     assert tier.slab(b"a") is None
     assert len(tier.slab(b"b")) == 40
-    assert len(slots) == 60
+    assert len(places) == 60
     assert tier.used == 100 * SPEC.size
 
 
@@ -162,7 +166,8 @@ def test_rows_of_every_dtype_can_be_reserved(dtype):
     codes = torch.arange(10 * dtype.itemsize, dtype=torch.uint8).clamp(max=1 if dtype is torch.bool else 255)
     whole = codes.view(dtype)
     given = [whole[:8].view(2, 4), whole[8:], torch.empty(2, 0, dtype=dtype)]
-    slab, _ = MemoryTier(10**6).admit(b"a", digests([1, 2]), given, spec, CPU)
+    lease, _ = MemoryTier(10**6).admit(b"a", digests([1, 2]), given, spec, CPU)
+    slab = lease.slab
     assert slab.lazy
     for leaf, wanted in zip(slab.gather([0, 1]), given, strict=True):
         assert leaf.dtype is dtype

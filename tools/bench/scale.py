@@ -28,7 +28,7 @@ import torchcache
 from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier
-from torchcache.store.slab import MemoryTier
+from torchcache.store.memory import MemoryTier
 
 BATCH = 256
 CPU = torch.device("cpu")
@@ -57,11 +57,12 @@ def memory(count: int, known: list[bytes], spec: RowSpec, repeats: int) -> tuple
     tracemalloc.start()
     for start in range(0, count, 1000):
         copies = [bytes(bytearray(digest)) for digest in known[start : start + 1000]]
-        slab, _ = tier.admit(b"region", copies, rows, spec, CPU)
+        tier.admit(b"region", copies, rows, spec, CPU)
     overhead = tracemalloc.get_traced_memory()[0] / count
     tracemalloc.stop()
+    slab = tier.slab(b"region")
     assert slab is not None
-    return per_row(lambda batch: slab.gather(slab.find(batch)), known, repeats), overhead
+    return per_row(lambda batch: slab.take(batch), known, repeats), overhead
 
 
 def bare_memory(count: int, known: list[bytes], spec: RowSpec, repeats: int) -> float:

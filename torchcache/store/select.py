@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 __all__ = ["INDEXABLE", "concatenate", "element_bytes", "place_rows", "select_rows"]
+
+Rows = Sequence[int] | npt.NDArray[np.int64]
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Dtypes with indexing kernels.
@@ -27,7 +30,7 @@ INDEXABLE = {
 }
 
 
-def select_rows(leaf: torch.Tensor, rows: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+def select_rows(leaf: torch.Tensor, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
     """``rows`` of ``leaf`` in a fresh tensor, or in ``out``, which has their shape and dtype."""
     index = _index(rows, leaf.device)
     if out is not None:
@@ -38,7 +41,7 @@ def select_rows(leaf: torch.Tensor, rows: Sequence[int], out: torch.Tensor | Non
     return _carried(leaf).index_select(0, index).view(leaf.dtype)
 
 
-def place_rows(target: torch.Tensor, rows: Sequence[int], leaf: torch.Tensor) -> None:
+def place_rows(target: torch.Tensor, rows: Rows, leaf: torch.Tensor) -> None:
     """Write ``leaf``, cast to the target's device and dtype, to ``rows`` of ``target``."""
     index = _index(rows, target.device)
     _carried(target).index_copy_(0, index, _carried(leaf.to(target.device, target.dtype)))
@@ -56,9 +59,9 @@ def element_bytes(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.as_strided((leaf.numel(),), (1,)).view(torch.uint8)
 
 
-def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+def _index(rows: Rows, device: torch.device) -> torch.Tensor:
     # torch.tensor takes several times as long to find out that a list holds integers.
-    index = torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
+    index = torch.from_numpy(rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64, len(rows)))
     return index if device.type == "cpu" else index.to(device)
 
 

@@ -1,37 +1,67 @@
-"""The memory tier: rows in preallocated tensors, found by one dict pass and gathered by one ``index_select``."""
+"""Rows of one spec in preallocated tensors, found by one dict pass and gathered by one ``index_select``."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
-import os
 import sys
-import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from itertools import repeat
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from torchcache.forks import without_forks
 from torchcache.store.blob import RowSpec
 from torchcache.store.buffers import Buffers
-from torchcache.store.select import select_rows
+from torchcache.store.reuse import Reuse
+from torchcache.store.select import place_rows, select_rows
 
-__all__ = ["MemoryTier", "Slab"]
+__all__ = ["ABSENT", "Lease", "Slab"]
 
 ABSENT = -1
 # Python's mmap module has no name for it.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
+# Rows are moved in pieces of so many bytes.
+PIECE_BYTES = 8 * 1024 * 1024
+# Lookups that meet rows which move are begun again so often.
+TRIES = 3
 
-Tensors = Sequence[torch.Tensor]
+
+class Lease:
+    """Neighbouring slots that stay where they are and as they are while anybody holds this.
+
+    Parameters
+    ----------
+    slab : Slab
+        Whose slots.
+    start, stop : int
+        The first, and the one after the last.
+    """
+
+    def __init__(self, slab: Slab, start: int, stop: int) -> None:
+        self.slab = slab
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self) -> list[torch.Tensor]:
+        """The slots, shared, one tensor a leaf; not to be used after the lease is gone."""
+        return [leaf[self.start : self.stop] for leaf in self.slab.leaves]
 
 
 class Slab:
     """Rows of one spec: a tensor of slots a leaf, and a dict from digest to slot.
 
-    A slot is written once, before its digest is published, so readers need no lock. On the CPU the slots are
-    reserved at once and committed by the operating system as they are written; on other devices they grow.
+    The slots in use lie one after the other, and new rows come behind them. ``give_way`` drops rows and puts the last
+    ones in their places. Readers take no lock: ``version`` moves before a slot is written over that a reader may have
+    found, and who finds it moved after reading begins again. Writers of new rows, and whoever reads slots over a
+    longer time, hold a ``Lease``.
+
+    On the CPU the slots are reserved at once and committed by the operating system as they are written; on other
+    devices they grow.
 
     Parameters
     ----------
@@ -47,6 +77,13 @@ class Slab:
         Digest of the weights that computed the rows.
     buffers : Buffers or None
         Where batches on the CPU are made.
+    reuse : Reuse or None
+        What is told which rows are asked for.
+
+    Attributes
+    ----------
+    version : int
+        Moves whenever slots are about to be written over.
     """
 
     FIRST_SLOTS = 1024
@@ -59,226 +96,187 @@ class Slab:
         lazy: bool,
         state: bytes = b"",
         buffers: Buffers | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         self.spec = spec
         self._buffers = buffers if buffers is not None else Buffers()
+        self._reuse = reuse if reuse is not None else Reuse(0)
         self.state = state
         self.lazy = lazy
         self.capacity = capacity
         self.slots: dict[bytes, int] = {}
-        self.used = 0
-        self._leaves = _reserve(spec, capacity) if lazy else spec.empty(min(capacity, self.FIRST_SLOTS), device)
+        self.version = 0
+        # Of each slot in use: its row, once it is published, and when that was last asked for.
+        self._digests: list[bytes | None] = []
+        self._last = np.full(min(capacity, self.FIRST_SLOTS), -1, np.int64)
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._memories: list[tuple[mmap.mmap, int]] = []
+        self.leaves = self._reserved() if lazy else spec.empty(min(capacity, self.FIRST_SLOTS), device)
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return len(self._digests)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a slot, as budgets count them."""
+        return max(self.spec.size, 1)
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """The slot of each digest, ``ABSENT`` where it has none."""
         return list(map(self.slots.get, digests, repeat(ABSENT)))
 
-    def gather(self, slots: Sequence[int]) -> list[torch.Tensor]:
-        """Fresh tensors of shape ``(len(slots), *)``, one a leaf."""
-        if self._leaves[0].device.type != "cpu":
-            return [select_rows(leaf, slots) for leaf in self._leaves]
+    def take(self, digests: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
+        """The rows of ``digests``.
+
+        Returns
+        -------
+        slots : list of int
+            Where each row was, ``ABSENT`` for those that are not here. Nothing else may be done with the numbers.
+        rows : list of torch.Tensor
+            Fresh tensors of those that are here, one a leaf; none where no row is.
+        """
+        self._reuse.clock += 1
+        for _ in range(TRIES):
+            version = self.version
+            slots = self.find(digests)
+            held = slots if ABSENT not in slots else [slot for slot in slots if slot != ABSENT]
+            if digests and not held:
+                return slots, []
+            index = np.fromiter(held, np.int64, len(held))
+            rows = self.gather(index)
+            if self.version == version:
+                if self._reuse.full and held:
+                    self._reuse.note(int(self._last[held[0]]))
+                    self._last[index] = self._reuse.clock
+                return slots, rows
+        return [ABSENT] * len(digests), []
+
+    def gather(self, slots: Sequence[int] | npt.NDArray[np.int64]) -> list[torch.Tensor]:
+        """Fresh tensors of shape ``(len(slots), *)``, one a leaf; right only where ``version`` did not move."""
+        if self.leaves[0].device.type != "cpu":
+            return [select_rows(leaf, slots) for leaf in self.leaves]
         empty, count = self._buffers.empty, len(slots)
-        return [select_rows(leaf, slots, empty((count, *leaf.shape[1:]), leaf.dtype)) for leaf in self._leaves]
+        return [select_rows(leaf, slots, empty((count, *leaf.shape[1:]), leaf.dtype)) for leaf in self.leaves]
 
-    def view(self, start: int, stop: int) -> list[torch.Tensor]:
-        """The written slots from ``start`` to ``stop``, shared; slots never change once written."""
-        return [leaf[start:stop] for leaf in self._leaves]
+    def lease(self, count: int) -> Lease:
+        """``count`` slots for new rows; called under the tier's lock, within the capacity."""
+        start = self.used
+        stop = start + count
+        self._grow(stop)
+        lease = Lease(self, start, stop)
+        self._leases.add(lease)
+        self._last[start:stop] = -1
+        self._digests.extend([None] * count)
+        return lease
 
-    def write(self, start: int, digests: Sequence[bytes], rows: Sequence[torch.Tensor]) -> None:
-        """Fill the slots from ``start`` with ``rows`` (cast to the slab's dtype), then publish ``digests``."""
-        stop = start + len(digests)
-        for slots, leaf in zip(self._leaves, rows, strict=True):
-            slots[start:stop].copy_(leaf[: len(digests)])
-        self.slots.update(zip(digests, range(start, stop), strict=True))
+    def publish(self, lease: Lease, digests: Sequence[bytes]) -> None:
+        """Let readers find the first slots of ``lease``, which are written."""
+        stop = lease.start + len(digests)
+        self._digests[lease.start : stop] = digests
+        self._last[lease.start : stop] = self._reuse.clock
+        self.slots.update(zip(digests, range(lease.start, stop), strict=True))
 
-    def grow(self, slots: int) -> None:
+    def write(self, lease: Lease, digests: Sequence[bytes], rows: Sequence[torch.Tensor]) -> None:
+        """Fill the slots of ``lease`` with ``rows`` (cast to the slab's dtype), then publish ``digests``."""
+        for slots, leaf in zip(lease.rows(), rows, strict=True):
+            slots.copy_(leaf[: len(digests)])
+        self.publish(lease, digests)
+
+    def give_way(self, deadline: float, most: int) -> int:
+        """Drop up to ``most`` rows that were last served before ``deadline``, longest ago first; returns how many.
+
+        Called under the tier's lock.
+        """
+        used, last = self.used, self._last
+        leases = list(self._leases)
+        dead = np.flatnonzero(last[:used] < deadline)
+        for lease in leases:
+            dead = dead[(dead < lease.start) | (dead >= lease.stop)]
+        kept = max([used - min(most, len(dead)), *(lease.stop for lease in leases)])
+        if kept >= used:
+            return 0
+        dead = dead[np.argsort(last[dead], kind="stable")[: used - kept]]
+        for slot in dead.tolist():
+            self._unpublish(slot)
+        self.version += 1  # before anything is written over
+        stays = np.ones(used - kept, bool)
+        stays[dead[dead >= kept] - kept] = False
+        sources, targets = kept + np.flatnonzero(stays), dead[dead < kept]
+        self._move(sources, targets)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            digest = self._digests[target] = self._digests[source]
+            if digest is not None and self.slots.get(digest) == source:
+                self.slots[digest] = target
+        last[targets] = last[sources]
+        self.version += 1  # before the slots that rows were moved from are written over
+        del self._digests[kept:]
+        return used - kept
+
+    def give_back(self) -> None:
+        """Return the memory of slots that are not in use; called under the tier's lock after rows gave way."""
+        for memory, size in self._memories:
+            page = mmap.PAGESIZE
+            start = -(-self.used * size // page) * page
+            if start < len(memory):
+                memory.madvise(mmap.MADV_DONTNEED, start, len(memory) - start)
+        if not self.lazy:
+            self._resize(max(self.used, min(self.capacity, self.FIRST_SLOTS)))
+
+    def _unpublish(self, slot: int) -> None:
+        digest, self._digests[slot] = self._digests[slot], None
+        if digest is not None and self.slots.get(digest) == slot:
+            del self.slots[digest]
+
+    def _move(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
+        self._synchronize()  # other streams may still read what is written over
+        piece = max(1, PIECE_BYTES // self.size)
+        for start in range(0, len(sources), piece):
+            part = slice(start, start + piece)
+            for leaf in self.leaves:
+                place_rows(leaf, targets[part], select_rows(leaf, sources[part]))
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        device = self.leaves[0].device
+        if device.type not in ("cpu", "meta"):
+            torch.get_device_module(device).synchronize(device)
+
+    def _grow(self, slots: int) -> None:
         """Make room for ``slots`` slots, at least doubling where there is not."""
-        held = self._leaves[0].shape[0]
-        if slots <= held:
-            return
-        larger = self.spec.empty(min(self.capacity, max(slots, 2 * held)), self._leaves[0].device)
-        for new, old in zip(larger, self._leaves, strict=True):
-            new[:held].copy_(old)
-        self._leaves = larger
+        noted = len(self._last)
+        if slots > noted:
+            last = np.full(min(self.capacity, max(slots, 2 * noted)), -1, np.int64)
+            last[:noted] = self._last
+            self._last = last
+        held = self.leaves[0].shape[0]
+        if slots > held:
+            self._resize(min(self.capacity, max(slots, 2 * held)))
 
+    def _resize(self, slots: int) -> None:
+        held = min(self.used, slots)
+        leaves = self.spec.empty(slots, self.leaves[0].device)
+        for new, old in zip(leaves, self.leaves, strict=True):
+            new[:held].copy_(old[:held])
+        self._synchronize()
+        self.leaves = leaves
 
-class MemoryTier:
-    """Slabs under one budget: one for each call fingerprint, that is for each shape and dtype of row.
+    def _reserved(self) -> list[torch.Tensor]:
+        """Tensors for all slots whose memory is committed as it is written.
 
-    A full tier admits no new rows and keeps those it has: scans over a data set larger than the budget then
-    hit a stable share of it in every epoch, where an evicting cache would hit none. Only rows of weights that are
-    no longer in use make room for others.
-
-    Parameters
-    ----------
-    budget : int
-        Bytes of rows over all slabs.
-
-    Attributes
-    ----------
-    buffers : Buffers
-        Where batches on the CPU are made.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.used = 0
-        self.buffers = Buffers()
-        self._slabs: dict[bytes, Slab] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return sum(map(len, list(self._slabs.values())))
-
-    def slab(self, fingerprint: bytes) -> Slab | None:
-        """The slab of ``fingerprint``, if it has rows."""
-        return self._slabs.get(fingerprint)
-
-    @without_forks
-    def admit(
-        self,
-        fingerprint: bytes,
-        digests: Sequence[bytes],
-        rows: Sequence[torch.Tensor],
-        spec: RowSpec,
-        device: torch.device,
-        state: bytes = b"",
-    ) -> tuple[Slab | None, range]:
-        """Store as many of ``rows`` as the budget allows, first ones first.
-
-        Returns
-        -------
-        slab : Slab or None
-            Where they went.
-        slots : range
-            Their slots, in order; shorter than ``digests`` when the tier is full.
+        None of it is promised before: Linux refuses to fork a process that was promised more than there is, as the
+        slabs of many shapes together easily are.
         """
-        with self._lock:
-            slab, slots = self._reserve(fingerprint, len(digests), spec, device, state)
-            if slab is not None and slots and not slab.lazy:
-                slab.write(slots.start, digests[: len(slots)], rows)
-        if slab is not None and slots and slab.lazy:
-            slab.write(slots.start, digests[: len(slots)], rows)
-        return slab, slots
+        return [self._unpromised((self.capacity, *shape), dtype) for dtype, shape in self.spec.leaves]
 
-    @without_forks
-    def admit_by(
-        self,
-        fingerprint: bytes,
-        digests: Sequence[bytes],
-        fill: Callable[[int, Tensors], list[int]],
-        spec: RowSpec,
-        device: torch.device,
-        state: bytes = b"",
-    ) -> tuple[Slab | None, list[int], int]:
-        """Store rows that ``fill`` writes where they are kept.
-
-        ``fill`` is given how many of the first rows are wanted and the tensors for them; it writes the good ones
-        among these, one after the other, and returns their indices.
-
-        Returns
-        -------
-        slab : Slab or None
-            Where they went.
-        good : list of int
-            Indices of the rows that are stored now.
-        tried : int
-            How many of the first rows the budget allowed.
-        """
-        if device.type != "cpu":
-            rows = spec.empty(len(digests))
-            good = fill(len(digests), rows)
-            slab, slots = self.admit(fingerprint, [digests[index] for index in good], rows, spec, device, state)
-            tried = len(digests) if len(slots) == len(good) else good[len(slots)]
-            return slab, good[: len(slots)], tried
-        with self._lock:
-            slab, slots = self._reserve(fingerprint, len(digests), spec, device, state)
-            if slab is None or not slots:
-                return slab, [], 0
-            if not slab.lazy:  # the slots may move when they grow
-                good = self._fill(slab, slots, digests, fill)
-        if slab.lazy:
-            good = self._fill(slab, slots, digests, fill)
-        return slab, good, len(slots)
-
-    def _fill(
-        self, slab: Slab, slots: range, digests: Sequence[bytes], fill: Callable[[int, Tensors], list[int]]
-    ) -> list[int]:
-        good = fill(len(slots), slab.view(slots.start, slots.stop))
-        slab.slots.update(zip([digests[index] for index in good], slots, strict=False))
-        return good
-
-    def _reserve(
-        self, fingerprint: bytes, wanted: int, spec: RowSpec, device: torch.device, state: bytes
-    ) -> tuple[Slab | None, range]:
-        size = max(spec.size, 1)
-        slab = self._slabs.get(fingerprint)
-        if (self.budget - self.used) // size < wanted:
-            self._drop_other_states(state)
-        count = min((self.budget - self.used) // size, wanted)
-        if count <= 0:
-            return slab, range(0)
-        try:
-            if slab is None:
-                slab = self._new_slab(spec, device, state)
-            slab.grow(slab.used + count)
-        except RuntimeError:  # no memory: the tier is as full as it gets
-            return slab, range(0)
-        self._slabs[fingerprint] = slab
-        slots = range(slab.used, slab.used + count)
-        slab.used += count
-        self.used += count * size
-        return slab, slots
-
-    def _new_slab(self, spec: RowSpec, device: torch.device, state: bytes) -> Slab:
-        capacity = self.budget // max(spec.size, 1)
-        self.buffers.kept = 2 * len(spec.leaves)
-        if device.type == "cpu" and os.name == "posix":
-            # Any slab may come to have the whole budget, when others are dropped.
-            with contextlib.suppress(OSError, RuntimeError):  # a system that promises no more memory than it has
-                return Slab(spec, device, capacity, True, state, self.buffers)
-        return Slab(spec, device, capacity, False, state, self.buffers)
-
-    @without_forks
-    def drop_state(self, state: bytes) -> None:
-        """Forget the rows of one identity."""
-        with self._lock:
-            for fingerprint, slab in list(self._slabs.items()):
-                if slab.state == state:
-                    self._drop(fingerprint)
-
-    def _drop(self, fingerprint: bytes) -> None:
-        slab = self._slabs.pop(fingerprint)
-        self.used -= slab.used * max(slab.spec.size, 1)
-
-    def _drop_other_states(self, state: bytes) -> None:
-        for fingerprint, slab in list(self._slabs.items()):
-            if slab.state != state:
-                self._drop(fingerprint)
-
-    @without_forks
-    def clear(self) -> None:
-        """Forget every row."""
-        with self._lock:
-            self._slabs = {}
-            self.used = 0
-
-
-def _reserve(spec: RowSpec, count: int) -> list[torch.Tensor]:
-    """Tensors for ``count`` rows whose memory is committed as it is written.
-
-    None of it is promised before: Linux refuses to fork a process that was promised more than there is, as the slabs of
-    many shapes together easily are.
-    """
-    return [_unpromised((count, *shape), dtype) for dtype, shape in spec.leaves]
-
-
-def _unpromised(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    size = math.prod(shape) * dtype.itemsize
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+    def _unpromised(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        self._memories.append((memory, size // shape[0]))
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)

@@ -14,9 +14,11 @@ from torchcache.options import CacheOptions
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier, Places, disk_tier
+from torchcache.store.memory import MemoryTier
 from torchcache.store.remote import remote_tier
 from torchcache.store.scan import Scan
-from torchcache.store.slab import ABSENT, MemoryTier, Slab
+from torchcache.store.select import select_rows
+from torchcache.store.slab import ABSENT, Lease
 from torchcache.store.tier import Blob, Guarded, Tier
 from torchcache.store.writer import flush, sender, writer
 
@@ -33,10 +35,10 @@ class Found:
     ----------
     fingerprint : bytes
         Of the call.
-    slab : Slab or None
-        The memory tier's rows.
     slots : list of int
-        Slot of each row of the batch, ``ABSENT`` where it is not in memory.
+        For each row of the batch ``ABSENT`` where it was not in memory, any other number where it was.
+    rows : list of torch.Tensor
+        Copies of the rows that were in memory, in the batch's order, one tensor a leaf.
     extra : dict of bytes to int
         Rows from beneath that memory had no room for: digest to row of ``extra_rows``.
     extra_rows : list of torch.Tensor
@@ -46,8 +48,8 @@ class Found:
     """
 
     fingerprint: bytes
-    slab: Slab | None
     slots: list[int]
+    rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     extra: dict[bytes, int] = dataclasses.field(default_factory=dict)
     extra_rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     from_disk: frozenset[bytes] = frozenset()
@@ -108,6 +110,7 @@ class Tiers:
         expected: Callable[[], tuple[RowSpec, torch.device]],
         state: bytes,
         ahead: Found | None = None,
+        copies: bool = True,
     ) -> Found:
         """Look ``digests`` up in memory, then the rest beneath it; what is found there is promoted to memory.
 
@@ -121,17 +124,19 @@ class Tiers:
             Digest of the weights that compute such rows now.
         ahead : Found or None
             What was found for the same keys before: rows that memory had no room for are not read again.
+        copies : bool
+            Whether rows in memory are wanted; else those on disk are only brought near.
         """
         scan = self._scans.get(fingerprint)
         early = scan.ask(digests) if scan is not None else frozenset()
-        slab = self.memory.slab(fingerprint)
-        slots = slab.find(digests) if slab is not None else [ABSENT] * len(digests)
-        found = Found(fingerprint, slab, slots)
-        if early and slab is not None:
-            found.from_disk = frozenset(digest for digest in early if digest in slab.slots)
-        if not self.beneath or ABSENT not in slots:
+        found = Found(fingerprint, [])
+        self._take(found, digests, copies)
+        if early:
+            found.from_disk = early & _present(digests, found)
+        if not self.beneath or ABSENT not in found.slots:
             return found
-        absent = list(dict.fromkeys(digest for digest, slot in zip(digests, slots, strict=True) if slot == ABSENT))
+        pairs = zip(digests, found.slots, strict=True)
+        absent = list(dict.fromkeys(digest for digest, slot in pairs if slot == ABSENT))
         if ahead is not None and ahead.fingerprint == fingerprint and ahead.extra.keys() >= set(absent):
             found.extra, found.extra_rows = ahead.extra, ahead.extra_rows
             taken = frozenset(absent)
@@ -141,9 +146,21 @@ class Tiers:
         self._read(found, fingerprint, absent, expected, state)
         if scan is not None:
             scan.forget(found.from_disk)  # rows that it is reading at this moment as well
-        if found.from_beneath and found.slab is not None:
-            found.slots = found.slab.find(digests)
+        if found.from_beneath:
+            self._take(found, digests, copies)
+            present = _present(digests, found)
+            found.from_disk &= present
+            found.from_others &= present
         return found
+
+    def _take(self, found: Found, digests: Sequence[bytes], copies: bool) -> None:
+        slab = self.memory.slab(found.fingerprint)
+        if slab is None:
+            found.slots = [ABSENT] * len(digests)
+        elif copies:
+            found.slots, found.rows = slab.take(digests)
+        else:
+            found.slots = slab.find(digests)
 
     def keep(
         self,
@@ -152,33 +169,24 @@ class Tiers:
         rows: Sequence[torch.Tensor],
         spec: RowSpec,
         state: bytes,
-    ) -> tuple[Slab | None, range]:
-        """Store computed ``rows``: in memory now, beneath it behind the step.
-
-        Returns
-        -------
-        slab : Slab or None
-            The memory tier's rows.
-        slots : range
-            Slots of the first rows, as many as were admitted.
-        """
+    ) -> None:
+        """Store computed ``rows``: in memory now, beneath it behind the step."""
         stored = self.stored(spec)
-        slab, slots = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
+        lease, places = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
         if not self.beneath and get_worker_info() is not None:
             warn_once(
                 f"{self.name} is called in a worker of a DataLoader: what its memory holds goes when it ends, and no "
                 "other process sees it; set persistent=True to keep its rows"
             )
         if self._takers() and all(storable(dtype) for dtype, _ in stored.leaves):
-            admitted, region = len(slots), self._region(state)
-            if slab is not None and admitted:
-                self._submit(fingerprint, region, digests[:admitted], slab.view(slots.start, slots.stop), stored)
-            if admitted < len(digests):
-                copies = [
-                    _detached(leaf[admitted:], dtype) for leaf, (dtype, _) in zip(rows, stored.leaves, strict=True)
-                ]
-                self._submit(fingerprint, region, digests[admitted:], copies, stored)
-        return slab, slots
+            region = self._region(state)
+            if lease is not None:
+                self._submit(fingerprint, region, [digests[place] for place in places], lease, stored)
+            if len(places) < len(digests):
+                others = sorted({*range(len(digests))} - {*places})
+                pairs = zip(rows, stored.leaves, strict=True)
+                copies = [select_rows(leaf, others).to(dtype).contiguous() for leaf, (dtype, _) in pairs]
+                self._submit(fingerprint, region, [digests[place] for place in others], copies, stored)
 
     def tell(self, state: bytes) -> None:
         """Have the tiers know that the region is used; done now and then, behind the step."""
@@ -284,7 +292,7 @@ class Tiers:
         keys, read = list(blobs), list(blobs.values())
         digests = [key[len(found.fingerprint) :] for key in keys]
         codec = self._codec(stored)
-        found.slab, sound, tried = self.memory.admit_by(
+        sound, tried = self.memory.admit_by(
             found.fingerprint,
             digests,
             lambda count, rows: codec.decode_into(keys[:count], read[:count], rows),
@@ -297,6 +305,7 @@ class Tiers:
             more = codec.decode_into(keys[tried:], read[tried:], rows)
             found.extra_rows = [leaf[: len(more)] for leaf in rows]
             found.extra = {digests[tried + index]: row for row, index in enumerate(more)}
+            self.memory.admit(found.fingerprint, list(found.extra), found.extra_rows, stored, device, state)
             sound += [tried + index for index in more]
         return {keys[index] for index in sound}, tried
 
@@ -320,7 +329,7 @@ class Tiers:
             scan.forget(known)
             new = {key: blob for key, blob in blobs.items() if key[len(fingerprint) :] not in known}
             if new:
-                sound, tried = self._promote(Found(fingerprint, slab, []), new, stored, device, state, extra=False)
+                sound, tried = self._promote(Found(fingerprint, []), new, stored, device, state, extra=False)
                 if len(sound) < tried:
                     disk.remove(region, {key: new[key] for key in list(new)[:tried] if key not in sound})
             return True
@@ -329,7 +338,12 @@ class Tiers:
         return scan
 
     def _submit(
-        self, fingerprint: bytes, region: Region, digests: Sequence[bytes], rows: list[torch.Tensor], spec: RowSpec
+        self,
+        fingerprint: bytes,
+        region: Region,
+        digests: Sequence[bytes],
+        rows: Lease | list[torch.Tensor],
+        spec: RowSpec,
     ) -> None:
         """Have rows written to all tiers beneath, encoded once."""
         keys = [fingerprint + digest for digest in digests]
@@ -337,7 +351,8 @@ class Tiers:
         def job() -> None:
             if not self._takers():
                 return
-            blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in rows])
+            leaves = rows.rows() if isinstance(rows, Lease) else rows
+            blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in leaves])
             entries = list(zip(keys, blobs, strict=True))
             for tier in self._takers():
                 self._write(tier, entries, region)
@@ -385,7 +400,6 @@ class Tiers:
         return codec
 
 
-def _detached(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of ``leaf`` in ``dtype`` that shares nothing with it and is contiguous."""
-    copy = torch.empty(leaf.shape, dtype=dtype, device=leaf.device)
-    return copy.copy_(leaf)
+def _present(digests: Sequence[bytes], found: Found) -> frozenset[bytes]:
+    pairs = zip(digests, found.slots, strict=True)
+    return frozenset(digest for digest, slot in pairs if slot != ABSENT or digest in found.extra)

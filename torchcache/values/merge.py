@@ -45,13 +45,11 @@ def assemble(
     """
     order = {digest: row for row, digest in enumerate(missing)}
     held: list[int] = []
-    slots: list[int] = []
     read: tuple[list[int], list[int]] = ([], [])
     fresh: tuple[list[int], list[int]] = ([], [])
     for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
         if slot != ABSENT:
             held.append(row)
-            slots.append(slot)
         elif digest in found.extra:
             read[0].append(row)
             read[1].append(found.extra[digest])
@@ -59,7 +57,7 @@ def assemble(
             fresh[0].append(row)
             fresh[1].append(order[digest])
     merged = [layout.empty(len(digests), near, buffers) for layout in layouts]
-    parts = [(held, found.slab.gather(slots))] if found.slab is not None and held else []
+    parts = [(held, found.rows)] if held else []
     for source, (rows, taken) in ((found.extra_rows, read), (computed, fresh)):
         if rows:
             parts.append((rows, [select_rows(leaf, taken) for leaf in source]))
