@@ -719,3 +719,17 @@ def test_what_a_pure_mark_writes_is_no_part_of_its_identity():
     plain = read(module)
     module(torch.ones(1, 4))
     assert plain.changes() == ["calls", "the global LOG"]
+
+
+def test_what_libraries_wrap_for_themselves_is_no_part(monkeypatch):
+    """Lightning puts its own ``torch.compile`` there as soon as it is imported."""
+
+    def digest():
+        torch.manual_seed(0)
+        return Program((nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Sequential.forward), "").digest
+
+    before, compiler = digest(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **kwargs))
+    assert digest() == before
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: None)
+    assert digest() != before

@@ -188,6 +188,8 @@ def _torch(value: type[Torch]) -> Node:
     for home in _HOMES:
         data = {}
         for name, member in _foreign(home):
+            if home is torch and name in _NOT_IN_FORWARD:
+                continue
             if callable(member) or isinstance(member, property):
                 node.parts.append((f"the global {getattr(home, '__name__', '')}.{name}", member))
             else:
@@ -200,6 +202,9 @@ def _torch(value: type[Torch]) -> Node:
             node.head += (name, member.__module__, member.__qualname__)
     return node
 
+
+# Libraries wrap these for themselves, and no module of torch computes by them. Code that calls one reads it by name.
+_NOT_IN_FORWARD = frozenset({"compile", "load", "manual_seed", "save"})
 
 _HOMES: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, torch.Tensor.__mro__[1])
 
