@@ -257,8 +257,7 @@ class Region:
             if (batch.who, plan.layout) != before:
                 raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
         computed = self._compute(batch, plan, key, missing)
-        served = self._merge(batch, plan, digests, missing, found, computed)
-        outputs, leaves = served
+        outputs, leaves = self._merge(batch, plan, digests, missing, found, computed)
         looked = Looked(
             digests,
             missing,
@@ -269,8 +268,10 @@ class Region:
             plan.learnt.rounding,
         )
         first = bool(beneath) and not plan.believed
-        if first or self.schedule.due(batch.taken.key, batch.count):
-            alarm = self._audit(batch, plan, looked, first)
+        served = not missing or any(digest not in missing for digest in digests)
+        whole = served and self.schedule.whole(batch.who + batch.taken.key, b"".join(batch.shared), batch.count)
+        if first or whole or self.schedule.due(batch.taken.key, batch.count):
+            alarm = self._audit(batch, plan, looked, first, whole)
             if alarm is not None:
                 self._react(batch, alarm)
                 return batch.given.run()
@@ -351,12 +352,12 @@ class Region:
         self.counters.merge_seconds += time.perf_counter() - start
         return plan.output.rebuild(merged), plan.rows_first_of(merged)
 
-    def _audit(self, batch: Batch, plan: Plan, looked: Looked, first: bool) -> Alarm | None:
-        """Compute some of the rows again, those from disk before they are believed."""
+    def _audit(self, batch: Batch, plan: Plan, looked: Looked, first: bool, whole: bool) -> Alarm | None:
+        """Compute some of the rows again, or all; those from beneath memory before they are believed."""
         start = time.perf_counter()
         misses = list(looked.missing.values())
         hits = [row for row, digest in enumerate(looked.digests) if digest not in looked.missing]
-        if first:
+        if first and not whole:
             hits, misses = [row for row in hits if looked.digests[row] in looked.from_beneath], []
         early = self.schedule.early(batch.taken.key, batch.count)
         again = Recomputation(
@@ -369,7 +370,7 @@ class Region:
             self.options.cache_dtype,
         )
         with generators_kept(), normal_tensors(), torch.no_grad():
-            alarm = inspect(again, choose(hits, misses, ends=early))
+            alarm = inspect(again, choose(hits, misses, ends=early, whole=whole))
         plan.believed = plan.believed or (first and alarm is None)
         seconds = time.perf_counter() - start
         self.counters.audit_seconds += seconds
@@ -381,6 +382,7 @@ class Region:
         self.counters.alarms += 1
         self.counters.count_bypass(batch.count)
         self.tiers = self.tiers.emptied(batch.who)
+        self.schedule.forget()
         if alarm.stale and self.counters.alarms < MOST_ALARMS:
             what = "its program or its weights changed in a way that cannot be seen; its rows are computed anew"
         else:

@@ -13,6 +13,11 @@ FIRST_CALLS = 4
 MOST_FORMS = 1024
 # Rows that are computed again at a time.
 ROWS = 2
+# The first calls that are served are looked at whole: rows come to other places in them than where they were computed,
+# and a row that depends on its place may be any. So many rows at the most, for so many contents of shared arguments.
+FIRST_SERVED = 2
+MOST_ROWS = 256
+MOST_SHARED = 16
 # Apart from the generator that training draws from.
 _random = random.Random()
 
@@ -33,6 +38,34 @@ class Schedule:
         self._cost = 0.0
         self._next = 0.0
         self._looked: dict[bytes, tuple[int, int]] = {}
+        self._served: dict[bytes, dict[bytes, tuple[int, int]]] = {}
+
+    def whole(self, form: bytes, shared: bytes, rows: int) -> bool:
+        """Whether this call of ``form``, which was served rows, is to be looked at whole; it counts as looked at then.
+
+        Parameters
+        ----------
+        form : bytes
+            Who computes, and structure and constants of the arguments.
+        shared : bytes
+            The contents of the arguments that all rows share.
+        rows : int
+            How many rows the call has.
+        """
+        if not self._share:
+            return False
+        if len(self._served) >= MOST_FORMS:
+            self._served.clear()
+        kinds = self._served.setdefault(form, {})
+        calls, most = kinds.get(shared, (0, 0))
+        if (calls >= FIRST_SERVED and rows <= most) or (not calls and len(kinds) >= MOST_SHARED):
+            return False
+        kinds[shared] = calls + 1, max(most, rows)
+        return True
+
+    def forget(self) -> None:
+        """Look at what is served anew: all rows were dropped."""
+        self._served.clear()
 
     def due(self, form: bytes, rows: int) -> bool:
         """Whether this call of ``form`` is to be looked at."""
@@ -57,8 +90,13 @@ class Schedule:
             self._next = self._began + (self._spent + self._cost) / self._share
 
 
-def choose(hits: Sequence[int], misses: Sequence[int], *, ends: bool) -> list[int]:
-    """Places of rows to compute together: hits beside misses where there are both; the ends of the batch, or any."""
+def choose(hits: Sequence[int], misses: Sequence[int], *, ends: bool, whole: bool) -> list[int]:
+    """Places of rows to compute together, in their order: all, shuffled, or hits beside misses where there are both.
+
+    Of the latter the ends of the batch, or any.
+    """
+    if whole:
+        return _any([*hits, *misses], MOST_ROWS)
     pick = _ends if ends else _any
     if hits and misses:
         return [*pick(hits, 1), *pick(misses, 1)]
