@@ -36,7 +36,11 @@ class Address:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            parts.port  # noqa: B018 - raises for one that is no number
+        except ValueError:
+            raise ValueError("a URL whose host and port can be read") from None
         if parts.scheme not in _SCHEMES:
             raise ValueError(f"a URL that begins with {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
         place = parts.netloc.rpartition("@")[2]

@@ -291,7 +291,7 @@ class Region:
         self.counters.disk_hits += disk
         self.counters.remote_hits += others
         self.counters.memory_hits += rows - computed - disk - others
-        self.history.note(self.counters, self.tiers.memory.used, self.tiers.disk_bytes)
+        self.history.note(self.counters, self.tiers.memory.used, self.tiers.beneath.disk_bytes)
 
     def _compute(self, batch: Batch, plan: Plan, key: bytes, missing: dict[bytes, int]) -> Tensors:
         """The rows that are missing, computed and stored."""

@@ -186,16 +186,21 @@ def test_marks_with_a_server_can_be_copied_and_pickled(server):
         assert counts(other) == (0, 0, 0, 4)
 
 
-def test_stale_rows_on_a_server_are_found_at_once_and_removed(server, warnings):
-    """Another program under the same name: what a run takes first is compared before it is believed."""
-    x = torch.randn(8, 6)
-    old, new = net(), net()
+@pytest.fixture
+def stale(server):
+    """A server with rows of other weights under the name ``same``; the module, its input, what it should return."""
+    x, old, new = torch.randn(8, 6), net(), net()
     torchcache.mark(old, remote=server.url, persistent_module_hash="same")
     old(x)
     torchcache.flush()
     with torch.no_grad():
         new[0].weight.add_(1)
-    expected = new(x)
+    return new, x, new(x)
+
+
+def test_stale_rows_on_a_server_are_found_at_once_and_removed(server, stale, warnings):
+    """Another program under the same name: what a run takes first is compared before it is believed."""
+    new, x, expected = stale
     torchcache.mark(new, remote=server.url, persistent_module_hash="same")
     torch.testing.assert_close(new(x), expected)
     assert torchcache.stats(new).regions[0].alarms == 1
@@ -209,15 +214,8 @@ def test_stale_rows_on_a_server_are_found_at_once_and_removed(server, warnings):
     assert counts(third)[3] == 8
 
 
-def test_rows_that_cannot_be_removed_are_not_asked_for_again(server, warnings):
-    x = torch.randn(8, 6)
-    old, new = net(), net()
-    torchcache.mark(old, remote=server.url, persistent_module_hash="same")
-    old(x)
-    torchcache.flush()
-    with torch.no_grad():
-        new[0].weight.add_(1)
-    expected = new(x)
+def test_rows_that_cannot_be_removed_are_not_asked_for_again(server, stale):
+    new, x, expected = stale
     torchcache.mark(new, remote=server.url + "?read_only=true", persistent_module_hash="same")
     for _ in range(3):
         torch.testing.assert_close(new(x), expected)
@@ -229,6 +227,8 @@ def test_rows_that_cannot_be_removed_are_not_asked_for_again(server, warnings):
     [
         ("http://host", "begins with"),
         ("redis://", "host"),
+        ("redis://host:port", "port"),
+        ("redis://[::1/0", "host"),
         ("unix://", "path"),
         ("redis://host?timeout=soon", "timeout"),
         ("redis://host?timeout=0", "timeout"),

@@ -54,7 +54,7 @@ class Schedule:
         """
         if not self._share:
             return False
-        if len(self._served) >= MOST_FORMS:
+        if form not in self._served and len(self._served) >= MOST_FORMS:
             self._served.clear()
         kinds = self._served.setdefault(form, {})
         calls, most = kinds.get(shared, (0, 0))

@@ -47,32 +47,26 @@ class Command:
     runs_user_code: bool = False
 
 
-def add_directory(parser: argparse.ArgumentParser) -> None:
-    """Add the optional ``DIR``."""
-    parser.add_argument(
-        "directory",
-        metavar="DIR",
-        nargs="?",
-        type=Path,
-        help="the cache directory (default: $TORCHCACHE_DIR, else the user's cache directory)",
-    )
-
-
 def place(text: str) -> Path | str:
     """A directory, or the URL of a server."""
     return text if is_address(text) else Path(text)
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
-    """Add the optional ``DIR``, which may be a server."""
+def add_directory(parser: argparse.ArgumentParser, *, servers: bool = False) -> None:
+    """Add the optional ``DIR``, which may be a server where a command can do with one."""
     parser.add_argument(
         "directory",
         metavar="DIR",
         nargs="?",
-        type=place,
-        help="the cache directory (default: $TORCHCACHE_DIR, else the user's cache directory), or redis://host of a "
-        "server",
+        type=place if servers else Path,
+        help="the cache directory (default: $TORCHCACHE_DIR, else the user's cache directory)"
+        + (", or redis://host of a server" if servers else ""),
     )
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Add the optional ``DIR``, which may be a server."""
+    add_directory(parser, servers=True)
 
 
 def server_of(arguments: argparse.Namespace) -> Server | None:

@@ -47,7 +47,8 @@ def _warm(arguments: argparse.Namespace, screen: Screen) -> int:
             model.to(device)
         _check_persistent(arguments.model, model)
         warmed = warm(model, loader, device=device, progress=not screen.json)
-        held = {str(region.tiers.disk.directory) for region in regions_in(model) if region.tiers.disk is not None}
+        disks = [region.tiers.beneath.disk for region in regions_in(model)]
+        held = {str(disk.directory) for disk in disks if disk is not None}
         if rank:
             return 0
         screen.result({**dataclasses.asdict(warmed), "directories": sorted(held)})

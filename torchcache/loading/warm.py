@@ -247,7 +247,8 @@ class _Watch:
 
 
 def _stored(region: Region) -> int:
-    return region.tiers.memory.used if region.tiers.disk is None else region.tiers.disk_bytes
+    tiers = region.tiers
+    return tiers.memory.used if tiers.beneath.disk is None else tiers.beneath.disk_bytes
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

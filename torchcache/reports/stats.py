@@ -117,7 +117,7 @@ class RegionStats:
     def of(cls, region: Region) -> RegionStats:
         """The counters of ``region`` as they are now."""
         counters, tiers = region.counters, region.tiers
-        now = Point.of(counters, tiers.memory.used, tiers.disk_bytes)
+        now = Point.of(counters, tiers.memory.used, tiers.beneath.disk_bytes)
         return cls(
             name=region.name,
             memory_hits=counters.memory_hits,
@@ -126,9 +126,9 @@ class RegionStats:
             misses=counters.misses,
             bypasses=counters.bypasses,
             rows_stored=len(tiers.memory),
-            rows_written=tiers.disk_rows,
-            disk_errors=tiers.disk.errors if tiers.disk is not None else 0,
-            remote_errors=tiers.other_errors,
+            rows_written=tiers.beneath.disk_rows,
+            disk_errors=tiers.beneath.disk.errors if tiers.beneath.disk is not None else 0,
+            remote_errors=tiers.beneath.other_errors,
             memory_bytes=now.memory_bytes,
             disk_bytes=now.disk_bytes,
             hash_seconds=counters.hash_seconds,

@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     from torchcache.store.bounded import Limits
 
-__all__ = ["FRAME_BYTES", "PIECE_BYTES", "PREFIX", "RemoteTier", "connect", "pieces", "remote_tier", "scan"]
+__all__ = [
+    "FRAME_BYTES",
+    "PIECE_BYTES",
+    "PREFIX",
+    "RemoteTier",
+    "connect",
+    "pieces",
+    "record_name",
+    "remote_tier",
+    "row_name",
+    "scan",
+]
 
 # One command asks for so many bytes and so many rows at the most: what a server does for others waits no longer.
 PIECE_BYTES = 8 * 1024 * 1024
@@ -59,7 +70,7 @@ class RemoteTier(Tier):
 
     def read(self, keys: Sequence[bytes], region: Region, most: int) -> Mapping[bytes, Blob]:
         """The values of those keys that are there and no longer than ``most`` bytes."""
-        prefix, found = _prefix(region), dict[bytes, Blob]()
+        prefix, found = row_name(region.tag, b""), dict[bytes, Blob]()
         with self._asking() as (client, limits):
             for part in pieces(keys, lambda key: most):
                 names = [prefix + key for key in part]
@@ -72,7 +83,7 @@ class RemoteTier(Tier):
         """Set the values, some megabytes at a time."""
         if self.address.read_only:
             return 0, 0
-        prefix = _prefix(region)
+        prefix = row_name(region.tag, b"")
         for part in pieces(entries, lambda entry: len(entry[1])):
             with self._asking() as (client, limits), limits.bytes(len(part) * FRAME_BYTES):
                 pipeline = client.pipeline(transaction=False)
@@ -87,10 +98,10 @@ class RemoteTier(Tier):
             return False
         if found is not None:
             with self._asking() as (client, limits), limits.bytes(0):
-                client.unlink(*(_prefix(region) + key for key in found))
+                client.unlink(*(row_name(region.tag, key) for key in found))
             return True
         with self._asking(PATIENCE) as (client, limits):
-            for names in scan(client, limits, _record(region).decode() + "*"):
+            for names in scan(client, limits, record_name(region.tag).decode() + "*"):
                 with limits.bytes(0):
                     client.unlink(*names)
         self._noted.discard(region.tag)
@@ -99,14 +110,14 @@ class RemoteTier(Tier):
     def knows(self, region: Region) -> bool:
         """Whether the region has a record."""
         with self._asking() as (client, limits), limits.bytes(0):
-            return bool(client.exists(_record(region)))
+            return bool(client.exists(record_name(region.tag)))
 
     def note(self, region: Region) -> None:
         """Put the region's record there, once a process."""
         if self.address.read_only or region.tag in self._noted:
             return
         with self._asking() as (client, limits), limits.bytes(0):
-            client.set(_record(region), region.dump(), ex=self.address.ttl)
+            client.set(record_name(region.tag), region.dump(), ex=self.address.ttl)
         self._noted.add(region.tag)
 
     @contextlib.contextmanager
@@ -192,12 +203,14 @@ def pieces(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
         yield part
 
 
-def _record(region: Region) -> bytes:
-    return PREFIX + region.tag.encode()
+def record_name(tag: str) -> bytes:
+    """Under which name a region's record is."""
+    return PREFIX + tag.encode()
 
 
-def _prefix(region: Region) -> bytes:
-    return _record(region) + b":"
+def row_name(tag: str, key: bytes) -> bytes:
+    """Under which name a row is."""
+    return record_name(tag) + b":" + key
 
 
 # Weak: a process that makes one model after another holds the connections of those that are in use.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchcache.address import Address
@@ -15,7 +15,17 @@ from torchcache.store.catalogue import LARGEST, Region, is_tag
 from torchcache.store.deposit import Deposit
 from torchcache.store.header import LARGEST_ROW, check_blob, read_header
 from torchcache.store.prune import Removal
-from torchcache.store.remote import FRAME_BYTES, PIECE_BYTES, PREFIX, RemoteTier, connect, pieces, scan
+from torchcache.store.remote import (
+    FRAME_BYTES,
+    PIECE_BYTES,
+    PREFIX,
+    RemoteTier,
+    connect,
+    pieces,
+    record_name,
+    row_name,
+    scan,
+)
 from torchcache.store.survey import SAMPLE, Holding, Info
 from torchcache.store.verify import Verdict
 
@@ -51,17 +61,20 @@ class Server:
 
     def regions(self) -> dict[str, Region]:
         """The records by tag; what is no record is left out."""
+        tags: set[str] = set()
         with self.asking() as ask:
-            return self._regions(ask)
+            for _ in self._rows(ask, tags):
+                pass
+            return ask.records(tags)
 
     def survey(self) -> Info:
         """The regions and their rows."""
         rows: dict[str, int] = collections.Counter()
         sizes: dict[str, int] = collections.Counter()
         samples: dict[str, list[bytes]] = collections.defaultdict(list)
+        tags: set[str] = set()
         with self.asking() as ask:
-            regions = self._regions(ask)
-            for names in self._rows(ask):
+            for names in self._rows(ask, tags):
                 for name, length in zip(names, ask.lengths(names), strict=True):
                     tag = _tag(name)
                     rows[tag] += 1
@@ -69,7 +82,7 @@ class Server:
                     if len(samples[tag]) < SAMPLE:
                         samples[tag].append(name)
             ratios = {tag: self._ratio(ask, names) for tag, names in samples.items()}
-            limit = ask.limit()
+            regions, limit = ask.records(tags), ask.limit()
         held = [
             Holding(tag, regions.get(tag), rows[tag], sizes[tag], ratios.get(tag), 0.0, 0.0)
             for tag in {**rows, **regions}
@@ -97,9 +110,9 @@ class Server:
 
     def clear(self, tags: Sequence[str] | None = None) -> Removal:
         """Remove the rows and records of those regions, or of all."""
-        removal = Removal(self.name)
+        removal, found = Removal(self.name), set[str]()
         with self.asking() as ask:
-            for names in self._rows(ask):
+            for names in self._rows(ask, found):
                 chosen = [name for name in names if tags is None or _tag(name) in tags]
                 lengths = ask.lengths(chosen)
                 ask.remove(chosen)
@@ -107,7 +120,7 @@ class Server:
                     removal.rows += 1
                     removal.bytes += length
                     removal.regions[_tag(name)] = removal.regions.get(_tag(name), 0) + 1
-            ask.remove([PREFIX + tag.encode() for tag in (self._regions(ask) if tags is None else tags)])
+            ask.remove([record_name(tag) for tag in (found if tags is None else tags)])
         removal.before = removal.bytes
         return removal
 
@@ -131,24 +144,17 @@ class Server:
         except Exception as error:  # whatever a server answers
             raise StoreError(f"{self.name} cannot be used: {type(error).__name__}: {brief(error)}") from None
 
-    def _rows(self, ask: _Ask) -> Iterator[list[bytes]]:
+    def _rows(self, ask: _Ask, records: set[str] | None = None) -> Iterator[list[bytes]]:
+        """Names of rows, each once; tags of regions that have a record are added to ``records``."""
         seen: set[bytes] = set()
         for names in ask.scan():
-            new = [name for name in dict.fromkeys(names) if len(name) == _ROW and is_tag(_tag(name))]
-            new = [name for name in new if name not in seen]
-            seen.update(new)
-            if new:
-                yield new
-
-    def _regions(self, ask: _Ask) -> dict[str, Region]:
-        regions = {}
-        for names in ask.scan():
-            for name in names:
-                if len(name) == _RECORD and is_tag(_tag(name)):
-                    region = ask.record(_tag(name))
-                    if region is not None:
-                        regions[region.tag] = region
-        return regions
+            names = [name for name in dict.fromkeys(names) if is_tag(_tag(name)) and name not in seen]
+            if records is not None:
+                records.update(_tag(name) for name in names if len(name) == _RECORD)
+            rows = [name for name in names if len(name) == _ROW]
+            seen.update(rows)
+            if rows:
+                yield rows
 
     def _values(self, ask: _Ask, names: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
         lengths = dict(zip(names, ask.lengths(names), strict=True))
@@ -183,12 +189,12 @@ class ServerDeposit(Deposit):
         """Put a region's record there."""
         with self._server.asking() as ask:
             known = ask.record(region.tag)
-            ask.set(PREFIX + region.tag.encode(), (region if known is None else known.spanning(region)).dump())
+            ask.set(record_name(region.tag), (region if known is None else known.spanning(region)).dump())
 
     def add(self, tag: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Store those pairs that have no row there."""
         with self._server.asking() as ask:
-            lengths = ask.lengths([_name(tag, key) for key, _ in entries])
+            lengths = ask.lengths([row_name(tag, key) for key, _ in entries])
             wanted = [entry for entry, length in zip(entries, lengths, strict=True) if not length]
             stored, size = self._tier.write(wanted, Region(tag, ""))
         self.present += len(entries) - len(wanted)
@@ -228,9 +234,13 @@ class _Ask:
 
     def record(self, tag: str) -> Region | None:
         try:
-            return Region.parse(tag, self.part(PREFIX + tag.encode(), LARGEST))
+            return Region.parse(tag, self.part(record_name(tag), LARGEST))
         except ValueError:
             return None
+
+    def records(self, tags: Iterable[str]) -> dict[str, Region]:
+        found = map(self.record, tags)
+        return {region.tag: region for region in found if region is not None}
 
     def set(self, name: bytes, value: bytes) -> None:
         with self._within(0):
@@ -252,10 +262,6 @@ class _Ask:
     def _within(self, count: int) -> Iterator[None]:
         with self._limits.seconds(self._seconds), self._limits.bytes(count):
             yield
-
-
-def _name(tag: str, key: bytes) -> bytes:
-    return PREFIX + tag.encode() + b":" + key
 
 
 def _tag(name: bytes) -> str:

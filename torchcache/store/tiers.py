@@ -9,18 +9,17 @@ import torch
 from torch.utils.data import get_worker_info
 
 from torchcache.forks import without_forks
-from torchcache.logging import logger, warn_once
+from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
+from torchcache.store.beneath import Beneath
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
-from torchcache.store.disk import DiskTier, Places, disk_tier
+from torchcache.store.disk import Places
 from torchcache.store.memory import MemoryTier
-from torchcache.store.remote import remote_tier
 from torchcache.store.scan import Scan
 from torchcache.store.select import select_rows
 from torchcache.store.slab import ABSENT, Lease
-from torchcache.store.tier import Blob, Guarded, Tier
-from torchcache.store.writer import flush, sender, writer
+from torchcache.store.tier import Blob
 
 __all__ = ["Found", "Tiers"]
 
@@ -62,9 +61,7 @@ class Found:
 
 
 class Tiers:
-    """The store of one region: memory, and beneath it a list of tiers, the nearest first.
-
-    Rows that a tier has go to all above it, computed ones to all: into memory now, further down behind the step.
+    """The store of one region: memory, and the tiers beneath it.
 
     Parameters
     ----------
@@ -72,29 +69,24 @@ class Tiers:
         Sizes, directory, devices.
     name : str
         The region's, for people.
+    beneath : Beneath or None
+        The tiers beneath memory; ``None`` is those of the options.
 
     Attributes
     ----------
-    beneath : list of Tier
-        Disk, the user's own tiers, a server: those that there are.
-    disk_rows, disk_bytes : int
-        What this process wrote to disk.
+    memory : MemoryTier
+        Rows as tensors.
+    beneath : Beneath
+        The other tiers.
     """
 
-    def __init__(self, options: CacheOptions, name: str) -> None:
+    def __init__(self, options: CacheOptions, name: str, beneath: Beneath | None = None) -> None:
         self.options = options
         self.name = name
         self.memory = MemoryTier(options.max_memory_cache_size)
-        directory, remote = options.directory, options.server
-        self.disk: DiskTier | None = disk_tier(directory, options.group) if directory is not None else None
-        self.beneath: list[Tier] = [self.disk] if self.disk is not None else []
-        self.beneath += [Guarded(tier, type(tier).__qualname__) for tier in options.tiers]
-        self.beneath += [remote_tier(remote)] if remote is not None else []
-        self.disk_rows = 0
-        self.disk_bytes = 0
+        self.beneath = beneath if beneath is not None else Beneath(options, name)
         self._codecs: dict[RowSpec, Codec] = {}
         self._scans: dict[bytes, Scan] = {}
-        self._told: set[bytes] = set()
 
     def stored(self, spec: RowSpec) -> RowSpec:
         """``spec`` as the tiers keep it: floating leaves in ``cache_dtype``."""
@@ -178,7 +170,7 @@ class Tiers:
                 f"{self.name} is called in a worker of a DataLoader: what its memory holds goes when it ends, and no "
                 "other process sees it; set persistent=True to keep its rows"
             )
-        if self._takers() and all(storable(dtype) for dtype, _ in stored.leaves):
+        if self.beneath.takers and all(storable(dtype) for dtype, _ in stored.leaves):
             region = self._region(state)
             if lease is not None:
                 self._submit(fingerprint, region, [digests[place] for place in places], lease, stored)
@@ -189,41 +181,20 @@ class Tiers:
                 self._submit(fingerprint, region, [digests[place] for place in others], copies, stored)
 
     def tell(self, state: bytes) -> None:
-        """Have the tiers know that the region is used; done now and then, behind the step."""
-        tag, disk = state.hex(), self.disk
-        if state in self._told and (disk is None or disk.in_use.has(self, tag)):
-            return
-        self._told.add(state)
-        region = self._region(state)
-
-        def note() -> None:
-            if disk is not None:
-                disk.use(self, tag)
-            for tier in self.beneath:
-                tier.note(region)
-
-        sender().submit(0, note)
+        """Have the tiers beneath know that the region is used."""
+        self.beneath.tell(self._region(state))
 
     def knows(self, who: bytes) -> bool:
-        """Whether any tier may hold rows of this identity."""
-        return any(tier.knows(self._region(who)) for tier in self.beneath)
+        """Whether any tier beneath memory may hold rows of this identity."""
+        return bool(self.beneath) and self.beneath.knows(self._region(who))
 
     def emptied(self, state: bytes) -> Tiers:
-        """Tiers for the same region without rows: those beneath lose what they have of this identity.
+        """Tiers for the same region without rows: those beneath memory lose what they have of this identity.
 
-        What cannot be removed is not asked any more.
+        Others, since a thread that reads ahead may still put rows into the memory of these.
         """
-        flush()
-        fresh = Tiers(self.options, self.name)
-        region = self._region(state)
-        fresh.beneath = [tier for tier in self.beneath if tier.remove(region)]
-        fresh.disk_rows, fresh.disk_bytes = self.disk_rows, self.disk_bytes
-        return fresh
-
-    @property
-    def other_errors(self) -> int:
-        """Failures of the tiers beneath disk, and damaged rows that they had."""
-        return sum(tier.errors for tier in self.beneath if isinstance(tier, Guarded))
+        self.beneath.empty(self._region(state))
+        return Tiers(self.options, self.name, self.beneath)
 
     def _region(self, state: bytes) -> Region:
         return Region.of(state.hex(), self.name, self.options)
@@ -245,30 +216,19 @@ class Tiers:
         if not all(storable(dtype) for dtype, _ in stored.leaves):
             return
         region, most = self._region(state), self._codec(stored).longest
-        wanted = [fingerprint + digest for digest in digests]
-        sources: list[tuple[Tier, dict[bytes, Blob]]] = []
-        for tier in self.beneath:
-            there = tier.read(wanted, region, most)
-            if there:
-                sources.append((tier, {key: there[key] for key in wanted if key in there}))
-                wanted = [key for key in wanted if key not in there]
-            if not wanted:
-                break
+        sources = self.beneath.read([fingerprint + digest for digest in digests], region, most)
         blobs = {key: blob for _, part in sources for key, blob in part.items()}
         if not blobs:
             return
         sound, tried = self._promote(found, blobs, stored, target, state)
-        for tier, part in sources:
-            good = {key: blob for key, blob in part.items() if key in sound}
+        for source in sources:
+            good = self.beneath.settle(source, sound, region)
             taken = frozenset(key[len(fingerprint) :] for key in good)
-            if tier is self.disk:
+            if source[0] is self.beneath.disk:
                 found.from_disk |= taken
             else:
                 found.from_others |= taken
-                self._pass_up(tier, region, good)
-            if len(good) < len(part):
-                tier.remove(region, {key: blob for key, blob in part.items() if key not in sound})
-        if self.disk is not None and found.from_disk and tried == len(blobs) and fingerprint not in self._scans:
+        if found.from_disk and tried == len(blobs) and fingerprint not in self._scans:
             self._scans[fingerprint] = self._scan(fingerprint, stored, target, state, region)
 
     def _promote(
@@ -311,7 +271,7 @@ class Tiers:
 
     def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes, region: Region) -> Scan:
         """What reads the other rows of a call ahead, until half of the memory is full."""
-        disk, last = self.disk, fingerprint + b"\xff" * DIGEST_SIZE
+        disk, last = self.beneath.disk, fingerprint + b"\xff" * DIGEST_SIZE
         assert disk is not None
 
         def locate() -> Places:
@@ -348,50 +308,12 @@ class Tiers:
         """Have rows written to all tiers beneath, encoded once."""
         keys = [fingerprint + digest for digest in digests]
 
-        def job() -> None:
-            if not self._takers():
-                return
+        def entries() -> list[tuple[bytes, bytes]]:
             leaves = rows.rows() if isinstance(rows, Lease) else rows
             blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in leaves])
-            entries = list(zip(keys, blobs, strict=True))
-            for tier in self._takers():
-                self._write(tier, entries, region)
+            return list(zip(keys, blobs, strict=True))
 
-        writer().submit(spec.size * len(keys), job)
-
-    def _pass_up(self, tier: Tier, region: Region, blobs: dict[bytes, Blob]) -> None:
-        """Have sound rows of ``tier`` written to those above it."""
-        above = self.beneath[: self.beneath.index(tier)]
-        entries = [(key, blob) for key, blob in blobs.items() if isinstance(blob, bytes)]
-        if above and entries:
-
-            def write() -> None:
-                for higher in above:
-                    self._write(higher, entries, region)
-
-            writer().submit(sum(len(blob) for _, blob in entries), write)
-
-    def _takers(self) -> list[Tier]:
-        """The tiers that take rows: all but a full disk."""
-        return [tier for tier in self.beneath if tier is not self.disk or not self.disk.full]
-
-    def _write(self, tier: Tier, entries: list[tuple[bytes, bytes]], region: Region) -> None:
-        """Write to a tier: to disk in this thread, the writer's; to others in one of their own, so that none waits."""
-        if tier is self.disk:
-            self.disk.use(self, region.tag)
-            stored, size = tier.write(entries, region)
-            self.disk_rows += stored
-            self.disk_bytes += size
-            if stored:
-                tier.note(region)
-            return
-
-        def send() -> None:
-            if tier.write(entries, region)[0]:
-                tier.note(region)
-
-        if not sender().submit(sum(len(blob) for _, blob in entries), send, wait=False):
-            logger.info("%s: %d rows were not sent, since earlier ones still wait", self.name, len(entries))
+        self.beneath.write(spec.size * len(keys), entries, region)
 
     def _codec(self, spec: RowSpec) -> Codec:
         codec = self._codecs.get(spec)
