@@ -133,11 +133,14 @@ def test_any_change_of_the_call_is_a_miss(door):
         run(POOL)
     with torch.autocast("cpu", dtype=torch.float16):
         run(POOL)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision  # not what "highest" sets, which is part of the key as well
     torch.set_float32_matmul_precision("high")
     try:
         run(POOL)
     finally:
         torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
     assert torchcache.stats(module).hits == 0
     assert torchcache.stats(module).misses == 12 * (len(calls) + 3)
 
