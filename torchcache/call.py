@@ -268,10 +268,11 @@ class Region:
             plan.learnt.rounding,
         )
         first = bool(beneath) and not plan.believed
-        served = not missing or any(digest not in missing for digest in digests)
-        whole = served and self.schedule.whole(batch.who + batch.taken.key, b"".join(batch.shared), batch.count)
-        if first or whole or self.schedule.due(batch.taken.key, batch.count):
-            alarm = self._audit(batch, plan, looked, first, whole)
+        hits = batch.count - sum(map(missing.__contains__, digests)) if missing else batch.count
+        kind = (batch.who + batch.taken.key, b"".join(batch.shared))
+        beside = self.schedule.served(*kind, batch.count, hits)
+        if first or beside is not None or self.schedule.due(batch.taken.key, batch.count):
+            alarm = self._audit(batch, plan, looked, first, beside)
             if alarm is not None:
                 self._react(batch, alarm)
                 return batch.given.run()
@@ -352,12 +353,12 @@ class Region:
         self.counters.merge_seconds += time.perf_counter() - start
         return plan.output.rebuild(merged), plan.rows_first_of(merged)
 
-    def _audit(self, batch: Batch, plan: Plan, looked: Looked, first: bool, whole: bool) -> Alarm | None:
-        """Compute some of the rows again, or all; those from beneath memory before they are believed."""
+    def _audit(self, batch: Batch, plan: Plan, looked: Looked, first: bool, beside: int | None) -> Alarm | None:
+        """Compute some of the rows again, or every hit; those from beneath memory before they are believed."""
         start = time.perf_counter()
         misses = list(looked.missing.values())
         hits = [row for row, digest in enumerate(looked.digests) if digest not in looked.missing]
-        if first and not whole:
+        if first and beside is None:
             hits, misses = [row for row in hits if looked.digests[row] in looked.from_beneath], []
         early = self.schedule.early(batch.taken.key, batch.count)
         again = Recomputation(
@@ -370,11 +371,12 @@ class Region:
             self.options.cache_dtype,
         )
         with generators_kept(), normal_tensors(), torch.no_grad():
-            alarm = inspect(again, choose(hits, misses, ends=early, whole=whole))
+            alarm = inspect(again, choose(hits, misses, ends=early, beside=beside))
         plan.believed = plan.believed or (first and alarm is None)
         seconds = time.perf_counter() - start
         self.counters.audit_seconds += seconds
-        self.schedule.note(batch.taken.key, batch.count, seconds)
+        if beside is None:  # what is served first is looked at beyond the share
+            self.schedule.note(batch.taken.key, batch.count, seconds)
         return alarm
 
     def _react(self, batch: Batch, alarm: Alarm) -> None:

@@ -126,8 +126,7 @@ class CacheOptions:
         Hash of the inputs; "blake3" (extra ``torchcache[blake3]``) where inputs come from adversaries.
     audit : float
         Share of the run's time, 0 to 0.5, in which rows that were served are computed again and compared, beside the
-        first two calls that are served, which are compared whole; 0 compares only the first rows that come from disk or
-        a server.
+        rows that are served first, which all are; 0 compares only the first rows that come from disk or a server.
     batch_dim : int
         The dimension of the arguments along which samples lie: 1 for sequence-first modules.
     tiers : sequence of Tier

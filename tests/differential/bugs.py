@@ -50,7 +50,7 @@ def hunt(bug, seeds, seconds=float("inf")):
 def no_audits(patch):
     """Audits would find most of them first, and give the right answer."""
     patch.setattr(audit.Schedule, "due", lambda self, form, rows: False)
-    patch.setattr(audit.Schedule, "whole", lambda self, form, shared, rows: False)
+    patch.setattr(audit.Schedule, "served", lambda self, form, shared, rows, hits: None)
 
 
 # What a key is made of.
@@ -180,7 +180,7 @@ def rows_on_disk_under_digests_of_others(patch):
         return submit(self, fingerprint, region, digests[::-1], *others)
 
     patch.setattr(Tiers, "_submit", mixed)
-    patch.setattr(Region, "_audit", lambda self, batch, plan, looked, first, whole: None)
+    patch.setattr(Region, "_audit", lambda self, batch, plan, looked, first, beside: None)
 
 
 def stored_rows_given_out(patch):

@@ -176,7 +176,7 @@ def test_audits_take_their_share_or_none(audit):
         module(x)
     assert counts(module) == (8, 400)
     assert (len(CALLS) > first) == bool(audit)
-    # The first two calls that are served are computed whole.
+    # All rows of the first two calls that are served are computed.
     assert all(rows <= 2 for rows in CALLS[first + 2 :])
     assert (region(module).audit_seconds > 0) == bool(audit)
 
@@ -270,3 +270,19 @@ def test_rows_that_begin_to_mix_with_another_shared_argument_are_served_to_nobod
             for chosen in torch.randperm(64).split(16):
                 torch.testing.assert_close(module(data[chosen], torch.tensor(gate)), twin(data[chosen], gate))
     assert region(module).alarms == 1
+
+
+def test_a_few_hits_of_an_early_call_are_not_all_that_is_compared(monkeypatch):
+    """Repeated samples come back within the first epoch, one or two in a call."""
+    monkeypatch.setattr("torchcache.checks.audit._random", random.Random(0))
+    torch.manual_seed(0)
+    twin = Cut().eval().requires_grad_(False)
+    twin.lengths = [8] * 9 + [3] + [8] * 6
+    module = torchcache.mark(copy.deepcopy(twin))
+    data = torch.randn(64, 8)
+    data[[17, 33, 49]] = data[1].clone()  # at a place that is like most
+    for epoch in range(6):
+        order = torch.arange(64) if not epoch else torch.randperm(64)
+        for chosen in order.split(16):
+            torch.testing.assert_close(module(data[chosen]), twin(data[chosen]))
+    assert region(module).alarms

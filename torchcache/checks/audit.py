@@ -13,11 +13,12 @@ FIRST_CALLS = 4
 MOST_FORMS = 1024
 # Rows that are computed again at a time.
 ROWS = 2
-# The first calls that are served are looked at whole: rows come to other places in them than where they were computed,
-# and a row that depends on its place may be any. So many rows at the most, for so many contents of shared arguments.
+# Rows that are served first are all computed again, for so many batches: they come to other places than where they were
+# computed, and one that depends on its place may be any. Not for more contents of shared arguments than these.
 FIRST_SERVED = 2
-MOST_ROWS = 256
 MOST_SHARED = 16
+# Rows that are looked at in one call.
+MOST_ROWS = 256
 # Apart from the generator that training draws from.
 _random = random.Random()
 
@@ -38,10 +39,13 @@ class Schedule:
         self._cost = 0.0
         self._next = 0.0
         self._looked: dict[bytes, tuple[int, int]] = {}
-        self._served: dict[bytes, dict[bytes, tuple[int, int]]] = {}
+        self._served: dict[bytes, dict[bytes, tuple[int, int, int]]] = {}
 
-    def whole(self, form: bytes, shared: bytes, rows: int) -> bool:
-        """Whether this call of ``form``, which was served rows, is to be looked at whole; it counts as looked at then.
+    def served(self, form: bytes, shared: bytes, rows: int, hits: int) -> int | None:
+        """How many computed rows to look at beside all that this call of ``form`` was served, which count as looked at.
+
+        ``None`` where enough were. Of the first calls that were served in part it is all: what they lacked was computed
+        in other places, too.
 
         Parameters
         ----------
@@ -49,19 +53,23 @@ class Schedule:
             Who computes, and structure and constants of the arguments.
         shared : bytes
             The contents of the arguments that all rows share.
-        rows : int
-            How many rows the call has.
+        rows, hits : int
+            How many rows the call has, and how many of them were served.
         """
-        if not self._share:
-            return False
+        if not (self._share and hits):
+            return None
         if form not in self._served and len(self._served) >= MOST_FORMS:
             self._served.clear()
         kinds = self._served.setdefault(form, {})
-        calls, most = kinds.get(shared, (0, 0))
-        if (calls >= FIRST_SERVED and rows <= most) or (not calls and len(kinds) >= MOST_SHARED):
-            return False
-        kinds[shared] = calls + 1, max(most, rows)
-        return True
+        looked = kinds.get(shared)
+        if looked is None and len(kinds) >= MOST_SHARED:
+            return None
+        count, most, mixed = looked or (0, 0, 0)
+        most = max(most, rows)
+        if count >= FIRST_SERVED * most:
+            return None
+        kinds[shared] = count + hits, most, mixed + (hits < rows)
+        return rows if mixed < FIRST_SERVED else hits
 
     def forget(self) -> None:
         """Look at what is served anew: all rows were dropped."""
@@ -90,13 +98,13 @@ class Schedule:
             self._next = self._began + (self._spent + self._cost) / self._share
 
 
-def choose(hits: Sequence[int], misses: Sequence[int], *, ends: bool, whole: bool) -> list[int]:
-    """Places of rows to compute together, in their order: all, shuffled, or hits beside misses where there are both.
+def choose(hits: Sequence[int], misses: Sequence[int], *, ends: bool, beside: int | None) -> list[int]:
+    """Places of rows to compute together, in their order: hits beside misses where there are both.
 
-    Of the latter the ends of the batch, or any.
+    Every hit and so many misses ``beside`` them, shuffled; for ``None`` two rows, the ends of the batch or any.
     """
-    if whole:
-        return _any([*hits, *misses], MOST_ROWS)
+    if beside is not None:
+        return _any([*hits, *misses[:beside]], MOST_ROWS)
     pick = _ends if ends else _any
     if hits and misses:
         return [*pick(hits, 1), *pick(misses, 1)]
