@@ -271,7 +271,8 @@ class Region:
         hits = batch.count - sum(map(missing.__contains__, digests)) if missing else batch.count
         kind = (batch.who + batch.taken.key, b"".join(batch.shared))
         beside = self.schedule.served(*kind, batch.count, hits)
-        if first or beside is not None or self.schedule.due(batch.taken.key, batch.count):
+        due = not batch.given.ran and self.schedule.due(batch.taken.key, batch.count)  # a probe looked at it already
+        if first or beside is not None or due:
             alarm = self._audit(batch, plan, looked, first, beside)
             if alarm is not None:
                 self._react(batch, alarm)

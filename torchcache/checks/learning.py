@@ -330,7 +330,7 @@ class Learning:
             written.restore()
             raise self._writes(form, names) from None
         self._settle(batch, form, written, learnt.rows)
-        self._compare_modes(batch, learnt)
+        self._compare_modes(batch, learnt, whole)
         form.roles, form.learnt, form.spare = learnt.rows, learnt, None
         self._assign(batch, learnt.rows)
         return self._keep(batch, learnt, output, proven=True)
@@ -355,17 +355,20 @@ class Learning:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
 
-    def _compare_modes(self, batch: Batch, learnt: Learnt) -> None:
+    def _compare_modes(self, batch: Batch, learnt: Learnt, whole: Taken | None) -> None:
         """Find whether it matters that gradients are recorded, where the program asks for that."""
         if batch.who in self.modal or not self._subject.identity.asks_for_gradients:
             return
         tensors = batch.taken.tensors
-        rows = [pick_rows(leaf, range(min(2, leaf.shape[0]))) for leaf in rows_of(tensors, learnt.rows)]
-        given = select(tensors, learnt.rows, rows)
+        given = rows_of(tensors, learnt.rows)
+        some = range(min(2, given[0].shape[0]))
+        rows = select(tensors, learnt.rows, [pick_rows(leaf, some) for leaf in given])
         with generators_kept(), normal_tensors():
-            mine = take_outputs(batch.original(given)).tensors
-            other = take_outputs(batch.original(given, gradients=not batch.given.gradients)).tensors
-        if len(mine) != len(other) or not learnt.rounding.agree(mine, other):
+            here = whole if whole is not None else take_outputs(batch.original(rows))
+            there = take_outputs(batch.original(rows, gradients=not batch.given.gradients)).tensors
+        dims = learnt.output_dims
+        mine = [leaf.narrow(dim, 0, len(some)) for leaf, dim in zip(here.tensors, dims, strict=True)]
+        if len(mine) != len(there) or not learnt.rounding.agree(mine, there):
             self.modal.add(batch.who)
             why = "where gradients are recorded it computes other values: each mode has rows of its own from now on"
             raise Bypass(why, lasting=False, quiet=True)
