@@ -245,6 +245,7 @@ def odd_values():
     yield "lock", threading.Lock()
     yield "pool", ThreadPoolExecutor(1)
     yield "thread", threading.Thread(target=print)
+    yield "ufunc", np.frompyfunc(abs, 1, 1)
 
 
 @pytest.mark.parametrize(("name", "value"), list(odd_values()), ids=lambda v: v if isinstance(v, str) else "")
@@ -252,7 +253,7 @@ def test_odd_attributes_matter_only_where_they_are_read(name, value):
     unread = module_of(lambda self, x: self.layer(x), extra=value)
     assert read(unread).problem is None
     reading = read(module_of(lambda self, x: (self.layer(x), self.extra), extra=value))
-    if name in ("generator", "queue", "iterator"):
+    if name in ("generator", "queue", "iterator", "ufunc"):
         assert "extra" in reading.problem
         assert type(value).__name__ in reading.problem
     else:
@@ -272,6 +273,7 @@ def plain_values():
     yield [enum.Enum("E", {"A": 1}).A, enum.Enum("E", {"A": 2}).A, enum.Enum("F", {"A": 1}).A]
     yield [type("Text", (str,), {})("a"), type("Text", (str,), {})("b"), type("Other", (str,), {})("a"), "a"]
     yield [np.float32(1), np.float64(1), np.ones(1), np.ones(1, "f4"), np.ones((1, 1))]
+    yield [np.sqrt, np.log, np.add]
     yield [torch.float32, torch.float16, torch.device("cpu"), torch.device("cuda")]
     yield [0.0, -0.0, float("nan"), 1j]
 

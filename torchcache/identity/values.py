@@ -31,7 +31,7 @@ import xxhash
 from torchcache.dynamo import custom_operator
 from torchcache.identity.arrays import describe_array, describe_buffer, describe_view
 from torchcache.identity.bytecode import constant_bytes
-from torchcache.identity.homes import module_of, named_class
+from torchcache.identity.homes import module_of, named_class, version_of
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, hidden, member_space, members_of, own_state, state_of
 
@@ -126,6 +126,14 @@ def _machinery(value: Any) -> Node:
 def _compiled(value: Any) -> Node:
     """A function that Cython compiled: by name, as those of C are."""
     return Node(value, ("compiled", str(value.__module__), str(value.__qualname__)))
+
+
+def _ufunc(value: Any) -> Node:
+    """A function over NumPy arrays, by its name; one that a user made may run any code."""
+    for home in ("numpy", "scipy.special"):
+        if getattr(sys.modules.get(home), value.__name__, None) is value:
+            return Node(value, ("ufunc", home, value.__name__, version_of(home)), numbered=False)
+    return _closed(value)
 
 
 def _closed(value: Any) -> Node:
@@ -343,6 +351,7 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     np.generic: lambda value: Node(value, ("scalar", value.dtype.str, value.tobytes()), numbered=False),
     np.ndarray: describe_array,
     np.dtype: _text(lambda value: value.descr),
+    np.ufunc: _ufunc,
     np.random.Generator: _state_reader(lambda value: repr(value.bit_generator.state)),
     np.random.RandomState: _state_reader(lambda value: repr(value.get_state())),
     **dict.fromkeys(_PLAIN, _number),
