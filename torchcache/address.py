@@ -21,8 +21,9 @@ class Address:
     ----------
     url : str
         ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` (TLS) or ``unix://[[user]:password@]/path``. In
-        its query ``timeout`` (seconds, 1), ``ttl`` (seconds that a row is kept, for ever) and ``read_only`` (``true``
-        or ``false``); whatever else is in the query goes to the client, ``redis.Redis.from_url``.
+        its query ``timeout`` (seconds, 1), ``ttl`` (seconds that a row is kept, for ever), ``read_only`` and ``cluster``
+        (``true`` or ``false``); whatever else is in the query goes to the client, ``redis.Redis.from_url``. Of a cluster
+        it names any one node.
 
     Attributes
     ----------
@@ -52,7 +53,10 @@ class Address:
         self.timeout = _number(query.pop("timeout", "1"), "timeout")
         ttl = query.pop("ttl", None)
         self.ttl = None if ttl is None else max(1, round(_number(ttl, "ttl")))
-        self.read_only = _flag(query.pop("read_only", "false"))
+        self.read_only = _flag(query.pop("read_only", "false"), "read_only")
+        self.cluster = _flag(query.pop("cluster", "false"), "cluster")
+        if self.cluster and (parts.scheme == "unix" or parts.path not in ("", "/", "/0")):
+            raise ValueError("a URL with a host and no database but 0, since it names a cluster")
         self.url = url.partition("?")[0] + (f"?{urllib.parse.urlencode(query)}" if query else "")
         self.secrets = {
             name: os.environ[variable]
@@ -96,7 +100,7 @@ def _number(text: str, name: str) -> float:
     return number
 
 
-def _flag(text: str) -> bool:
+def _flag(text: str, name: str) -> bool:
     if text not in ("true", "false"):
-        raise ValueError(f"a URL whose read_only is true or false, not {text!r}")
+        raise ValueError(f"a URL whose {name} is true or false, not {text!r}")
     return text == "true"

@@ -131,8 +131,9 @@ def _compiled(value: Any) -> Node:
 def _ufunc(value: Any) -> Node:
     """A function over NumPy arrays, by its name; one that a user made may run any code."""
     for home in ("numpy", "scipy.special"):
-        if getattr(sys.modules.get(home), value.__name__, None) is value:
-            return Node(value, ("ufunc", home, value.__name__, version_of(home)), numbered=False)
+        name = str(value.__name__)
+        if getattr(sys.modules.get(home), name, None) is value:
+            return Node(value, ("ufunc", home, name, version_of(home)), numbered=False)
     return _closed(value)
 
 

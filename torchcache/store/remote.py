@@ -19,9 +19,11 @@ from torchcache.store.catalogue import Region
 from torchcache.store.tier import Blob, Guarded, Tier
 
 if TYPE_CHECKING:
-    from redis import Redis
+    from redis import Redis, RedisCluster
 
     from torchcache.store.bounded import Limits
+
+    Client = Redis | RedisCluster
 
 __all__ = [
     "FRAME_BYTES",
@@ -34,6 +36,8 @@ __all__ = [
     "remote_tier",
     "row_name",
     "scan",
+    "servers_of",
+    "values_of",
 ]
 
 # One command asks for so many bytes and so many rows at the most: what a server does for others waits no longer.
@@ -44,6 +48,8 @@ FRAME_BYTES = 64
 # Emptying a region walks over the server's keys, some at a time; all of it may take so many time limits.
 PATIENCE = 30
 SCAN_ROWS, SCAN_BYTES = 1000, 1024 * 1024
+# What a cluster tells of its servers.
+TOPOLOGY_BYTES = 16 * 1024 * 1024
 
 PREFIX = f"torchcache:{FORMAT_VERSION}:".encode()
 
@@ -66,7 +72,7 @@ class RemoteTier(Tier):
         self.address = address
         self._noted: set[str] = set()
         self._lock = threading.Lock()
-        self._connected: tuple[Redis, Limits] | None = None
+        self._connected: tuple[Client, Limits] | None = None
 
     def read(self, keys: Sequence[bytes], region: Region, most: int) -> Mapping[bytes, Blob]:
         """The values of those keys that are there and no longer than ``most`` bytes."""
@@ -121,32 +127,52 @@ class RemoteTier(Tier):
         self._noted.add(region.tag)
 
     @contextlib.contextmanager
-    def _asking(self, times: float = 1) -> Iterator[tuple[Redis, Limits]]:
+    def _asking(self, times: float = 1) -> Iterator[tuple[Client, Limits]]:
         """The client, for as long as the address grants."""
-        with self._lock:
-            if self._connected is None:
-                self._connected = connect(self.address)
+        if self._connected is None:
+            made = connect(self.address)
+            with self._lock:
+                self._connected = self._connected or made
         client, limits = self._connected
         with limits.seconds(times * self.address.timeout):
             yield client, limits
 
 
-def scan(client: Redis, limits: Limits, pattern: str) -> Iterator[list[bytes]]:
+def scan(client: Client, limits: Limits, pattern: str) -> Iterator[list[bytes]]:
     """The names of the server's keys that match, some hundreds at a time, some of them twice maybe."""
-    cursor = 0
-    while True:
-        with limits.bytes(SCAN_BYTES):
-            answer: Any = client.scan(cursor, match=pattern, count=SCAN_ROWS)
-        cursor, names = answer
-        names = [name for name in names if isinstance(name, bytes)]
-        if names:
-            yield names
-        if not cursor:
-            return
+    for node in servers_of(client):
+        cursor = 0
+        while True:
+            with limits.bytes(SCAN_BYTES):
+                answer: Any = node.scan(cursor, match=pattern, count=SCAN_ROWS)
+            cursor, names = answer
+            names = [name for name in names if isinstance(name, bytes)]
+            if names:
+                yield names
+            if not cursor:
+                break
 
 
-def connect(address: Address) -> tuple[Redis, Limits]:
-    """A client that connects when it is first asked, and what the calling thread grants its server."""
+def servers_of(client: Client) -> list[Redis]:
+    """Clients of the servers that hold keys: those of a cluster, or the one."""
+    from redis import Redis
+
+    if isinstance(client, Redis):
+        return [client]
+    nodes: Any = client.get_primaries()  # type: ignore[no-untyped-call]
+    return [node.redis_connection for node in nodes]
+
+
+def values_of(client: Client, names: Sequence[bytes]) -> list[Any]:
+    """The values of these keys, asked for in one go; in a cluster of each server that has any."""
+    from redis import Redis
+
+    found: Any = client.mget(names) if isinstance(client, Redis) else client.mget_nonatomic(names)
+    return list(found)
+
+
+def connect(address: Address) -> tuple[Client, Limits]:
+    """A client, and what the calling thread grants its server. That of a cluster asks it at once who has what."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -154,26 +180,30 @@ def connect(address: Address) -> tuple[Redis, Limits]:
     from torchcache.store.bounded import CONNECTIONS, Limits
 
     limits = Limits()
-    pool = redis.ConnectionPool.from_url(
-        address.url,
+    own = {"connection_class": CONNECTIONS[address.scheme], "limits": limits}
+    settings: dict[str, Any] = {
         **address.secrets,
-        connection_class=CONNECTIONS[address.scheme],
-        limits=limits,
-        socket_connect_timeout=address.timeout,
+        "socket_connect_timeout": address.timeout,
         # One more try where a server closed a connection that was not used for long.
-        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        protocol=2,
-    )
-    return redis.Redis(connection_pool=pool), limits
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        "protocol": 2,
+    }
+    if not address.cluster:
+        return redis.Redis(connection_pool=redis.ConnectionPool.from_url(address.url, **settings, **own)), limits
+
+    def pool(**given: Any) -> redis.ConnectionPool:
+        return redis.ConnectionPool(**{**given, **own})
+
+    with limits.seconds(address.timeout), limits.bytes(TOPOLOGY_BYTES):
+        return redis.RedisCluster.from_url(address.url, **settings, connection_pool_class=pool), limits
 
 
-def _values(client: Redis, limits: Limits, names: Sequence[bytes], most: int) -> Sequence[object]:
+def _values(client: Client, limits: Limits, names: Sequence[bytes], most: int) -> Sequence[object]:
     """The values of these keys; ``None`` for one that is not there, is of another kind, or is longer than ``most``."""
     granted = len(names) * (most + FRAME_BYTES)
     try:
         with limits.bytes(granted):
-            values: Any = client.mget(names)
-            return list(values)
+            return values_of(client, names)
     except Exception:
         if not limits.overrun:
             raise
@@ -184,7 +214,7 @@ def _values(client: Redis, limits: Limits, names: Sequence[bytes], most: int) ->
         lengths = pipeline.execute(raise_on_error=False)
     short = [name for name, length in zip(names, lengths, strict=True) if isinstance(length, int) and length <= most]
     with limits.bytes(granted):
-        values = client.mget(short) if short else []
+        values = values_of(client, short) if short else []
     found = dict(zip(short, values, strict=True))
     return [found.get(name) for name in names]
 

@@ -25,6 +25,8 @@ from torchcache.store.remote import (
     record_name,
     row_name,
     scan,
+    servers_of,
+    values_of,
 )
 from torchcache.store.survey import SAMPLE, Holding, Info
 from torchcache.store.verify import Verdict
@@ -224,7 +226,7 @@ class _Ask:
 
     def values(self, names: Sequence[bytes], longest: int) -> list[bytes]:
         with self._within(len(names) * (min(longest, LARGEST_ROW) + FRAME_BYTES)):
-            found: Any = self._client.mget(names)
+            found = values_of(self._client, names)
         return [value if isinstance(value, bytes) else b"" for value in found]
 
     def part(self, name: bytes, most: int) -> bytes:
@@ -254,9 +256,10 @@ class _Ask:
 
     def limit(self) -> int | None:
         with self._within(64 * 1024):
-            found: Any = self._client.info("memory")
-        most = found.get("maxmemory") if isinstance(found, dict) else None
-        return most if isinstance(most, int) and most > 0 else None
+            found = [server.info("memory") for server in servers_of(self._client)]
+        most = [said.get("maxmemory") if isinstance(said, dict) else None for said in found]
+        limits = [limit for limit in most if isinstance(limit, int) and limit > 0]
+        return sum(limits) if len(limits) == len(found) else None
 
     @contextlib.contextmanager
     def _within(self, count: int) -> Iterator[None]:
