@@ -9,7 +9,7 @@ import torch
 
 from torchcache.store.select import element_bytes
 
-__all__ = ["FLOOR", "LARGEST_ROUNDING", "Rounding", "difference", "identical"]
+__all__ = ["FLOOR", "LARGEST_ROUNDING", "Rounding", "difference", "identical", "magnitudes"]
 
 # The largest difference between batch sizes that counts as rounding, as a share of the row's largest magnitude.
 LARGEST_ROUNDING = {8: 1e-6, 4: 2e-3, 2: 5e-2, 1: 0.3}
@@ -19,6 +19,8 @@ FLOOR = {8: 1e-10, 4: 1e-4, 2: 2e-2, 1: 0.15}
 MARGIN = 8.0
 # Share of the elements of an integer output that rounding upstream (an argmax, a threshold) may flip.
 FLIPPED = 0.1
+# Rows that tell how large rows are.
+MOST_ROWS = 64
 
 
 class Rounding:
@@ -30,16 +32,20 @@ class Rounding:
         The outputs.
     coarse : bool
         Whether they are computed in a lower precision than their dtypes (autocast).
+    scales : sequence of float
+        For each output the magnitude that its rows usually have. A row that happens to be near zero is not expected to
+        be more exact than others: a score, of which a row has one, comes out of terms that cancel.
     """
 
-    def __init__(self, leaves: Sequence[torch.Tensor], coarse: bool) -> None:
+    def __init__(self, leaves: Sequence[torch.Tensor], coarse: bool, scales: Sequence[float]) -> None:
         widths = [min(_width(leaf.dtype), 2) if coarse else _width(leaf.dtype) for leaf in leaves]
         self._caps = [LARGEST_ROUNDING[width] for width in widths]
         self.allowed = [FLOOR[width] for width in widths]
+        self.scales = list(scales)
 
     def learn(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
         """Take the difference of two computations of the same rows for rounding; ``False`` where it is too large."""
-        found = [_relative(one, other) for one, other in zip(a, b, strict=True)]
+        found = [_relative(one, other, scale) for one, other, scale in zip(a, b, self.scales, strict=True)]
         if any(share > cap for share, cap in zip(found, self._caps, strict=True)):
             return False
         self.allowed = [
@@ -56,12 +62,12 @@ class Rounding:
         """The first output that differs by more than rounding, and by how much of its largest magnitude."""
         for index, (one, other) in enumerate(zip(a, b, strict=True)):
             if not self.agrees(index, one, other):
-                return index, _relative(one, other)
+                return index, _relative(one, other, 0.0)
         return None
 
     def agrees(self, index: int, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Whether two computations of output ``index`` differ by rounding at most, also that of a narrower dtype."""
-        return _relative(a, b) <= max(self.allowed[index], FLOOR[_width(a.dtype)])
+        return _relative(a, b, self.scales[index]) <= max(self.allowed[index], FLOOR[_width(a.dtype)])
 
 
 def _width(dtype: torch.dtype) -> int:
@@ -71,7 +77,17 @@ def _width(dtype: torch.dtype) -> int:
     return min(dtype.itemsize, 8) if dtype.is_floating_point else 8
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+def magnitudes(leaf: torch.Tensor, dim: int) -> list[float]:
+    """The largest finite magnitude in each of the first rows, which lie along ``dim``; 0 for integers."""
+    rows = leaf.movedim(dim, 0)[:MOST_ROWS]
+    if not (leaf.is_floating_point() or leaf.is_complex()) or not leaf.numel():
+        return [0.0] * rows.shape[0]
+    rows = rows.reshape(rows.shape[0], -1).to(torch.complex128 if leaf.is_complex() else torch.float64).abs()
+    found: list[float] = torch.nan_to_num(rows, posinf=0.0).amax(1).tolist()
+    return found
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     """The largest difference as a share of the largest magnitude; for integers 0 where few elements flipped."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf
@@ -79,8 +95,10 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if float((a != b).float().mean()) <= FLIPPED and a.numel() > 1 else math.inf
-    share = difference(a, b)[1]
-    return math.inf if math.isnan(share) else share
+    absolute, share = difference(a, b)
+    if math.isnan(share):
+        return math.inf
+    return min(share, absolute / scale) if scale else share
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:

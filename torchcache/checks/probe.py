@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from torchcache.checks.compare import Rounding, identical
+from torchcache.checks.compare import Rounding, identical, magnitudes
 from torchcache.checks.culprit import Run, find_culprit
 from torchcache.digest.cpu import digest_rows
 from torchcache.errors import Bypass, RowwiseError
@@ -206,7 +206,8 @@ class _Trial:
         trio = self._run(others)
         dims = self._dims(pair, trio)
         self._outputs = dims
-        rounding = Rounding(pair.tensors, self._coarse)
+        self._scales = self._usual(pair, trio)
+        rounding = Rounding(pair.tensors, self._coarse, self._scales)
         self._neighbours(pair, first, second, third)
         runs = [(place, trio, others.index(row)) for place, row in enumerate((first, second)) if row in others]
         if self._whole is not None:
@@ -278,6 +279,15 @@ class _Trial:
             dims.append(found[0])
         return tuple(dims)
 
+    def _usual(self, *taken: Taken) -> list[float]:
+        """The magnitude that rows of each output usually have: three of four have no larger one."""
+        known = [*taken, self._whole] if self._whole is not None else taken
+        found = []
+        for index, dim in enumerate(self._outputs):
+            rows = sorted(size for one in known for size in magnitudes(one.tensors[index], dim))
+            found.append(rows[3 * (len(rows) - 1) // 4])
+        return found
+
     def _neighbours(self, pair: Taken, first: int, second: int, third: int) -> None:
         """In a batch of the same size, other neighbours must change nothing."""
         if third == second:
@@ -291,10 +301,10 @@ class _Trial:
         again = self._row(self._run((first, second)), 0)
         exact = all(map(identical, mine, again))
         if not exact:
-            rounding = Rounding(mine, self._coarse)
+            rounding = Rounding(mine, self._coarse, self._scales)
             if not (rounding.learn(mine, again) and rounding.learn(mine, other)):
                 raise self._refusal((first, second), 0, (first, third), 0, exact=False)
-        elif not all(map(_nearly, mine, other)):
+        elif not all(map(_nearly, mine, other, self._scales)):
             raise self._refusal((first, second), 0, (first, third), 0, exact=True)
 
     def _row(self, taken: Taken, place: int) -> list[torch.Tensor]:
@@ -309,12 +319,12 @@ class _Trial:
             return self._original(select(self._tensors, self._roles, rows))
 
         def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-            return identical(a, b) if exact else Rounding([a], self._coarse).learn([a], [b])
+            return identical(a, b) if exact else Rounding([a], self._coarse, [0.0]).learn([a], [b])
 
         here = Run([select_rows(leaf, places) for leaf in self._pool], place)
         there = Run([select_rows(leaf, others) for leaf in self._pool], other)
         mine, again = (self._row(self._run(places), place) for _ in range(2))
-        if Rounding(mine, self._coarse).learn(mine, again):
+        if Rounding(mine, self._coarse, self._scales).learn(mine, again):
             return _InconsistentError(_mixing(self._where, find_culprit(compute, here, there, same)))
         return _InconsistentError(_unstable(self._where, find_culprit(compute, here, here, same)))
 
@@ -330,10 +340,10 @@ def _follows(dim: int, two: torch.Tensor, three: torch.Tensor, whole: torch.Tens
     return len(rests) == 1
 
 
-def _nearly(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _nearly(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
     if not (a.is_floating_point() or a.is_complex()):
         return identical(a, b)
-    allowed = ULPS * torch.finfo(a.dtype).eps * float(torch.nan_to_num(a.abs().to(torch.float64)).max())
+    allowed = ULPS * torch.finfo(a.dtype).eps * max([scale, *magnitudes(a, 0)])
     wide = torch.complex128 if a.is_complex() else torch.float64
     gaps = (a.to(wide) - b.to(wide)).abs()
     return bool(((gaps <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())
