@@ -23,6 +23,7 @@ from torchcache.call import Region
 from torchcache.context import computing
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass, MarkError
+from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
@@ -292,7 +293,7 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert mark is not None
     kept = [_Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     shown = [torch.SymInt if isinstance(leaf, torch.SymInt) else leaf for leaf in kept]
-    form = f"{called} {spec} {shown!r}"
+    form = f"{called} {spec} {shown!r} {autocasts()}"
     if not dynamo.is_traced(tensors):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         outputs = _called(region_of(mark, module), *mark.without_defaults(module, args, kwargs))

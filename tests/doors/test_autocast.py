@@ -98,3 +98,46 @@ def test_autocast_inside_a_mark_that_trains(compiled):
                 assert found.dtype == expected.dtype
                 torch.testing.assert_close(found, expected)
     assert torchcache.stats(called).hits >= 8
+
+
+class Both(nn.Module):
+    """Calls its frozen body under autocast and without, in one graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.top = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            low = self.body(x)
+        return low, self.top(low.float()) + self.top(self.body(x))
+
+
+def test_one_graph_calls_a_mark_under_autocast_and_without(compiled):
+    model = Both()
+    twin = copy.deepcopy(model)
+    torchcache.mark(model.body)
+    run, x = compiled(model), torch.randn(8, 6)
+    for _ in range(3):
+        for found, expected in zip(run(x), twin(x), strict=True):
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected)
+
+
+class Elsewhere(nn.Module):
+    """Asks for the autocast of a device that its arguments are not on."""
+
+    def forward(self, x):
+        return x.bfloat16().float() if torch.is_autocast_enabled("cuda") else x
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_autocast_of_another_device_is_part_of_the_key():
+    module, x = torchcache.mark(Elsewhere()), torch.randn(8, 6)
+    try:
+        for on in (False, True, False, True):
+            torch.set_autocast_enabled("cuda", on)
+            for _ in range(2):
+                assert torch.equal(module(x), Elsewhere()(x))
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -195,6 +195,25 @@ def test_attention_where_a_mask_leaves_nothing_depends_on_a_switch():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+class Tiny(nn.Module):
+    """Products of small probabilities, scaled up again."""
+
+    def forward(self, x):
+        return (x.abs() * 1e-20 * 1e-19) * 1e38
+
+
+def test_whether_the_smallest_numbers_are_zero_is_part_of_the_key():
+    module, x = torchcache.mark(Tiny(), audit=0), torch.rand(8, 4) + 1
+    try:
+        for flush in (False, True, False):
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("this processor has no such switch")
+            for _ in range(2):
+                assert torch.equal(module(x), Tiny()(x))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_autocast_is_part_of_the_key(door):
     model, twin = opened(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), door)

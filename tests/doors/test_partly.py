@@ -188,6 +188,29 @@ def test_twin_branches_with_other_constants_have_rows_of_their_own(door):
         assert_trains_the_same(run, model, twin, [x.flip(0), x])
 
 
+class Branches(nn.Module):
+    """Frozen layers of one shape with weights of their own, one of which may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.bodies = nn.ModuleList(nn.Linear(6, 6).requires_grad_(False) for _ in range(3))
+        self.top, self.without = nn.Linear(6, 3), None
+
+    def forward(self, *inputs):
+        pairs = zip(self.bodies, inputs, strict=True)
+        return sum(self.top(torch.tanh(body(x))) for place, (body, x) in enumerate(pairs) if place != self.without)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_branches_of_one_shape_have_weights_of_their_own(door):
+    model, twin = nets(Branches)
+    run, inputs = opened(door, model), [torch.randn(8, 6) for _ in range(3)]
+    for without in (None, 0, 1, None, 0):
+        model.without = twin.without = without
+        assert_trains_the_same(run, model, twin, inputs)
+        assert_trains_the_same(run, model, twin, [inputs[2], inputs[2], inputs[2]])
+
+
 class Sized(nn.Module):
     """Reads only the length of its second input."""
 

@@ -18,7 +18,7 @@ from torchcache.dynamo import hint
 from torchcache.errors import Bypass
 from torchcache.graph.parts import Part
 from torchcache.graph.sizes import Rows, same_shape
-from torchcache.graph.state import ModuleState
+from torchcache.graph.state import ModuleState, Paths
 from torchcache.identity.identity import Identity
 from torchcache.identity.state import State
 from torchcache.op import unaliased
@@ -278,10 +278,12 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def region_for(plan: Plan, compile_original: Callable[[fx.GraphModule], Original] | None) -> Region:
-    """The region of a plan, the same one for every graph that holds it, kept with its marked subjects."""
+def region_for(
+    plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None
+) -> Region:
+    """The region of a plan and the state at ``paths``, the same for all graphs that hold it, kept with its subjects."""
     owners = [part.owner for part in plan.parts]
-    key = plan.digest, tuple(part.subject for part in plan.parts), plan.parts[0].options
+    key = plan.digest, paths, tuple(part.subject for part in plan.parts), plan.parts[0].options
     region = kept_region(owners[0], key)
     if region is None:
         region = Region(GraphSubject(plan, compile_original), plan.parts[0].options)

@@ -19,7 +19,7 @@ from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
 from torchcache.graph.region import GraphCall, Original, Plan, region_for
 from torchcache.graph.sizes import Rows, Unfit
-from torchcache.graph.state import ModuleState, find_state
+from torchcache.graph.state import ModuleState, Paths, find_state
 from torchcache.logging import logger, warn_once
 from torchcache.op import LOOKUP, register
 from torchcache.regions import region_of
@@ -133,10 +133,13 @@ def _cache(
         parts=tuple(parts),
         digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.fixed),
     )
-    region = region_for(plan, compile_original)
-    paths = [held[node] for node in inputs.state if node in held]
+    paths = tuple(held[node] for node in inputs.state if node in held)
+    region = region_for(plan, paths, compile_original)
     call = GraphCall(region, plan, ModuleState(parts[0].module, paths))
-    _replace(graph, cut, anchor, analysis, _node_arguments(inputs, rows, held), plan, call)
+    name = _name(plan, paths, len(inputs.data) + len(inputs.state) - len(paths), call)
+    for part in parts:
+        register(part.owner, name, call)
+    _replace(graph, cut, anchor, analysis, (*_node_arguments(inputs, rows, held), name), plan)
     for node in reversed(nodes):  # what only the region read, and what nobody reads
         if not node.users and (node not in analysis.written or node in inside):
             graph.erase_node(node)
@@ -145,6 +148,17 @@ def _cache(
 
 def _traced(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
     return tuple(node.meta["example_value"] for node in nodes)
+
+
+def _name(plan: Plan, paths: Paths, passed: int, call: GraphCall) -> str:
+    """A name for a call that says all that tells it from others: what computes, which state it finds, what it returns.
+
+    Compilers that find code by the text of a graph must see in it what the call returns.
+    """
+    seen = [(str(leaf.dtype), str(leaf.device), str(leaf.shape), str(leaf.stride())) for leaf in plan.outputs]
+    subjects = [part.subject for part in plan.parts]
+    digest = graph_digest(plan.module.graph, plan.digest, seen, subjects, paths, passed, str(call.autocast))
+    return f"{plan.parts[0].subject}/{digest.hex()[:16]}"
 
 
 def _node_arguments(inputs: Inputs, rows: Rows, held: Any) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -170,19 +184,12 @@ def _replace(
     cut: Cut,
     anchor: fx.Node,
     analysis: Analysis,
-    arguments: tuple[list[fx.Node], list[fx.Node]],
+    arguments: tuple[list[fx.Node], list[fx.Node], str],
     plan: Plan,
-    call: GraphCall,
 ) -> None:
     order = {node: position for position, node in enumerate(graph.nodes)}
-    # Compilers that find code by the text of a graph must see in it what the call returns.
-    seen = [(str(leaf.dtype), str(leaf.device), str(leaf.shape), str(leaf.stride())) for leaf in plan.outputs]
-    digest = graph_digest(plan.module.graph, plan.digest, seen, len(arguments[0]), str(call.autocast))
-    name = f"{plan.parts[0].subject}/{digest.hex()[:16]}"
-    for part in plan.parts:
-        register(part.owner, name, call)
     with graph.inserting_before(anchor):
-        lookup = graph.call_function(LOOKUP, (*arguments, name))
+        lookup = graph.call_function(LOOKUP, arguments)
         lookup.meta["example_value"] = list(plan.outputs)
         replacements = {}
         for index, node in enumerate(cut.outputs):

@@ -11,7 +11,9 @@ from torch import fx, nn
 
 from torchcache.dynamo import source_of
 
-__all__ = ["ModuleState", "find_state"]
+__all__ = ["ModuleState", "Paths", "find_state"]
+
+Paths = tuple[tuple[str, ...], ...]
 
 _STEP = re.compile(r"_(modules|parameters|buffers)\['([^']+)'\]")
 
@@ -23,11 +25,11 @@ class ModuleState:
     ----------
     module : nn.Module or None
         The module, held weakly; ``None`` where there are no paths.
-    paths : sequence of tuple of str
+    paths : tuple of tuple of str
         For each tensor the names that lead to it, its own last.
     """
 
-    def __init__(self, module: nn.Module | None, paths: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, module: nn.Module | None, paths: Paths) -> None:
         self._module = weakref.ref(module) if module is not None else None
         places: dict[tuple[str, ...], int] = {(): 0}
         # Each module is found once, through the one that holds it.

@@ -65,6 +65,6 @@ def _combine(
     named: int,
 ) -> bytes:
     rows = [(str(dtype), tuple(int(size) for size in shape)) for dtype, shape in shapes]
-    ambient = (*map(str, mode[:-1]), *map(str, mode.precisions))
+    ambient = [(name, str(setting)) for name, setting in mode._asdict().items()]
     text = repr((FORMAT_VERSION, str(cache_dtype), digest, ambient, rows, len(shared), named))
     return digest_bytes(who + struct.pack("<I", len(text)) + text.encode() + b"".join(shared), digest)

@@ -11,7 +11,7 @@ import torch
 
 from torchcache import dynamo
 
-__all__ = ["NumericMode"]
+__all__ = ["NumericMode", "autocasts"]
 
 # Switches of float32 precision, by backend and operation.
 _PRECISIONS = {
@@ -31,6 +31,21 @@ def _readers(backends: tuple[str, ...]) -> list[Callable[[Any], Any]]:
     return found
 
 
+# As variables: the compiler of Python multiplies constants itself.
+_SMALLEST, _ONE = 5e-324, 1.0
+
+
+def _kinds() -> list[str]:
+    """Device types that have autocast in this release of torch."""
+    found = []
+    for kind in ("cpu", "cuda", "mps", "xpu"):
+        with contextlib.suppress(RuntimeError):
+            torch.is_autocast_enabled(kind)
+            found.append(kind)
+    return found
+
+
+_KINDS = _kinds()
 _read = {device: _readers(backends) for device, backends in _PRECISIONS.items()}
 
 
@@ -42,7 +57,9 @@ class NumericMode(NamedTuple):
     device : str
         Device type, without an index.
     autocast : torch.dtype or None
-        The autocast dtype, ``None`` where autocast is off.
+        The autocast dtype on this device, ``None`` where autocast is off.
+    autocasts : tuple of (str, torch.dtype)
+        Device types on which autocast is on: a forward may compute elsewhere than where its arguments are.
     default : torch.dtype
         ``torch.get_default_dtype()``.
     made_on : str
@@ -55,16 +72,20 @@ class NumericMode(NamedTuple):
         ``torch.backends.mha.get_fastpath_enabled()``: what attention puts where a mask leaves nothing.
     precisions : tuple of str
         What float32 products may be rounded to, by backend and operation.
+    flushes : bool
+        ``torch.set_flush_denormal``, whether the smallest numbers are taken for zero.
     """
 
     device: str
     autocast: torch.dtype | None
+    autocasts: tuple[tuple[str, torch.dtype], ...]
     default: torch.dtype
     made_on: str
     deterministic: bool
     gradients: bool | None
     fastpath: bool
     precisions: tuple[Any, ...]
+    flushes: bool
 
     @classmethod
     def current(cls, device: str, gradients: bool | None = None) -> NumericMode:
@@ -72,13 +93,20 @@ class NumericMode(NamedTuple):
         return cls(
             device,
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            autocasts(),
             torch.get_default_dtype(),
             dynamo.default_device(),
             torch.are_deterministic_algorithms_enabled(),
             gradients,
             torch.backends.mha.get_fastpath_enabled(),
             _precisions(device),
+            _SMALLEST * _ONE == 0.0,
         )
+
+
+def autocasts() -> tuple[tuple[str, torch.dtype], ...]:
+    """Device types on which autocast is on, on this thread, each with its dtype."""
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)])
 
 
 def _precisions(device: str) -> tuple[Any, ...]:
