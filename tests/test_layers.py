@@ -12,16 +12,16 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest: folders, and files beside them. Those on one line may not import each other.
 LAYERS = [
-    {"printable", "forks", "version", "threads", "dynamo", "counters"},
+    {"printable", "forks", "version", "threads", "dynamo", "kernels", "counters"},
     {"errors", "logging", "history"},
     {"address"},
     {"options"},
     {"context", "mark", "modes", "store"},
     {"digest", "values"},
     {"identity", "speed"},
-    {"batch", "usefulness"},
+    {"batch"},
     {"checks"},
-    {"looked"},
+    {"looked", "usefulness"},
     {"call"},
     {"regions"},
     {"op"},
@@ -49,6 +49,7 @@ PRIVATE = {
     "torch.utils._pytree": "what torch.compile and functorch take containers apart with; the public one needs optree",
     "torch.nn.modules.batchnorm._BatchNorm": "the documented base class of BatchNorm in isinstance checks",
     "torch.nn.modules.dropout._DropoutNd": "the base class of all dropouts",
+    "torch.library.Library._destroy": "how libraries take their kernels back; noted beside their registration",
 }
 
 

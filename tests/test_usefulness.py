@@ -6,6 +6,10 @@ import sys
 import textwrap
 
 import pytest
+import torch
+from torch import nn
+
+import torchcache
 
 SETUP = """
 import copy, os, torch, torchcache
@@ -236,3 +240,20 @@ def test_what_runs_under_a_transform_of_functions_is_told_by_its_name():
         """
     )
     assert f"{HEADER}Encoder: 0 rows stored" in told
+
+
+class Stepped(nn.Linear):
+    def forward(self, x, step, scale=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["step", "scale"])
+def test_an_argument_that_is_new_in_every_call_is_named(name, warnings):
+    module = torchcache.mark(Stepped(4, 4), freeze=True)
+    data = torch.randn(40, 8, 4)
+    for turn, x in enumerate(data):
+        module(x, turn if name == "step" else 0, scale=torch.tensor(float(turn if name == "scale" else 0)))
+    assert torchcache.stats(module).hits == 0
+    (text,) = [text for text in warnings if "was new in each" in text]
+    assert name in text
+    assert {"step": "scale", "scale": "step"}[name] not in text

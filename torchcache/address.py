@@ -21,9 +21,9 @@ class Address:
     ----------
     url : str
         ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` (TLS) or ``unix://[[user]:password@]/path``. In
-        its query ``timeout`` (seconds, 1), ``ttl`` (seconds that a row is kept, for ever), ``read_only`` and ``cluster``
-        (``true`` or ``false``); whatever else is in the query goes to the client, ``redis.Redis.from_url``. Of a cluster
-        it names any one node.
+        its query ``timeout`` (seconds, 1), ``ttl`` (seconds that a row is kept, for ever), ``read_only`` and
+        ``cluster`` (``true`` or ``false``); whatever else is in the query goes to the client,
+        ``redis.Redis.from_url``. Of a cluster it names any one node.
 
     Attributes
     ----------

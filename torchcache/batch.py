@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,10 @@ from torchcache.identity.numeric import NumericMode
 from torchcache.values.take import Taken
 
 __all__ = ["Batch", "Given", "Subject"]
+
+
+# Items of a group of arguments that are looked at to count rows.
+MOST_ARGUMENTS = 16
 
 
 class Subject(Protocol):
@@ -53,6 +58,8 @@ class Given:
         What is called.
     args, kwargs
         The caller's arguments.
+    number : int
+        Which call within a block of ``sample_keys`` it is; 0 outside.
 
     Attributes
     ----------
@@ -60,8 +67,9 @@ class Given:
         The caller's grad mode, in which the original runs, whoever has it run.
     """
 
-    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = 0) -> None:
         self.subject = subject
+        self.number = number
         self.args, self.kwargs = args, kwargs
         self.gradients = torch.is_grad_enabled()
         self.error: BaseException | None = None
@@ -87,13 +95,19 @@ class Given:
 
     @property
     def rows(self) -> int:
-        """About how many rows it has, for counting: the first dimension of the first tensor that has one."""
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-                return len(value)
+        """About how many rows it has, for counting: the first dimension of the first tensor that has one, else 1."""
+        pending: list[Any] = [*reversed([*self.args, *self.kwargs.values()])]
+        while pending:
+            value = pending.pop()
             if isinstance(value, torch.Tensor) and value.ndim:
                 return int(value.shape[0])
-        return 0
+            if isinstance(value, (list, tuple)):
+                if value and isinstance(value[0], torch.Tensor):
+                    return len(value)
+                pending += reversed(value[:MOST_ARGUMENTS])
+            elif isinstance(value, Mapping):
+                pending += reversed([*itertools.islice(value.values(), MOST_ARGUMENTS)])
+        return 1
 
 
 @dataclasses.dataclass

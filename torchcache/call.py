@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import collections
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from torchcache import dynamo
 from torchcache.batch import Batch, Given, Subject
 from torchcache.checks.alarm import Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
-from torchcache.checks.learning import Learning, Plan
+from torchcache.checks.learning import Learning
+from torchcache.checks.novelty import Novelty
+from torchcache.checks.plan import Plan
 from torchcache.checks.probe import select
-from torchcache.context import ASKED, bypassed, current_explainer, current_ids, current_watcher, normal_tensors
+from torchcache.checks.rest import Rest
+from torchcache.context import (
+    ASKED,
+    bypassed,
+    current_explainer,
+    current_ids,
+    current_watcher,
+    normal_tensors,
+    number_of_call,
+)
 from torchcache.counters import Counters
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.cpu import digest_rows
-from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Writes, brief
+from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
 from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
@@ -40,10 +53,10 @@ __all__ = ["Region"]
 
 Tensors = list[torch.Tensor]
 
+_requires_grad = operator.attrgetter("requires_grad")
+
 # Reasons that are told apart; a reason may hold a number that differs every time.
 MOST_REASONS = 64
-# Calls that are computed without a look after something that keeps changing; more with every time.
-SHORTEST_PAUSE, LONGEST_PAUSE = 32, 4096
 # So many times stored rows were found to be wrong before a region is given up.
 MOST_ALARMS = 3
 
@@ -78,15 +91,14 @@ class Region:
         self.schedule = Schedule(options.audit)
         self._learning = Learning(subject, options)
         self._turnover = Turnover()
+        self._novelty = Novelty()
         self._usefulness = Usefulness(
-            subject.name, self.counters, self.reasons, self._turnover, bool(self.tiers.beneath)
+            subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
         )
         self._usefulness.watch(self)
         self.writes = False
         self.partly: Callable[[Given, Trains], Any] | None = None
-        self._refused: Bypass | None = None
-        self._pause = 0
-        self._next_pause = SHORTEST_PAUSE
+        self._rest = Rest()
 
     @property
     def name(self) -> str:
@@ -101,7 +113,7 @@ class Region:
         TorchcacheError
             For what can never be cached, at a call before any was served.
         """
-        given = Given(self.subject, args, kwargs)
+        given = Given(self.subject, args, kwargs, number_of_call(self))
         explainer = current_explainer()
         if explainer is not None:
             return explainer(self, given)
@@ -113,9 +125,12 @@ class Region:
             return self.partly(given, bypass) if self.partly is not None else self.compute(given, bypass)
         except Restless as bypass:
             self.writes = isinstance(bypass, Writes)
-            if not bypass.quiet and bypass is not self._refused:
-                self._refused, self._pause = bypass, self._next_pause
-                self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
+            if not bypass.quiet and bypass is not self._rest.reason:
+                self._rest.begin(bypass)
+            return self.compute(given, bypass)
+        except Unreadable as bypass:
+            if bypass is not self._rest.reason:
+                self._rest.begin_after_some(bypass)
             return self.compute(given, bypass)
         except Bypass as bypass:
             return self.compute(given, bypass)
@@ -149,6 +164,7 @@ class Region:
         batch = self._take(given)
         try:
             plan = self._learning.plan(batch, self.tiers.knows)
+            self._novelty.note(self.name, batch, plan.learnt.rows)
             hashed = self._hash(batch, plan)
             return self._look_up(batch, plan, *hashed)
         except RowwiseError as error:
@@ -172,21 +188,19 @@ class Region:
         """The call taken apart, and who computes it."""
         if bypassed():
             raise Bypass(ASKED, quiet=True)
-        if self._refused is not None:
-            self._pause -= 1
-            if self._pause:  # never zero where it was not positive: refused for good
-                raise self._refused
-            self._refused = None
+        self._rest.check()
         taken = take_arguments(given.args, given.kwargs, self.subject.names)
         tensors = taken.tensors
         if not tensors:
             raise Bypass("no argument is a tensor", "mark a part that takes tensors")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise Bypass("an argument needs a gradient", "detach it where its gradient is not wanted")
-        held = self.subject.identity.look()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
-            raise Trains(*self._trainable(held))
-        who = self.subject.identity.current(held)
+        if dynamo.keeps_parametrized(self.subject.module):
+            raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
+        seen = self.subject.identity.look()
+        if torch.is_grad_enabled() and any(map(_requires_grad, seen.tensors)):
+            raise Trains(*self._trainable(seen.tensors))
+        who = self.subject.identity.current(seen)
         if self.subject.identity.asks_for_inference and torch.is_inference_mode_enabled():
             raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
         for gone in self._turnover.note(who, self.counters.hits):
@@ -205,17 +219,16 @@ class Region:
     def _hash(self, batch: Batch, plan: Plan) -> tuple[bytes, list[bytes], Found | None]:
         """What the rows are filed under, their digests, and what was found for them ahead."""
         start = time.perf_counter()
-        ids, named = current_ids(self, batch.count, self.name)
+        ids, named = current_ids(batch.count, self.name), batch.given.number
         key = self._key(batch, plan, batch.rows, named)
         found = None
         if ids is not None:
             digests = ids
-        elif (done := prepared(self, batch.rows)) is not None:
-            digests, found = done.digests, done.found
         else:
             digests = digest_rows(batch.rows, self.options.digest)
-        if ids is None:
-            learn(self, batch.rows, lambda: self._prepare_as(batch, plan))
+            if self.tiers.beneath:
+                found = prepared(self)
+                learn(self, batch.rows, lambda: self._prepare_as(batch, plan))
         self.counters.hash_seconds += time.perf_counter() - start
         return key, digests, found
 
@@ -224,14 +237,14 @@ class Region:
         return layout_fingerprint(call, plan.layout)
 
     def _prepare_as(self, batch: Batch, plan: Plan) -> Callable[[Sequence[torch.Tensor]], Any]:
-        """How to work ahead for a call like this one."""
+        """How to bring the rows near that a call like this one will want."""
         who, expected = batch.who, self._expected(batch, plan)
 
-        def prepare(rows: Sequence[torch.Tensor]) -> tuple[list[bytes], Found | None]:
+        def prepare(rows: Sequence[torch.Tensor]) -> Found | None:
+            if not plan.believed:
+                return None
             digests = digest_rows(rows, self.options.digest)
-            if not self.tiers.beneath or not plan.believed:
-                return digests, None
-            return digests, self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who, copies=False)
+            return self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who, copies=False)
 
         return prepare
 
@@ -306,6 +319,8 @@ class Region:
         else:
             output = self._original(batch, plan, places)
         self.counters.compute_seconds += time.perf_counter() - start
+        if self.subject.identity.current() != batch.who:  # another thread may load weights meanwhile
+            raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
         if not plan.fits(output):
             raise Bypass(
                 "the structure of its output, or a number in it, differs between calls",
@@ -381,15 +396,21 @@ class Region:
         return alarm
 
     def _react(self, batch: Batch, alarm: Alarm) -> None:
-        """Empty the region; a region whose rows depend on each other, or keep being wrong, is given up."""
+        """Empty the region; a region whose rows depend on each other, or keep being wrong, is given up.
+
+        Its keys do not tell what another process computes apart: rows are kept in memory only from here on.
+        """
         self.counters.alarms += 1
         self.counters.count_bypass(batch.count)
         self.tiers = self.tiers.emptied(batch.who)
         self.schedule.forget()
         if alarm.stale and self.counters.alarms < MOST_ALARMS:
-            what = "its program or its weights changed in a way that cannot be seen; its rows are computed anew"
+            what = (
+                "its program or its weights changed in a way that cannot be seen; its rows are computed anew, and "
+                "kept in memory only"
+            )
         else:
             what = "its rows depend on each other or on chance; it is computed from now on"
-            self._refused = Bypass("rows that were served differed from what the original gives", quiet=True)
+            self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count
         logger.warning("%s was cached wrongly and its rows are dropped: %s: %s", self.name, alarm.found, what)

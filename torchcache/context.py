@@ -25,6 +25,7 @@ __all__ = [
     "explaining",
     "inside_region",
     "normal_tensors",
+    "number_of_call",
     "sample_keys",
     "watching_lookups",
 ]
@@ -135,13 +136,17 @@ def bypassed() -> bool:
     return _bypass.get()
 
 
-def current_ids(owner: object, rows: int, name: str) -> tuple[list[bytes] | None, int]:
-    """The ids given for this batch, if any were, and which call in the block this is, from 1 (0 without ids).
+def number_of_call(owner: object) -> int:
+    """Which call of ``owner`` within a block with ids this is, from 1; 0 outside. To be asked once in every call."""
+    given = _ids.get()
+    return 0 if given is None else given.count(owner)
+
+
+def current_ids(rows: int, name: str) -> list[bytes] | None:
+    """The ids given for this batch, if any were.
 
     Parameters
     ----------
-    owner : object
-        Whose calls are counted.
     rows : int
         The batch size.
     name : str
@@ -149,10 +154,10 @@ def current_ids(owner: object, rows: int, name: str) -> tuple[list[bytes] | None
     """
     given = _ids.get()
     if given is None:
-        return None, 0
+        return None
     if len(given.ids) != rows:
         raise SampleKeyError(f"sample_keys got {len(given.ids)} ids, but {name} is called with a batch of {rows} rows")
-    return given.ids, given.count(owner)
+    return given.ids
 
 
 def inside_region() -> bool:
@@ -167,6 +172,7 @@ class _Computing:
 
     def __enter__(self) -> None:
         self._token = _computing.set(True)
+        torch.clear_autocast_cache()  # casts of weights as they may not be any more
 
     def __exit__(self, *error: object) -> None:
         _computing.reset(self._token)

@@ -18,6 +18,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, fake_tensor_tls, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,6 +49,7 @@ __all__ = [
     "is_traced",
     "is_watched",
     "is_wrapped",
+    "keeps_parametrized",
     "no_mode",
     "nonstrict",
     "origin_of",
@@ -77,6 +79,13 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 def custom_operator(name: str) -> Any:
     """What ``torch.library.custom_op`` made of the operator of this name; ``None`` where it made none."""
     return torch._library.custom_ops.OPDEFS.get(name)
+
+
+def keeps_parametrized(module: nn.Module | None) -> bool:
+    """Whether ``parametrize.cached()`` keeps what became of parametrized weights in ``module``."""
+    if not parametrize._cache_enabled or module is None:
+        return False
+    return any(map(parametrize.is_parametrized, module.modules()))
 
 
 ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast

@@ -97,6 +97,10 @@ class Restless(Bypass):
     """A bypass because what computes the call changes with every call: not looked at again for a while."""
 
 
+class Unreadable(Bypass):
+    """A bypass because what computes the call has no identity, which takes long to find where there is much to read."""
+
+
 class Writes(Restless):
     """A bypass because the original writes more than its output, which hits would not."""
 

@@ -81,6 +81,8 @@ class Mark:
 
         For plain values and plain functions only: a function around another may look at what was passed.
         """
+        if not _FOR_LOSSES.isdisjoint(kwargs):
+            kwargs = self._without_counts(module, kwargs)
         if not any(type(value) in _PLAIN for value in (*args, *kwargs.values())):  # almost always
             return args, kwargs
         function = self.called(module)
@@ -96,6 +98,18 @@ class Mark:
         kwargs = {name: value for name, value in kwargs.items() if not _is_default(defaults, name, value)}
         return args[:kept], kwargs
 
+    def _without_counts(self, module: nn.Module | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments without what a trainer hands through models of ``transformers`` for a loss they do not compute.
+
+        It differs in every step, and would be a part of every key.
+        """
+        if kwargs.get("labels") is not None or not any(
+            base.__module__.partition(".")[0] == "transformers" for base in type(module).__mro__
+        ):
+            return kwargs
+        own = inspect.signature(self.called(module)).parameters
+        return {name: value for name, value in kwargs.items() if name not in _FOR_LOSSES or name in own}
+
     def _takes(self, module: nn.Module | None) -> bool:
         """Whether the first parameter is the module."""
         return module is not None and self._own(module) is None
@@ -107,6 +121,9 @@ class Mark:
 
     def _own(self, module: nn.Module | None) -> Callable[..., Any] | None:
         return vars(module).get(self.own) if module is not None else None
+
+
+_FOR_LOSSES = frozenset({"num_items_in_batch"})
 
 
 def _is_default(defaults: dict[str, Any], name: str, value: Any) -> bool:

@@ -146,13 +146,16 @@ def regions_in(target: Any) -> list[Region]:
 
     Modules that have no path yet are named by their path in this model.
     """
+    own = (
+        regions_of(target) if isinstance(target, nn.Module) else []
+    )  # of what torch.compile returned, if that is marked
     target = getattr(target, "_orig_mod", target)
     target = getattr(target, "_torchdynamo_orig_callable", target)
     if isinstance(target, nn.Module):
         for path, module in target.named_modules():
             if path and module not in _paths and regions_of(module):
                 name_module(module, path)
-        found = [region for module in target.modules() for region in regions_of(module)]
+        found = own + [region for module in target.modules() for region in regions_of(module)]
     elif isinstance(getattr(target, "torchcache_mark", None), Mark):
         owner = getattr(target, "__self__", None)
         found = regions_of(target.torchcache_mark if owner is None else owner)

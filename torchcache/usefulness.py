@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from torchcache.checks.novelty import Novelty
 from torchcache.context import ASKED
 from torchcache.counters import Counters
 from torchcache.identity.turnover import Turnover
@@ -40,6 +41,8 @@ class Usefulness:
         Why rows were computed and not stored, and how many.
     turnover : Turnover
         Its identities.
+    novelty : Novelty
+        Which of its arguments are new in every call.
     persistent : bool
         Whether its rows stay on disk for later runs.
 
@@ -52,7 +55,13 @@ class Usefulness:
     """
 
     def __init__(
-        self, name: str, counters: Counters, reasons: collections.Counter[str], turnover: Turnover, persistent: bool
+        self,
+        name: str,
+        counters: Counters,
+        reasons: collections.Counter[str],
+        turnover: Turnover,
+        novelty: Novelty,
+        persistent: bool,
     ) -> None:
         self.next_look = 0
         self.rows = 0
@@ -60,6 +69,7 @@ class Usefulness:
         self._counters = counters
         self._reasons = reasons
         self._turnover = turnover
+        self._novelty = novelty
         self._persistent = persistent
         self._name = name
 
@@ -118,6 +128,11 @@ class Usefulness:
             return (
                 f"Its weights or its program changed {self._turnover.changes} times, and no row outlives a change: "
                 "unmark what is updated while it is used"
+            )
+        if self._novelty.calls >= FIRST_LOOK:
+            return (
+                f"Its argument {self._novelty.varying} is new in every call and part of every key: leave it out of the "
+                "call, or pass it as a tensor with a row for each sample"
             )
         differ = (
             "its inputs differ in every epoch, for instance by random augmentation: augment what comes after it, or "

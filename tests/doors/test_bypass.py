@@ -411,3 +411,36 @@ def test_a_bypass_keeps_nothing_of_its_calls(thing):
     del x
     gc.collect()
     assert [reference() for reference in alive] == [None] * 5
+
+
+def test_rows_of_calls_with_a_dict_are_counted():
+    module = torchcache.mark(Noisy())
+    module.forward = lambda batch: batch["x"] + torch.rand(())
+    torchcache.mark(module)
+    module({"x": torch.randn(7, 3)})
+    assert torchcache.stats(module).bypasses == 7
+
+
+class Unreadable(nn.Linear):
+    """Reads something that has no identity."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.source = iter([])
+
+    def forward(self, x):
+        return super().forward(x) if self.source is not None else x
+
+
+def test_what_cannot_be_read_is_not_read_again_in_every_call(monkeypatch):
+    from torchcache.identity import identity
+
+    made, program = [], identity.Program
+    monkeypatch.setattr(identity, "Program", lambda *given: made.append(1) or program(*given))
+    module = torchcache.mark(Unreadable(), freeze=True)
+    module.bag = [0]
+    for turn in range(30):
+        module.scale = turn
+        module(torch.randn(4, 3))
+    assert len(made) <= 10
+    assert torchcache.stats(module).bypasses == 120

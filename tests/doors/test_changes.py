@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import os
 import sys
 import threading
 import types
@@ -601,6 +602,132 @@ def module_by_sys_modules_get(monkeypatch):
     settings = settings_module(monkeypatch)
     module = module_of(lambda self: sys.modules.get("settings_of_a_test").scale)
     return module, lambda: setattr(settings, "scale", 3.0)
+
+
+class Deep(nn.Module):
+    """Its attributes are found in ways that no name in the code tells."""
+
+    def __init__(self, get):
+        super().__init__()
+        self.get, self.paths, self.parts = get, ["bag.scale"], [Text()]
+        self.bag, self.child = Bag(scale=2.0), nn.Module()
+        self.child.register_buffer("table", torch.tensor(2.0))
+
+    def forward(self, x):
+        return x * self.get(self)
+
+
+class Text:
+    scale = 2.0
+
+    def __str__(self):
+        return f"{self.scale}"
+
+
+@case
+def attribute_by_getattr_that_is_passed_on():
+    module = Deep(lambda self: functools.reduce(getattr, self.paths[0].split("."), self))
+    return module, lambda: setattr(module.bag, "scale", 3.0)
+
+
+@case
+def attribute_by_a_partial_of_getattr():
+    module = Deep(lambda self: sum(map(functools.partial(getattr, self.bag), ["sca" + "le"])))
+    return module, lambda: setattr(module.bag, "scale", 3.0)
+
+
+@case
+def buffer_by_getattr_as_a_method():
+    module = Deep(lambda self: self.child.__getattr__("tab" + "le"))
+    return module, lambda: module.child.table.fill_(3.0)
+
+
+@case
+def attribute_by_str_that_is_passed_on():
+    module = Deep(lambda self: float(next(map(str, self.parts))))
+    return module, lambda: setattr(module.parts[0], "scale", 3.0)
+
+
+VARIABLE = "TORCHCACHE_SCALE_OF_A_TEST"
+
+
+def _with_variable(monkeypatch, get, name=VARIABLE):
+    monkeypatch.setenv(name, "2")
+    module = module_of(get)
+    module.variable, module.variables, module.part = name, [name], "SCALE_OF_A_TEST"
+    return module, lambda: monkeypatch.setenv(name, "3")
+
+
+@case
+def environment_by_a_global(monkeypatch):
+    return _with_variable(monkeypatch, lambda self: float(os.environ.get(VARIABLE, "1")))
+
+
+@case
+def environment_by_an_attribute(monkeypatch):
+    return _with_variable(monkeypatch, lambda self: float(os.getenv(self.variable, "1")))
+
+
+@case
+def environment_by_an_item_of_a_list(monkeypatch):
+    return _with_variable(monkeypatch, lambda self: float(os.environ[self.variables[0]]))
+
+
+@case
+def environment_by_a_text_put_together(monkeypatch):
+    return _with_variable(monkeypatch, lambda self: float(os.environ[f"TORCHCACHE_{self.part}"]))
+
+
+@case
+def environment_in_lower_case(monkeypatch):
+    name = "scale_of_a_test"
+    return _with_variable(monkeypatch, lambda self: float(os.environ.get("scale_of_a_test", "1")), name)  # noqa: SIM112
+
+
+@case
+def elements_of_a_large_numpy_table():
+    module = module_of(lambda self: float(self.held[7, 5]), np.full((4096, 16), 2.0))
+    return module, lambda: module.held[:, 1:].fill(3.0)
+
+
+@case
+def elements_of_a_large_table_by_columns():
+    module = module_of(lambda self: float(self.held[7, 5]), np.asfortranarray(np.full((4096, 16), 2.0)))
+    return module, lambda: module.held[:, 1:].fill(3.0)
+
+
+KERNEL = {"scale": 2.0}
+
+
+def _operator(request, kernel):
+    """A library with an operator of its own, and the operator."""
+    library = torch.library.Library(f"torchcache_{os.urandom(8).hex()}", "FRAGMENT")
+    request.addfinalizer(library._destroy)
+    library.define("scaled(Tensor x) -> Tensor")
+    library.impl("scaled", kernel, "CPU")
+    torch.library.register_fake(f"{library.ns}::scaled", torch.empty_like, lib=library)
+    return library, getattr(torch.ops, library.ns).scaled.default
+
+
+@case
+def what_a_registered_kernel_reads(request, monkeypatch):
+    monkeypatch.setitem(KERNEL, "scale", 2.0)
+    _, operator = _operator(request, lambda x: x * KERNEL["scale"])
+    return module_of(lambda self: self.held(torch.ones(())), operator), lambda: KERNEL.__setitem__("scale", 3.0)
+
+
+@case
+def kernel_that_is_registered_anew(request):
+    library, operator = _operator(request, lambda x: x * 2.0)
+    module = module_of(lambda self: self.held(torch.ones(())), operator)
+    return module, lambda: library.impl("scaled", lambda x: x * 3.0, "CPU")
+
+
+@case
+def seed_of_the_run(request):
+    request.addfinalizer(functools.partial(torch.manual_seed, torch.initial_seed()))
+    torch.manual_seed(2)
+    return module_of(lambda self: float(torch.initial_seed())), lambda: torch.manual_seed(3)
 
 
 def build(name, request, monkeypatch):

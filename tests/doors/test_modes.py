@@ -377,3 +377,52 @@ def test_rows_that_inference_mode_found_on_disk_lie_beside_others(tmp_path):
     twin(x)
     stats = torchcache.stats(twin)
     assert (stats.hits, stats.misses, stats.bypasses) == (16, 4, 0)
+
+
+@pytest.mark.parametrize("first", ["bypassed", "needs a gradient"])
+def test_a_first_call_that_is_computed_counts_in_a_block_of_sample_keys(first):
+    module = torchcache.mark(nn.Linear(4, 4), freeze=True, audit=0)
+    one, two, ids = torch.randn(8, 4), torch.randn(8, 4), range(8)
+    with torchcache.sample_keys(ids):
+        if first == "bypassed":
+            with torchcache.bypass():
+                module(one)
+        else:
+            module(one.clone().requires_grad_())
+        module(two)
+    for _ in range(2):
+        with torchcache.sample_keys(ids):
+            for x in (one, two):
+                torch.testing.assert_close(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+def test_casts_that_autocast_keeps_are_not_of_other_weights():
+    """Within a block autocast keeps the casts of weights that need a gradient, whatever becomes of these."""
+    module = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), audit=0)
+    data = torch.randn(4, 8, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for x in data[:2]:
+            module(x)
+        module[0].weight.mul_(3)
+        for x in data:
+            module(x)
+    for x in data:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = module(x)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torchcache.bypass():
+            torch.testing.assert_close(found, module(x))
+
+
+def test_weights_that_parametrize_keeps_are_computed_with():
+    module = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.utils.parametrizations.weight_norm(module[0])
+    torchcache.mark(module, freeze=True, audit=0)
+    x = torch.randn(8, 4)
+    with torch.nn.utils.parametrize.cached():
+        module(x)
+        module[0].parametrizations.weight.original0.mul_(2)
+        kept = module(x)
+    with torchcache.bypass():
+        expected = module(x)
+    assert not torch.allclose(kept, expected)
+    torch.testing.assert_close(module(x), expected)

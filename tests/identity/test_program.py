@@ -260,6 +260,34 @@ def test_odd_attributes_matter_only_where_they_are_read(name, value):
         assert reading.problem is None
 
 
+def configurations():
+    pydantic = pytest.importorskip("pydantic")
+    omegaconf = pytest.importorskip("omegaconf")
+
+    class Settings(pydantic.BaseModel):
+        scale: float = 2.0
+
+    yield Settings(), lambda config: setattr(config, "scale", 3.0)
+    for tree in ({"scale": 2.0}, {"scale": "${other}", "other": 2.0}):
+        other = "other" if "other" in tree else "scale"
+        yield omegaconf.OmegaConf.create(tree), lambda config, name=other: setattr(config, name, 3.0)
+    nested = omegaconf.OmegaConf.create({"model": {"scale": "${base}"}, "base": 2.0})
+    yield nested.model, lambda config: setattr(nested, "base", 3.0)
+
+
+def test_configurations_of_libraries_count_by_their_values():
+    for config, change in configurations():
+        module = module_of(lambda self, x: self.layer(x) * self.config.scale, config=config)
+        program = read(module)
+        assert program.problem is None
+        assert program.unchanged()
+        assert read(module).digest == program.digest
+        assert not program.outside().changes()
+        change(config)
+        assert not program.unchanged()
+        assert read(module).digest != program.digest
+
+
 def plain_values():
     yield [re.compile("a+"), re.compile("a+", re.I), re.compile("b")]
     yield [datetime.date(2020, 1, 1), datetime.date(2020, 1, 2)]
@@ -382,12 +410,27 @@ def test_containers_are_read_without_code_of_their_own():
     assert read(module).digest != program.digest
 
 
-def test_large_arrays_are_compared_by_samples():
-    large = np.zeros(4_000_000, dtype=np.float32)
-    module = module_of(lambda self, x: x + self.table[0], table=large)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_arrays_are_part_of_the_state(order):
+    large = np.zeros((4096, 512), dtype=np.float32, order=order)
+    large.flags.writeable = False
+    module = module_of(lambda self, x: x + self.table[0, 1], table=large)
+    program = read(module)
+    (table,) = (tensor for tensor in program.tensors if tensor.numel() == large.nbytes)
+    large.flags.writeable = True
+    large[:, 1:] = 1
+    assert float(table.view(torch.float32).mean()) == 511 / 512
+    assert program.unchanged()
+    large.dtype = np.int32
+    assert not program.unchanged()
+
+
+def test_arrays_with_gaps_are_compared_whole():
+    table = np.zeros((4096, 512), dtype=np.float32)[:, ::2]
+    module = module_of(lambda self, x: x + self.table[0, 1], table=table)
     program = read(module)
     assert program.unchanged()
-    large[:] = 1
+    table[4095, 255] = 1
     assert not program.unchanged()
 
 

@@ -30,8 +30,6 @@ def classifier():
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
     )
     config.num_labels = 3
-    # Else the first call with labels sets it, and with it another configuration of the backbone.
-    config.problem_type = "single_label_classification"
     model = transformers.ViTForImageClassification(config)
     model.vit.requires_grad_(False)
     return model
@@ -104,3 +102,30 @@ def test_what_cannot_work_is_told_before_training(tmp_path):
     trainer.args.torch_compile = True
     with pytest.raises(torchcache.TorchcacheError, match=r'call model.compile\(backend="torchcache"\)'):
         trainer.train()
+
+
+class Words(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        ids = torch.randint(3, 40, (8,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.mark.parametrize("checkpoints", ["no", "epoch"])
+def test_a_language_models_backbone_is_served_in_every_later_epoch(tmp_path, checkpoints):
+    """The trainer hands a count for the loss through the backbone, and notes in its configuration what it saves."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, use_cache=False
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.config.dtype = torch.float32  # as from_pretrained leaves it
+    torchcache.mark(model.model, freeze=True)
+    trainer = trainer_for(model, tmp_path)
+    trainer.args.save_strategy = transformers.IntervalStrategy(checkpoints)
+    trainer.train_dataset = Words()
+    trainer.train()
+    stats = torchcache.stats(model)
+    assert (stats.hits, stats.misses, stats.bypasses) == (48, 24, 0)

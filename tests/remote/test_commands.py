@@ -48,6 +48,16 @@ def test_info_tells_of_regions_and_rows(filled, capsys):
     assert "server" in capsys.readouterr().out
 
 
+def test_stats_tells_how_rows_are_made_up(filled, capsys):
+    code, stats = run(capsys, "stats", filled.url)
+    assert (code, stats["rows"], stats["ages"]) == (0, 2 * ROWS, {})
+    assert [group["rows"] for group in stats["groups"]] == [ROWS, ROWS]
+    assert {tuple(group["leaves"]) for group in stats["groups"]} == {("float32 (300,)",)}
+    assert sum(group["bytes"] for group in stats["groups"]) == sum(map(filled.client().strlen, rows(filled)))
+    assert main(["stats", filled.url]) == 0
+    assert "Sequential" in capsys.readouterr().out
+
+
 def test_verify_drops_what_is_damaged(filled, capsys):
     assert run(capsys, "verify", filled.url)[1]["sound"]
     damaged = rows(filled)[:3]

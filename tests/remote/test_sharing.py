@@ -209,9 +209,11 @@ def test_stale_rows_on_a_server_are_found_at_once_and_removed(server, stale, war
     assert server.client().dbsize() == 0
     torch.testing.assert_close(new(x), expected)
     torchcache.flush()
-    third = copy.deepcopy(new)
-    torch.testing.assert_close(third(x), expected)
-    assert counts(third)[3] == 8
+    for hits in (0, 8):  # who found it put nothing there
+        later = copy.deepcopy(new)
+        torch.testing.assert_close(later(x), expected)
+        assert counts(later)[3] == hits
+        torchcache.flush()
 
 
 def test_rows_that_cannot_be_removed_are_not_asked_for_again(server, stale):

@@ -1,10 +1,15 @@
 """Threads of one process on one directory, one model, one memory tier."""
 
+import contextvars
 import random
+import sys
 import threading
+import time
 
 import processes
 import pytest
+import torch
+from torch import nn
 from trained import Run
 
 import torchcache
@@ -70,3 +75,68 @@ def test_counters_add_up_over_threads(tmp_path):
     torchcache.flush()
     assert run.count("hits") + run.count("misses") == THREADS * 200
     assert run.count("rows_stored") == 200
+
+
+SCALE = contextvars.ContextVar("SCALE", default=1.0)
+
+
+class ByContext(nn.Linear):
+    """Computes something else in each thread."""
+
+    def forward(self, x):
+        return super().forward(x) * SCALE.get()
+
+
+def test_threads_that_compute_something_else_have_rows_of_their_own():
+    module, data, wrong = torchcache.mark(ByContext(8, 8), freeze=True, audit=0), torch.randn(6, 4, 8), []
+
+    def work(scale):
+        SCALE.set(scale)
+        for turn in range(300):
+            x = data[turn % 6]
+            if not torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias) * scale, atol=1e-5):
+                wrong.append((scale, turn))
+
+    threads = [threading.Thread(target=work, args=(scale,)) for scale in (1.0, 5.0)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = torch.relu(self.first(x))
+        time.sleep(0.05)
+        return self.second(y)
+
+
+def test_rows_that_are_computed_while_a_thread_loads_weights_are_not_kept():
+    module, data = torchcache.mark(Slow(), freeze=True, audit=0), torch.randn(4, 8, 8)
+    module(data[0])
+    old = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def swap():
+        time.sleep(0.02)
+        module.load_state_dict({name: value + 1 for name, value in old.items()})
+
+    for x in data[1:]:
+        thread = threading.Thread(target=swap)
+        thread.start()
+        module(x)
+        thread.join()
+        module.load_state_dict(old)
+    for x in data:
+        with torchcache.bypass():
+            expected = module(x)
+        torch.testing.assert_close(module(x), expected)

@@ -84,6 +84,8 @@ def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
         assert apart is not None
         output, share = apart
         found = f"output {output} of a row differs by {share:.2g} of its largest magnitude"
+        if served[index][output].shape != first[index][output].shape:
+            found = f"the shape of output {output} of a row depends on the other rows of the batch"
         alike = again.rounding.agree(first[index], second[index]) and again.rounding.agree(first[index], whole[index])
         if alike and places[index] not in again.computed:
             return Alarm(True, found)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from torchcache.batch import Batch, Subject
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.probe import Learnt, Unproven, learn, rows_of, select
+from torchcache.checks.plan import Plan, layout_digest
+from torchcache.checks.probe import Learnt, Roles, Unproven, learn, rows_of, select
 from torchcache.context import normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
@@ -18,12 +18,10 @@ from torchcache.identity.key import call_fingerprint
 from torchcache.identity.state import content_digest
 from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
-from torchcache.values.layout import Layout, memory_order, pick_rows
+from torchcache.values.layout import pick_rows
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
-__all__ = ["Learning", "Plan"]
-
-Roles = tuple[int | None, ...]
+__all__ = ["Learning"]
 
 # A module may set itself up in its first calls; one that changes in so many keeps state.
 SETUP_CALLS = 3
@@ -55,74 +53,6 @@ class _Form:
     refused: tuple[bytes, Bypass | str] | None = None
     spare: list[torch.Tensor] | None = None
     unsettled: int = 0
-
-
-@dataclasses.dataclass
-class Plan:
-    """What was learnt of calls of one identity, form, numeric mode and row shape.
-
-    Parameters
-    ----------
-    form : bytes
-        Which calls these are.
-    learnt : Learnt
-        Roles, dimensions and rounding.
-    output : Taken
-        An output, for its structure and constants.
-    layout : bytes
-        Digest of structure, constants, row shapes and dtypes of the output.
-    proven : bool
-        Whether rows of this shape were probed in this process.
-    believed : bool
-        Whether rows from disk were computed and compared.
-    """
-
-    form: bytes
-    learnt: Learnt
-    output: Taken
-    layout: bytes
-    proven: bool = True
-    believed: bool = False
-    _layouts: dict[Any, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
-
-    def rows_first(self, output: Taken) -> list[torch.Tensor]:
-        """The leaves of ``output`` with their rows first."""
-        return self.rows_first_of(output.tensors)
-
-    def rows_first_of(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Leaves of an output with their rows first."""
-        return rows_of(leaves, self.learnt.output_dims)
-
-    def fits(self, output: Taken) -> bool:
-        """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan."""
-        return _layout_digest(output, self.learnt.output_dims) == self.layout
-
-    def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
-        """How outputs lie in memory for arguments that lie as these do; two rows are computed to see."""
-        lie = tuple([_order(leaf) for leaf in batch.rows])
-        found = self._layouts.get(lie)
-        if found is None:
-            found = self.note(batch, compute([0, batch.count - 1]))
-        return found
-
-    def note(self, batch: Batch, output: Taken) -> tuple[Layout, ...]:
-        """Remember how ``output``, of two rows or more, lies in memory."""
-        lie = tuple([_order(leaf) for leaf in batch.rows])
-        dims = self.learnt.output_dims
-        found = self._layouts[lie] = tuple(map(Layout.of, output.tensors, dims))
-        return found
-
-
-def _order(leaf: torch.Tensor) -> tuple[int, ...] | None:
-    return None if leaf.is_contiguous() else memory_order(leaf.shape, leaf.stride())
-
-
-def _layout_digest(output: Taken, dims: Sequence[int]) -> bytes:
-    shapes = [
-        (str(leaf.dtype), dim, (*leaf.shape[:dim], *leaf.shape[dim + 1 :]))
-        for leaf, dim in zip(output.tensors, dims, strict=True)
-    ]
-    return digest_bytes(output.key + repr(shapes).encode())
 
 
 class Learning:
@@ -211,7 +141,7 @@ class Learning:
         if len(self._plans) >= MOST:
             self._plans.clear()
         key = self._key(batch, learnt.rows)
-        plan = Plan(key, learnt, output, _layout_digest(output, learnt.output_dims), proven)
+        plan = Plan(key, learnt, output, layout_digest(output, learnt.output_dims), proven)
         self._plans[key] = plan
         return plan
 
@@ -329,7 +259,7 @@ class Learning:
                 raise
             written.restore()
             raise self._writes(form, names) from None
-        self._settle(batch, form, written, learnt.rows)
+        self._settle(batch, form, written, learnt, whole)
         self._compare_modes(batch, learnt, whole)
         form.roles, form.learnt, form.spare = learnt.rows, learnt, None
         self._assign(batch, learnt.rows)
@@ -346,7 +276,11 @@ class Learning:
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
         taken = take_outputs(outputs)
         if any(leaf.requires_grad for leaf in taken.tensors):
-            raise Bypass("its output needs a gradient", "freeze what it reads, or call it under torch.no_grad()")
+            raise Bypass(
+                "its output needs a gradient",
+                "freeze what it reads, turn off what makes frozen parts need one (gradient checkpointing of "
+                "transformers does, by enable_input_require_grads), or call it under torch.no_grad()",
+            )
         again = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
         same = again.key == given.key and all(map(_is, again.tensors, given.tensors))
         if not same or _versions(given.tensors) != versions:
@@ -373,7 +307,7 @@ class Learning:
             why = "where gradients are recorded it computes other values: each mode has rows of its own from now on"
             raise Bypass(why, lasting=False, quiet=True)
 
-    def _settle(self, batch: Batch, form: _Form, written: Written | None, roles: Roles) -> None:
+    def _settle(self, batch: Batch, form: _Form, written: Written | None, learnt: Learnt, whole: Taken | None) -> None:
         """Go on with the identity after a first call, which may set a module up; another call must not change it."""
         names = written.changes() if written is not None else []
         if written is not None and not set(names).isdisjoint(batch.wrote):  # a probe must not show in what is kept
@@ -383,14 +317,16 @@ class Learning:
         if not names and who != batch.who:
             settled = Written(self._subject.module, identity.outside())
             tensors = batch.taken.tensors
-            backwards = [pick_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, roles)]
+            backwards = [pick_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, learnt.rows)]
             with generators_kept():
-                batch.original(select(tensors, roles, backwards))
+                again = take_outputs(batch.original(select(tensors, learnt.rows, backwards)))
                 names = identity.changes() or settled.changes()
                 if names:  # what it keeps is to be of the caller's rows
                     batch.original(tensors)
             if names:
                 identity.current()
+            elif whole is not None and not _backwards(again, whole, learnt):
+                raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
         batch.who = who
         if not names:
             form.unsettled = 0
@@ -410,6 +346,13 @@ class Learning:
         reason = f"its forward writes to {shown}"
         advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
         return Writes(reason, advice, lasting=False, quiet=form.unsettled < SETUP_CALLS)
+
+
+def _backwards(again: Taken, whole: Taken, learnt: Learnt) -> bool:
+    """Whether ``again`` has the rows of ``whole`` from the last to the first."""
+    pairs = zip(again.tensors, whole.tensors, learnt.output_dims, strict=False)
+    turned = [(one.flip(dim), other) for one, other, dim in pairs]
+    return again.key == whole.key and learnt.rounding.agree(*zip(*turned, strict=True))
 
 
 def _is(a: object, b: object) -> bool:

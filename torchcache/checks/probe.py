@@ -20,10 +20,12 @@ from torchcache.store.select import concatenate, select_rows
 from torchcache.values.layout import pick_rows
 from torchcache.values.take import Taken
 
-__all__ = ["Learnt", "Original", "Unproven", "learn", "rows_of", "select"]
+__all__ = ["Learnt", "Original", "Roles", "Unproven", "learn", "rows_of", "select"]
 
 Tensors = Sequence[torch.Tensor]
 Original = Callable[[Tensors], Taken]
+# For each tensor argument the dimension of its rows; ``None`` where all rows share it.
+Roles = tuple[int | None, ...]
 
 # Ways to tell rows from shared arguments that are tried before giving up.
 MOST_GUESSES = 8
@@ -50,7 +52,7 @@ class Learnt:
         What differences between computations of a row are rounding.
     """
 
-    rows: tuple[int | None, ...]
+    rows: Roles
     output_dims: tuple[int, ...]
     rounding: Rounding
 
@@ -71,7 +73,7 @@ def learn(
     *,
     batch_dim: int = 0,
     spare: Tensors | None = None,
-    known: tuple[int | None, ...] | None = None,
+    known: Roles | None = None,
     coarse: bool = False,
 ) -> tuple[Learnt, Taken]:
     """Find the roles of the arguments, and check that rows depend on nothing but themselves.
@@ -129,7 +131,7 @@ def learn(
     raise first
 
 
-def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[tuple[int | None, ...]]:
+def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[Roles]:
     """Roles that could explain the outputs: all tensors as long as the batch have rows, or all but one, or two."""
     sizes: dict[int, None] = {}
     for tensor in tensors:
@@ -179,7 +181,7 @@ class _Trial:
         tensors: Tensors,
         whole: Taken | None,
         original: Original,
-        roles: tuple[int | None, ...],
+        roles: Roles,
         coarse: bool,
     ) -> None:
         self._where = where

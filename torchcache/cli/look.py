@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from torchcache.cli.command import Command, add_directory, add_place, directory_of, server_of
+from torchcache.cli.command import Command, add_place, directory_of, server_of
 from torchcache.cli.quantity import ago, size_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError
 from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
 from torchcache.store.records import Records
-from torchcache.store.survey import Holding, survey, survey_calls
+from torchcache.store.survey import Holding, Stats, survey, survey_calls
 from torchcache.store.verify import Verdict, verify
 
 __all__ = ["COMMANDS"]
@@ -58,23 +58,15 @@ def _about(region: Region) -> tuple[str, ...]:
 
 
 def _stats(arguments: argparse.Namespace, screen: Screen) -> int:
-    with Records(directory_of(arguments)) as records:
-        stats = survey_calls(records)
-        names = {tag: region.name for tag, region in records.catalogue.read().items()}
+    server = server_of(arguments)
+    if server is not None:
+        stats, regions = server.survey_calls(), server.regions()
+    else:
+        with Records(directory_of(arguments)) as records:
+            stats, regions = survey_calls(records), records.catalogue.read()
+    names = {tag: region.name for tag, region in regions.items()}
     screen.result(stats)
-    in_database = stats.rows - stats.in_files
-    screen.facts(
-        [
-            ("directory", stats.directory),
-            ("rows", f"{in_database:,} in the database, {stats.in_files:,} in files of their own"),
-            (
-                "database",
-                f"{size_text(stats.database)}, {size_text(stats.free)} of it free; log {size_text(stats.log)}",
-            ),
-            ("files", size_text(stats.files)),
-            ("stored", _ages(stats.ages)),
-        ]
-    )
+    screen.facts(_facts(stats))
     columns = ("outputs of a row", "region", "call", ">rows", ">in files", ">size", ">smallest", ">largest")
     lines: list[Sequence[Cell]] = []
     for group in stats.groups:
@@ -83,6 +75,19 @@ def _stats(arguments: argparse.Namespace, screen: Screen) -> int:
         lines.append((group.leaves, name, group.call[:12], f"{group.rows:,}", f"{group.in_files:,}", *sizes))
     screen.table(columns, lines)
     return 0
+
+
+def _facts(stats: Stats) -> list[tuple[str, str]]:
+    if stats.database is None or stats.free is None or stats.log is None or stats.files is None:
+        return [("server", stats.directory), ("rows", f"{stats.rows:,}")]
+    in_database = stats.rows - stats.in_files
+    return [
+        ("directory", stats.directory),
+        ("rows", f"{in_database:,} in the database, {stats.in_files:,} in files of their own"),
+        ("database", f"{size_text(stats.database)}, {size_text(stats.free)} of it free; log {size_text(stats.log)}"),
+        ("files", size_text(stats.files)),
+        ("stored", _ages(stats.ages)),
+    ]
 
 
 def _ages(ages: dict[str, int]) -> str:
@@ -154,7 +159,7 @@ COMMANDS = (
     Command(
         "stats",
         "how the rows are made up: shapes, files, database, ages",
-        add_directory,
+        add_place,
         _stats,
         "Breaks a cache directory down by kind of call (input shapes, arguments, numeric mode), with the dtypes and "
         "shapes of a row's outputs, and tells where the bytes are.",

@@ -1,4 +1,4 @@
-"""Look-ahead: the coming batch's digests, and its rows from disk, while the current step runs.
+"""Look-ahead: the coming batch's rows from beneath memory, while the current step runs.
 
 What a batch's tensors are to a lookup is learnt from the calls seen: where all row inputs of a call were tensors of
 the batch in use, the same places of the next batch will be the row inputs of its next call.
@@ -6,7 +6,6 @@ the batch in use, the same places of the next batch will be the row inputs of it
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -21,30 +20,8 @@ from torchcache.store.tiers import Found
 
 __all__ = ["Ahead", "Routes", "learn", "prepared"]
 
-Prepare = Callable[[Sequence[torch.Tensor]], tuple[list[bytes], Found | None]]
+Prepare = Callable[[Sequence[torch.Tensor]], Found | None]
 Routes = weakref.WeakKeyDictionary[Any, tuple[list[int], Prepare]]
-
-
-@dataclasses.dataclass
-class Prepared:
-    """What was done ahead for one call.
-
-    Parameters
-    ----------
-    rows : list of torch.Tensor
-        Its row inputs.
-    versions : list of int
-        Their versions at that time.
-    digests : list of bytes
-        One a row.
-    found : Found or None
-        What the tiers held; ``None`` where that was not asked.
-    """
-
-    rows: list[torch.Tensor]
-    versions: list[int]
-    digests: list[bytes]
-    found: Found | None
 
 
 class Ahead:
@@ -59,8 +36,8 @@ class Ahead:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
         self._batch: list[torch.Tensor] = []
-        self._coming: tuple[list[torch.Tensor], dict[int, Future[Prepared]]] = ([], {})
-        self._work: dict[int, Future[Prepared]] = {}
+        self._coming: tuple[list[torch.Tensor], dict[int, Future[Found | None]]] = ([], {})
+        self._work: dict[int, Future[Found | None]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="torchcache-ahead")
 
     def __enter__(self) -> Ahead:
@@ -88,18 +65,16 @@ class Ahead:
         """The batch that was started last is now the one in use."""
         self._batch, self._work = self._coming
 
-    def prepared(self, owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:
-        """What was done ahead for a call of ``owner`` with these ``rows``, if nothing changed since."""
+    def prepared(self, owner: Any) -> Found | None:
+        """What was found ahead for a call of ``owner``."""
         future = self._work.get(id(owner))
         if future is None:
             return None
         try:
-            done = future.result()
+            return future.result()
         except Exception:  # what fails ahead is done by the call itself, which says what is wrong
             logger.debug("look-ahead failed", exc_info=True)
             return None
-        same = len(rows) == len(done.rows) and all(map(_same_memory, rows, done.rows))
-        return done if same and _versions(done.rows) == done.versions else None
 
     def learn(self, owner: Any, rows: Sequence[torch.Tensor], prepare: Prepare) -> None:
         """Note how to prepare calls of ``owner``, if ``rows`` are tensors of the batch in use."""
@@ -118,11 +93,11 @@ _active: list[Ahead] = []
 _lock = threading.Lock()
 
 
-def prepared(owner: Any, rows: Sequence[torch.Tensor]) -> Prepared | None:
-    """What any look-ahead did for this call."""
+def prepared(owner: Any) -> Found | None:
+    """What any look-ahead found for a call of ``owner``, under keys that may not be those that it asks for."""
     if not _active:
         return None
-    return next((done for ahead in _active if (done := ahead.prepared(owner, rows)) is not None), None)
+    return next((found for ahead in _active if (found := ahead.prepared(owner)) is not None), None)
 
 
 def learn(owner: Any, rows: Sequence[torch.Tensor], prepare: Callable[[], Prepare]) -> None:
@@ -132,13 +107,8 @@ def learn(owner: Any, rows: Sequence[torch.Tensor], prepare: Callable[[], Prepar
 
 
 @without_forks
-def _prepare(rows: list[torch.Tensor], prepare: Prepare) -> Prepared:
-    versions = _versions(rows)
-    return Prepared(rows, versions, *prepare(rows))
-
-
-def _versions(rows: Sequence[torch.Tensor]) -> list[int]:
-    return [row._version for row in rows]
+def _prepare(rows: list[torch.Tensor], prepare: Prepare) -> Found | None:
+    return prepare(rows)
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

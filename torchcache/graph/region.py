@@ -15,11 +15,11 @@ from torchcache import dynamo
 from torchcache.call import Region
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import hint
-from torchcache.errors import Bypass
+from torchcache.errors import Unreadable
 from torchcache.graph.parts import Part
 from torchcache.graph.sizes import Rows, same_shape
 from torchcache.graph.state import ModuleState, Paths
-from torchcache.identity.identity import Identity
+from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.state import State
 from torchcache.op import unaliased
 from torchcache.regions import add_region, kept_region, region_of
@@ -75,30 +75,27 @@ class GraphIdentity:
         self._graph = graph
         self._state = State()
         self._given = threading.local()
-        self._programs: list[bytes] = []
-        self.digest = b""
 
     @contextlib.contextmanager
     def reading(self, state: Tensors) -> Iterator[None]:
         """Calls within this block, on this thread, read ``state``."""
-        before = self.look()
+        before = self.look().tensors
         self._given.state = list(state)
         try:
             yield
         finally:
             self._given.state = before
 
-    def look(self) -> list[torch.Tensor]:
+    def look(self) -> Seen:
         """The state that a call on this thread reads."""
-        found: list[torch.Tensor] = getattr(self._given, "state", [])
-        return found
+        return Seen(getattr(self._given, "state", []))
 
-    def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
+    def current(self, seen: Seen | None = None) -> bytes:
         """16 bytes that name graph, programs and state as they are now.
 
         Parameters
         ----------
-        tensors : list of torch.Tensor or None
+        seen : Seen or None
             What ``look`` returned just now; ``None`` looks.
 
         Raises
@@ -106,14 +103,10 @@ class GraphIdentity:
         Bypass
             When a program reads something that has no identity.
         """
-        tensors = self.look() if tensors is None else tensors
         programs = self._programs_now()
         named = all(name is not None for _, name in self._parts)
-        if not (self.digest and programs == self._programs and (named or self._state.unchanged(tensors))):
-            state = b"" if named else self._state.update(tensors)
-            self.digest = digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
-            self._programs = programs
-        return self.digest
+        state = b"" if named else self._state.current((seen or self.look()).tensors)
+        return digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
 
     # What it was answered is written in the graph.
     asks_for_gradients = asks_for_inference = False
@@ -124,7 +117,7 @@ class GraphIdentity:
     def changes(self) -> list[str]:
         """Names of what is not as it was when ``current`` was last asked."""
         found = [name for identity, _ in self._parts for name in identity.program().changes()]
-        if not found and self.digest and not self._state.unchanged(self.look()):
+        if not found and self._state.digest and not self._state.unchanged(self.look().tensors):
             found.append("a parameter or buffer")
         return found
 
@@ -136,7 +129,7 @@ class GraphIdentity:
                 continue
             program = identity.program()
             if program.problem is not None:
-                raise Bypass(program.problem, "name program and weights yourself with persistent_module_hash")
+                raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
             found.append(b"program:" + program.digest)
         return found
 
@@ -174,7 +167,7 @@ class GraphSubject:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """The original on any number of rows."""
         tensors, numbers = args[: self._data], args[self._data :]
-        state = self.identity.look()
+        state = self.identity.look().tensors
         pieces = []
         for data, count in self._rows.portions(tensors):
             outputs = self._run(data, state, numbers)
@@ -278,9 +271,7 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def region_for(
-    plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None
-) -> Region:
+def region_for(plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None) -> Region:
     """The region of a plan and the state at ``paths``, the same for all graphs that hold it, kept with its subjects."""
     owners = [part.owner for part in plan.parts]
     key = plan.digest, paths, tuple(part.subject for part in plan.parts), plan.parts[0].options

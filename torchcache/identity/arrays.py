@@ -6,16 +6,17 @@ import array
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 
+from torchcache.identity.memory import elements_at
 from torchcache.identity.node import Check, Node
 from torchcache.identity.objects import own_state, state_of
 
 __all__ = ["describe_array", "describe_buffer", "describe_view"]
 
-# Arrays up to this many bytes are compared whole each time; larger ones by where they are and some of their elements.
+# Arrays up to this many bytes are compared whole each time; larger ones are part of the state, as weights are.
 WHOLE_ARRAY = 64 * 1024
-SAMPLES = 512
 
 
 def describe_array(value: Any) -> Node:
@@ -24,12 +25,16 @@ def describe_array(value: Any) -> Node:
     if value.dtype.hasobject:
         node.parts.append(("[...]", value.tolist()))
         node.checks.append(Check("content", value, read=_objects))
+    elif value.nbytes > WHOLE_ARRAY and (value.flags.c_contiguous or value.flags.f_contiguous):
+        node.head += (str(np.dtype(value.dtype).descr), "rows" if value.flags.c_contiguous else "columns")
+        node.parts.append(("", torch.from_numpy(elements_at(_address(value), (value.nbytes,), (1,), 1, value))))
+        node.checks.append(Check("content", value, read=_place))
     else:
         node.head += (
             str(np.dtype(value.dtype).descr),
             xxhash.xxh3_128_digest(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data),
         )
-        node.checks.append(Check("content", value, read=_samples))
+        node.checks.append(Check("content", value, read=_contents))
     return node if type(value) is np.ndarray else state_of(node, value)
 
 
@@ -37,15 +42,16 @@ def _objects(value: Any) -> tuple[Any, ...]:
     return tuple(value.ravel().tolist())
 
 
-def _samples(value: Any) -> tuple[Any, ...]:
-    """All of a small array; of a large one where it is, and elements from all over it."""
-    if value.nbytes <= WHOLE_ARRAY:
-        return value.dtype, value.shape, value.tobytes()
-    place = value.__array_interface__["data"][0], value.strides, value.dtype, value.shape
-    step = max(1, value.size // SAMPLES)
-    if value.flags.c_contiguous:
-        return (*place, value.reshape(-1)[::step].tobytes())
-    return (*place, value.flat[::step].tobytes())
+def _contents(value: Any) -> tuple[Any, ...]:
+    return value.dtype, value.shape, value.tobytes()
+
+
+def _place(value: Any) -> tuple[Any, ...]:
+    return _address(value), value.strides, value.dtype, value.shape
+
+
+def _address(value: Any) -> int:
+    return int(value.__array_interface__["data"][0])
 
 
 def describe_buffer(value: Any) -> Node:

@@ -26,6 +26,7 @@ from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ignored, member_space, names_of_class
 from torchcache.identity.reader import reads_of
 from torchcache.identity.reads import Chain
+from torchcache.kernels import kernels, registrations
 
 __all__ = ["CONSTRUCTORS", "MISSING", "Resolved", "Torch", "describe_code", "is_implied", "resolve", "simplify"]
 
@@ -74,6 +75,9 @@ def _function(value: types.FunctionType) -> Node:
     home = home_of(value)
     if is_named(home) and value.__code__.co_filename != "<string>":
         node.head = ("named function", home, value.__qualname__, version_of(home))
+        if value is torch.initial_seed:
+            node.head += (str(torch.initial_seed()),)
+            node.checks.append(Check("content", value, read=lambda _: torch.initial_seed()))
     else:
         node.reads = reads_of(value.__code__)
         node.head = ("function", node.reads.digest)
@@ -197,10 +201,16 @@ def _torch(value: type[Torch]) -> Node:
         if data:
             node.spaces.append(Space("member", data, data))
         node.checks.append(Check("foreign", home, read=lambda owner: tuple(_foreign(owner))))
+    node.parts += [(f"the kernel {name}", kernel) for name, kernel in kernels("aten::") if not _is_torchs(kernel)]
+    node.checks.append(Check("content", value, read=lambda _: registrations()))
     for name, member in sorted(vars(torch.nn.functional).items()):
         if type(member) is types.FunctionType and not name.startswith("__") and member.__name__ != name:
             node.head += (name, member.__module__, member.__qualname__)
     return node
+
+
+def _is_torchs(kernel: Any) -> bool:
+    return type(kernel) is types.FunctionType and is_named(home_of(kernel))
 
 
 # Libraries wrap these for themselves, and no module of torch computes by them. Code that calls one reads it by name.

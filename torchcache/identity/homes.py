@@ -19,6 +19,7 @@ __all__ = [
     "is_foreign",
     "is_installed",
     "is_named",
+    "looks_inside",
     "module_of",
     "named_class",
     "version_of",
@@ -26,6 +27,10 @@ __all__ = [
 
 # Too large to read, and versioned with care. Patches of them are read all the same.
 _NAMED = frozenset({"torch", "numpy", "torchcache", "builtins"})
+
+# Parts of the standard library that look at nothing of what they are given but by its own methods.
+_HARMLESS = frozenset("math cmath itertools functools operator contextlib warnings logging typing time collections "
+                      "builtins random os enum types abc sys numbers".split())  # fmt: skip
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement or by code
 
@@ -87,10 +92,20 @@ def _record_of(top: str) -> str:
         names = [name for name in os.listdir(site) if name.endswith(".dist-info")]
     except OSError:
         return ""
-    for name in sorted(names):
+    records = [os.path.join(site, name, "RECORD") for name in sorted(names)]
+    for name, record in zip(sorted(names), records, strict=True):
         if name.partition("-")[0].lower().replace("-", "_") == plain:
-            return os.path.join(site, name, "RECORD")
-    return ""
+            return record
+    return next((record for record in records if _lists(record, top)), "")  # under another name than it is imported by
+
+
+def _lists(record: str, top: str) -> bool:
+    """Whether an installer's list names a file of the package, or the module, ``top``."""
+    try:
+        with open(record, encoding="utf-8", errors="replace") as file:
+            return any(line.startswith((f"{top}/", f"{top}.py,")) for line in file)
+    except OSError:
+        return False
 
 
 def version_of(module: str) -> str:
@@ -158,3 +173,17 @@ def is_installed(module: str) -> bool:
     found = sys.modules.get(module) or sys.modules.get(module.partition(".")[0])
     file = getattr(found, "__file__", None)
     return isinstance(file, str) and any(part in os.path.realpath(file) for part in _SITE)
+
+
+def looks_inside(callee: Any) -> bool:
+    """Whether what is called is code that is not read and may look at all of what it is given."""
+    if isinstance(callee, types.FunctionType):
+        home = home_of(callee)
+    elif isinstance(callee, (type, types.BuiltinFunctionType)):
+        home = str(getattr(callee, "__module__", "") or "")
+    else:
+        return False
+    top = home.partition(".")[0].lstrip("_")
+    if isinstance(callee, types.FunctionType) and not is_named(home):
+        return False
+    return is_named(home) and top not in _HARMLESS and top not in ("torch", "numpy", "torchcache")

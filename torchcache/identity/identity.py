@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from torchcache.digest.cpu import digest_bytes
-from torchcache.errors import Bypass
+from torchcache.errors import Unreadable
 from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 
-__all__ = ["Identity"]
+__all__ = ["Identity", "Seen"]
+
+
+class Seen(NamedTuple):
+    """What computes, as it was at one look.
+
+    Parameters
+    ----------
+    tensors : list of torch.Tensor
+        The state.
+    program : Program or None
+        The program; ``None`` for a part of a graph, which has several.
+    """
+
+    tensors: list[torch.Tensor]
+    program: Program | None = None
 
 
 class Identity:
@@ -38,19 +53,18 @@ class Identity:
         self._pure = pure
         self._program: Program | None = None
         self._state = State()
-        self.digest = b""
 
     def program(self) -> Program:
         """The program as it is now."""
         program = self._program
         if program is None or not program.unchanged():
             program = self._program = Program(self._subject(), self._where, self._pure)
-            self.digest = b""
         return program
 
-    def look(self) -> list[torch.Tensor]:
-        """The tensors that the program can reach, as it is now."""
-        return self.program().tensors
+    def look(self) -> Seen:
+        """The program and the tensors that it can reach, as they are now."""
+        program = self.program()
+        return Seen(program.tensors, program)
 
     def trains(self) -> bool:
         """Whether the program reads anything that is trainable, or may, where it cannot be read."""
@@ -70,32 +84,26 @@ class Identity:
         """Whether it asks whether inference mode is on."""
         return self._program is not None and self._program.asks_for_inference
 
-    def current(self, tensors: list[torch.Tensor] | None = None) -> bytes:
-        """16 bytes that name program and state as they are now, computed anew only where either changed.
+    def current(self, seen: Seen | None = None) -> bytes:
+        """16 bytes that name program and state as they are now.
 
         Parameters
         ----------
-        tensors : list of torch.Tensor or None
-            What ``look`` returned just now; ``None`` looks.
+        seen : Seen or None
+            What ``look`` returned just now, on this thread: another may see another program. ``None`` looks.
 
         Raises
         ------
         Bypass
             When the original reads something that has no identity.
         """
-        if tensors is None:
-            tensors = self.look()
-        program = self._program
+        program = (seen or self.look()).program
         assert program is not None
         if self._name is not None:
-            if not self.digest:
-                self.digest = digest_bytes(b"name:" + self._name.encode("utf-8", "surrogatepass"))
-            return self.digest
+            return digest_bytes(b"name:" + self._name.encode("utf-8", "surrogatepass"))
         if program.problem is not None:
-            raise Bypass(program.problem, "name program and weights yourself with persistent_module_hash")
-        if not (self.digest and self._state.unchanged(tensors)):
-            self.digest = digest_bytes(b"who" + program.digest + self._state.update(tensors))
-        return self.digest
+            raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
+        return digest_bytes(b"who" + program.digest + self._state.current(program.tensors))
 
     def outside(self) -> Outside | None:
         """What the original may write outside of its module, as it is at this time."""
@@ -111,6 +119,6 @@ class Identity:
         if program is None:
             return []
         found = program.changes()
-        if not found and self.digest and not self._state.unchanged(program.tensors):
+        if not found and self._state.digest and not self._state.unchanged(program.tensors):
             found.append("a parameter or buffer")
         return found

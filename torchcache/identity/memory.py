@@ -22,7 +22,7 @@ class _Memory:
     def __init__(self, address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int, owner: Any) -> None:
         self._owner = owner
         self.__array_interface__ = {
-            "data": (address, True),
+            "data": (address, False),  # torch warns of arrays that are read-only
             "shape": tuple(shape),
             "strides": tuple(step * itemsize for step in strides),
             "typestr": _TYPES[itemsize],

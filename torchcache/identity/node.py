@@ -84,6 +84,8 @@ class Node:
         Names that code reads on this object and on no other: that of its named class.
     adds : frozenset of str
         Names that code reads on any object because this one is there.
+    texts : frozenset of str
+        Texts that it holds, which may name environment variables.
     reads : Reads, optional
         What its code reads, for a function.
     types : list of type
@@ -107,6 +109,7 @@ class Node:
     checks: list[Check] = dataclasses.field(default_factory=list)
     names: frozenset[str] = frozenset()
     adds: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
     reads: Reads | None = None
     types: list[Any] = dataclasses.field(default_factory=list)
     problem: str = ""

@@ -31,7 +31,9 @@ __all__ = [
 ABSENT = object()
 
 # What tools of the ecosystem note on objects of their own, without a say in what is computed.
-NOTES = frozenset({"_commit_hash", "_name_or_path", "name_or_path", "warnings_issued", "_is_hf_initialized"})
+NOTES = frozenset(
+    "_commit_hash _name_or_path name_or_path warnings_issued _is_hf_initialized architectures problem_type".split()
+)
 # Where a mark keeps what the instance itself had under a name.
 _OWN = "_torchcache_own_"
 _NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
@@ -58,6 +60,8 @@ def member_space(
                 value = _previous(value)
                 if value is None:
                     continue
+            if type(value) is torch.dtype and leave >= NOTES:  # to save a configuration makes a text of it
+                value = str(value).removeprefix("torch.")
             held[name] = value
     return Space(kind, live, held, ordered, leave=leave)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchcache.identity.objects import ABSENT, ignored
+from torchcache.identity.objects import ABSENT, ignored, members_of
 from torchcache.identity.watch import same
 
 __all__ = ["Outside", "Place"]
@@ -66,7 +66,12 @@ class Outside:
 
 
 def _members(owner: Any) -> Any:
-    return owner if type(owner) is dict else getattr(owner, "__dict__", {})
+    if type(owner) is dict:
+        return owner
+    if isinstance(owner, type):
+        return vars(owner)
+    members = members_of(owner)
+    return {} if members is None else members
 
 
 def _label(owner: Any, path: str, name: str) -> str:

@@ -17,6 +17,7 @@ from torchcache.identity.homes import (
     is_class,
     is_installed,
     is_named,
+    looks_inside,
     module_of,
     named_class,
 )
@@ -36,14 +37,12 @@ _TREE = frozenset(
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
 
+_STREAMS = frozenset({"stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"})
+
 # How an object that is read as a whole may be turned into text.
 _DISPLAYED = frozenset({"__str__", "__repr__", "__format__"})
 
 _TREE_HOMES = ("torch.func", "torch._functorch", "torch.nn.utils", "torch.export", "torch.fx", "torch.jit")
-
-# Parts of the standard library that look at nothing of what they are given but by its own methods.
-_HARMLESS = frozenset("math cmath itertools functools operator contextlib warnings logging typing time collections "
-                      "builtins random os enum types abc sys numbers".split())  # fmt: skip
 
 
 class Reach:
@@ -69,6 +68,7 @@ class Reach:
         self._whole: dict[str, int] = {}
         self._whole_classes: set[type] = set()
         self._packages: set[str] = set()
+        self._fragments: set[str] = set()
         self._everything = self._tree = False
 
     def from_subject(self, module: nn.Module | None, function: Any) -> None:
@@ -153,6 +153,8 @@ class Reach:
                 self._code(node, node.reads)
             for name in node.adds:
                 self._name(name)
+            for text in node.texts:
+                self._text(text)
         inner = node.level if node.kind == "group" or node.level > 1 else 0
         typed = node.kind in ("module", "object", "tensor")
         for label, value in node.parts:
@@ -189,7 +191,9 @@ class Reach:
         if name in self._without and kind in ("attribute", "buffer", "global"):
             return False
         if kind == "variable":
-            return f"${name}" in self.names
+            return f"${name}" in self.names or any(
+                name.startswith(part) or name.endswith(part) for part in self._fragments
+            )
         if kind == "member" and name in CONSTRUCTORS:
             return node.constructed
         if name in self.names or name in node.names:
@@ -215,6 +219,8 @@ class Reach:
 
     def _choose(self, node: Node, space: Space, name: str) -> None:
         space.chosen.add(name)
+        if type(space.held[name]) is str and space.kind != "variable":
+            self._text(space.held[name])
         if type(space.held[name]) not in ATOMS:
             self._under.setdefault(name, []).append(space.held[name])
             self._meet(node, space, name)
@@ -232,9 +238,20 @@ class Reach:
         if name in self.names:
             return
         self.names.add(name)
+        entry = name.removeprefix("$")
         for node, space in self._waiting.pop(name, ()):
-            if name not in space.chosen and self.wanted(node, space, name):
-                self._choose(node, space, name)
+            if entry not in space.chosen and self.wanted(node, space, entry):
+                self._choose(node, space, entry)
+
+    def _text(self, text: str) -> None:
+        """A text is known to the program: it may name an environment variable, or be put together to such a name."""
+        self._name(f"${text}")
+        part = len(text) > 2 and text.startswith("_") != text.endswith("_")
+        if part and text not in self._fragments:
+            self._fragments.add(text)
+            for key in [key for key in self._waiting if key.startswith("$")]:
+                if key[1:].startswith(text) or key.endswith(text):
+                    self._name(key)
 
     def _code(self, node: Node, reads: Reads) -> None:
         scope = node.value.__globals__
@@ -243,7 +260,7 @@ class Reach:
             if name in _TREE:
                 self._read_tree()
         for text in reads.texts:
-            self._name(f"${text}")
+            self._text(text)
         self.written |= reads.written
         for chain in reads.chains:
             self._chain(node, chain, scope, as_type=chain in reads.types)
@@ -264,7 +281,7 @@ class Reach:
             self._reach(scope, node, f"the global {home}", 1)
         handed_first = False
         for chain, attributes, first in reads.handed:
-            if _looks_inside(resolve(chain, scope).value):
+            if looks_inside(resolve(chain, scope).value):
                 handed_first |= first
                 for name in attributes:
                     self._read_whole(name, 1)
@@ -280,7 +297,7 @@ class Reach:
     def _chain(self, node: Node, chain: Chain, scope: dict[str, Any], as_type: bool) -> None:
         found = resolve(chain, scope)
         where, last = found.bindings[-1]
-        if where is vars(sys) and last in ("stdout", "stderr"):  # written to, by whoever redirects them
+        if where is vars(sys) and last in _STREAMS:  # written to, by whoever redirects them
             return
         for mapping, name in found.bindings:
             self.bindings.setdefault(id(mapping), (mapping, set()))[1].add(name)
@@ -295,6 +312,8 @@ class Reach:
         if value is MISSING:
             node.parts.append((label, "missing"))
             return
+        if type(value) is str:
+            self._text(value)
         if as_type and is_class(value):
             node.types.append(value)
         node.parts.append((label, value))
@@ -381,20 +400,6 @@ def _owner(node: Node) -> type | None:
     if parent is not None and parent.kind == "class" and isinstance(parent.value, type):
         return parent.value
     return None
-
-
-def _looks_inside(callee: Any) -> bool:
-    """Whether what is called is code that is not read and may look at all of what it is given."""
-    if isinstance(callee, types.FunctionType):
-        home = home_of(callee)
-    elif isinstance(callee, (type, types.BuiltinFunctionType)):
-        home = str(getattr(callee, "__module__", "") or "")
-    else:
-        return False
-    top = home.partition(".")[0].lstrip("_")
-    if isinstance(callee, types.FunctionType) and not is_named(home):
-        return False
-    return is_named(home) and top not in _HARMLESS and top not in ("torch", "numpy", "torchcache")
 
 
 def _sentence(node: Node) -> str:

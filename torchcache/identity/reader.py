@@ -6,20 +6,22 @@ import dis
 import functools
 import hashlib
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torchcache.identity.bytecode import Instruction, constant_bytes, instructions
-from torchcache.identity.reads import DISPLAYS, MUTATORS, READERS, READERS_OF_GLOBALS, Chain, Reads, modules_named
+from torchcache.identity.reads import (
+    DISPLAYS,
+    GETTERS,
+    MUTATORS,
+    READERS,
+    READERS_OF_GLOBALS,
+    Chain,
+    Reads,
+    modules_named,
+)
+from torchcache.identity.symbols import NOTHING, UNKNOWN, Symbol, Value, chains, is_modulo, items_of
 
 __all__ = ["reads_of"]
-
-# A local variable, an attribute of anything, a global chain, a constant: what a value on the stack may come from.
-Symbol = tuple[Any, ...]
-Value = frozenset[Symbol]
-
-_UNKNOWN: Value = frozenset({("unknown",)})
-_NOTHING: Value = frozenset()
 
 
 @functools.lru_cache(maxsize=32768)
@@ -62,7 +64,7 @@ class _Reader:
         self.nested: list[types.CodeType] = []
         self.hash = hashlib.blake2b(digest_size=16)
         self.module = ""
-        self.iterated: Value = _NOTHING
+        self.iterated: Value = NOTHING
 
     def run(self) -> None:
         code = self.code
@@ -93,9 +95,7 @@ class _Reader:
             )
             previous = instruction
         self.hash.update(b"\0".join(parts))
-        self.texts.update(
-            text for text in code.co_consts if type(text) is str and text.isupper() and text.isidentifier()
-        )
+        self.texts.update(text for text in code.co_consts if type(text) is str and text.isidentifier())
         for inner in self.nested:
             self._inside(inner)
 
@@ -143,27 +143,27 @@ class _Reader:
     # The stack machine: operations that move values are followed; any other makes what cannot be told.
 
     def _pop(self, count: int = 1) -> list[Value]:
-        taken = [self.stack.pop() if self.stack else _UNKNOWN for _ in range(count)]
+        taken = [self.stack.pop() if self.stack else UNKNOWN for _ in range(count)]
         return taken[::-1]
 
     def _step(self, at: Instruction, following: Instruction | None, previous: Instruction | None) -> None:
         name, value, stack = at.name, at.value, self.stack
         if name.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
             for variable in value if isinstance(value, tuple) else (value,):
-                stack.append(self.variables.get(variable, _UNKNOWN if variable != self.first else _NOTHING))
+                stack.append(self.variables.get(variable, UNKNOWN if variable != self.first else NOTHING))
                 if variable == self.first:
                     stack[-1] |= {("local", variable)}
         elif name == "STORE_FAST_LOAD_FAST":
             self._store(value[0], self._pop()[0])
-            stack.append(self.variables.get(value[1], _UNKNOWN))
+            stack.append(self.variables.get(value[1], UNKNOWN))
         elif name.startswith("STORE_FAST") or name == "STORE_DEREF":
             for variable in value if isinstance(value, tuple) else (value,):
                 self._store(variable, self._pop()[0])
         elif name in ("LOAD_CONST", "LOAD_SMALL_INT"):
-            stack.append(frozenset({("const", value)}) if type(value) in (str, int, tuple) else _UNKNOWN)
+            stack.append(frozenset({("const", value)}) if type(value) in (str, int, tuple) else UNKNOWN)
         elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
             if name == "LOAD_GLOBAL" and at.arg & 1 and dis.stack_effect(at.opcode, at.arg) == 2:
-                stack.append(_NOTHING)
+                stack.append(NOTHING)
             self._load(frozenset({("global", "", (value,))}), following)
         elif name in ("LOAD_ATTR", "LOAD_METHOD"):
             self._attribute(value, at, following)
@@ -172,7 +172,7 @@ class _Reader:
             self.names.add(value)
             stack.append(frozenset({("attr", value)}))
             if at.arg & 1:
-                stack.append(_NOTHING)
+                stack.append(NOTHING)
         elif name == "IMPORT_NAME":
             depth, items = self._pop(2)
             self._import(value, depth, items, following)
@@ -191,38 +191,38 @@ class _Reader:
             self._called(at)
         elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and value == 26):
             container, key = self._pop(2)
-            listed = any(str(chain).endswith("sys.modules") for chain in _chains(container))
+            listed = any(str(chain).endswith("sys.modules") for chain in chains(container))
             found = modules_named(key) if listed else {symbol for symbol in container if symbol[0] == "attr"}
-            stack.append(frozenset(found) or _UNKNOWN)
+            stack.append(frozenset(found) or UNKNOWN)
         elif name in ("GET_ITER", "NOP", "PUSH_EXC_INFO", "LIST_TO_TUPLE", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES"):
             if name == "PUSH_EXC_INFO":
-                stack.append(_UNKNOWN)
+                stack.append(UNKNOWN)
             if name == "GET_ITER" and stack:
                 self.iterated |= stack[-1]
         elif name == "FOR_ITER":
-            stack.append(_items(stack[-1]) if stack else _UNKNOWN)
+            stack.append(items_of(stack[-1]) if stack else UNKNOWN)
         elif name in ("LIST_EXTEND", "LIST_APPEND", "SET_UPDATE", "SET_ADD", "DICT_UPDATE", "DICT_MERGE"):
             (more,) = self._pop()
             if len(stack) >= at.arg:
                 stack[-at.arg] = stack[-at.arg] | more
         elif name in ("UNPACK_SEQUENCE", "UNPACK_EX"):
             (group,) = self._pop()
-            stack.extend([_items(group)] * (1 + dis.stack_effect(at.opcode, at.arg, jump=False)))
+            stack.extend([items_of(group)] * (1 + dis.stack_effect(at.opcode, at.arg, jump=False)))
         elif name in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_SET", "BUILD_MAP"):
             parts = self._pop(at.arg * (2 if name == "BUILD_MAP" else 1))
-            stack.append(frozenset().union(*parts) if parts else _UNKNOWN)
+            stack.append(frozenset().union(*parts) if parts else UNKNOWN)
         elif name in ("COPY", "DUP_TOP"):
             place = at.arg if name == "COPY" else 1
-            stack.append(stack[-place] if len(stack) >= place else _UNKNOWN)
+            stack.append(stack[-place] if len(stack) >= place else UNKNOWN)
         elif name == "SWAP" and len(stack) >= at.arg:
             stack[-at.arg], stack[-1] = stack[-1], stack[-at.arg]
         elif name == "PUSH_NULL":
-            stack.append(_NOTHING)
+            stack.append(NOTHING)
         elif name == "MATCH_CLASS":
             self._match(at)
         else:
-            if name.startswith("FORMAT") or name in ("CONVERT_VALUE", "BINARY_MODULO") or _is_modulo(at):
-                self._read_whole(stack[-1] if stack else _UNKNOWN, deep=False, display=True)
+            if name.startswith("FORMAT") or name in ("CONVERT_VALUE", "BINARY_MODULO") or is_modulo(at):
+                self._read_whole(stack[-1] if stack else UNKNOWN, deep=False, display=True)
             self._other(at)
 
     def _match(self, at: Instruction) -> None:
@@ -234,7 +234,7 @@ class _Reader:
         if at.arg:
             self.names.add("__match_args__")
             self.anything = self.dynamic = True
-        self.stack.extend([_UNKNOWN] * max(0, 3 + dis.stack_effect(at.opcode, at.arg)))
+        self.stack.extend([UNKNOWN] * max(0, 3 + dis.stack_effect(at.opcode, at.arg)))
 
     def _other(self, at: Instruction) -> None:
         """An operation that takes and makes what is not followed."""
@@ -245,11 +245,11 @@ class _Reader:
             effect = 0
         self._pop(max(0, -effect))
         if self.stack and not at.name.startswith(("POP_", "DELETE_")):
-            self.stack[-1] = _UNKNOWN
-        self.stack.extend([_UNKNOWN] * max(0, effect))
+            self.stack[-1] = UNKNOWN
+        self.stack.extend([UNKNOWN] * max(0, effect))
 
     def _store(self, variable: str, value: Value) -> None:
-        known = self.variables.get(variable, _NOTHING)
+        known = self.variables.get(variable, NOTHING)
         self.reassigned |= bool(known) and not value <= known
         self.variables[variable] = known | value
 
@@ -260,7 +260,7 @@ class _Reader:
             self._note(value)
 
     def _note(self, value: Value) -> None:
-        for chain in _chains(value):
+        for chain in chains(value):
             self.loads[chain] = self.loads.get(chain, 0) + 1
 
     def _import(self, name: str, depth: Value, items: Value, following: Instruction | None) -> None:
@@ -281,7 +281,7 @@ class _Reader:
             self.names.add(name)
         if name == "__dict__":
             self._read_whole(owner, deep=False)
-            self.stack.append(owner or _UNKNOWN)
+            self.stack.append(owner or UNKNOWN)
             return
         found = {(*symbol[:2], (*symbol[2], name)) for symbol in globals_}
         if globals_ != owner or not owner:
@@ -296,7 +296,7 @@ class _Reader:
         name, count = at.name, at.arg
         if name in ("CALL_INTRINSIC_1", "CALL_INTRINSIC_2"):
             self._pop(int(name[-1]))
-            self.stack.append(_UNKNOWN)
+            self.stack.append(UNKNOWN)
             return
         callees = 2 if name in ("CALL", "CALL_KW", "CALL_METHOD") else 1
         if name in ("CALL_KW", "CALL_FUNCTION_KW"):
@@ -309,26 +309,29 @@ class _Reader:
         else:
             given = self._pop(count)
         below = self._pop(callees)
-        callee = next((value for value in below if value), _UNKNOWN)
-        receiver = below[-1] if len(below) == 2 and below[0] and below[-1] and below[0] != below[-1] else _NOTHING
+        callee = next((value for value in below if value), UNKNOWN)
+        receiver = below[-1] if len(below) == 2 and below[0] and below[-1] and below[0] != below[-1] else NOTHING
         self.stack.append(self._result(callee, receiver, given))
 
     def _result(self, callee: Value, receiver: Value, given: list[Value]) -> Value:
+        self._passed_on(callee, given)
         for symbol in callee:
+            if symbol[0] == "attr" and symbol[1] in GETTERS and self.code.co_name not in GETTERS:
+                return self._named_access(symbol[1], [receiver or UNKNOWN, *given])
             if symbol[0] == "attr" and symbol[1] in MUTATORS:
                 self._mutate(receiver)
             if symbol[0] == "attr" and symbol[1] in ("format", "format_map"):
                 for value in given:
                     self._read_whole(value, deep=False, display=True)
-        for chain in _chains(callee):
+        for chain in chains(callee):
             last = chain.names[-1] if chain.names else chain.module
             if last in MUTATORS and len(chain.names) > 1:
                 self.written.add(chain.names[-2])
             first = given[0] if given else None
-            if last in ("getattr", "hasattr", "delattr", "setattr", "__getattribute__") and first is not None:
+            if last in (*GETTERS, "hasattr", "delattr", "setattr") and first is not None:
                 return self._named_access(last, given)
             if last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get"):
-                return modules_named(first or _NOTHING, top=last == "__import__") or _UNKNOWN
+                return modules_named(first or NOTHING, top=last == "__import__") or UNKNOWN
             if last in ("attrgetter", "methodcaller"):
                 texts = [symbol[1] for value in given for symbol in value if symbol[0] == "const"]
                 self.names.update(part for text in texts for part in str(text).split("."))
@@ -348,14 +351,27 @@ class _Reader:
                     return first
             elif last in ("isinstance", "issubclass", "super"):
                 for value in given[1:] if last != "super" else given[:1]:
-                    for named in _chains(value):
+                    for named in chains(value):
                         self.typed[named] = self.typed.get(named, 0) + 1
             elif len(chain.names) > 1 or chain.module or given:
                 attributes = frozenset(symbol[1] for value in given for symbol in value if symbol[0] == "attr")
                 whole_first = any(("local", self.first) in value for value in given) and bool(self.first)
                 if attributes or whole_first:
                     self.handed.add((chain, attributes, whole_first))
-        return _UNKNOWN
+        return UNKNOWN
+
+    def _passed_on(self, callee: Value, given: list[Value]) -> None:
+        """Functions that read by names only the running code knows, given to another that calls them."""
+        if any(chain.names and chain.names[-1] in ("isinstance", "issubclass") for chain in chains(callee)):
+            return
+        for place, value in enumerate(given):
+            for chain in chains(value):
+                last = chain.names[-1] if chain.names else ""
+                if last in GETTERS:
+                    self.anything = self.dynamic = True
+                elif last in DISPLAYS and len(chain.names) == 1:
+                    for other in (*given[:place], *given[place + 1 :]):
+                        self._read_whole(other, deep=False, display=True)
 
     def _named_access(self, how: str, given: list[Value]) -> Value:
         """``getattr`` and the like: one name where that is a constant, else the whole object."""
@@ -363,13 +379,13 @@ class _Reader:
         constant = len(given) > 1 and bool(texts) and all(symbol[0] == "const" for symbol in given[1])
         if how in ("setattr", "delattr"):
             self.written.update(map(str, texts))
-            return _UNKNOWN
+            return UNKNOWN
         if not constant:
             self._read_whole(given[0], deep=False)
-            return _UNKNOWN
+            return UNKNOWN
         self.names.update(map(str, texts))
         found: set[Symbol] = {("attr", str(text)) for text in texts}
-        for chain in _chains(given[0]):
+        for chain in chains(given[0]):
             for text in texts:
                 longer = Chain(chain.module, (*chain.names, str(text)))
                 self.loads[longer] = self.loads.get(longer, 0) + 1
@@ -377,7 +393,7 @@ class _Reader:
 
     def _read_whole(self, value: Value, deep: bool, display: bool = False) -> None:
         """Note an object that is read under names which are not known."""
-        for symbol in value or _UNKNOWN:
+        for symbol in value or UNKNOWN:
             if symbol[0] == "attr":
                 (self.deep if deep else self.whole).add(symbol[1])
             elif symbol[0] == "global":
@@ -393,20 +409,6 @@ class _Reader:
                 self.written.add(symbol[1])
             elif symbol[0] == "global" and symbol[2]:
                 self.written.add(symbol[2][-1])
-
-
-def _is_modulo(at: Instruction) -> bool:
-    """Whether this may put an object into a text by ``%``: numbers of the operators as CPython counts them."""
-    return at.name == "BINARY_OP" and at.arg in (6, 19)
-
-
-def _items(group: Value) -> Value:
-    """What the items of a group may come from; those of text and numbers are not followed."""
-    return frozenset(symbol for symbol in group if symbol[0] != "const") or _UNKNOWN
-
-
-def _chains(value: Iterable[Symbol]) -> list[Chain]:
-    return [Chain(symbol[1], symbol[2]) for symbol in value if symbol[0] == "global"]
 
 
 def _argument(instruction: Instruction) -> bytes:

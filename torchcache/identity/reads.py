@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["DISPLAYS", "MUTATORS", "READERS", "READERS_OF_GLOBALS", "Chain", "Reads", "modules_named"]
+__all__ = ["DISPLAYS", "GETTERS", "MUTATORS", "READERS", "READERS_OF_GLOBALS", "Chain", "Reads", "modules_named"]
 
 
 # Calls that read all of their first argument; True where they read all that is within it, too.
@@ -16,6 +16,7 @@ READERS = {
 }  # fmt: skip
 READERS_OF_GLOBALS = frozenset({"vars", "dir", "str", "repr", "ascii", "format", "print"})
 DISPLAYS = frozenset({"str", "repr", "ascii", "format", "print"})
+GETTERS = frozenset({"getattr", "__getattr__", "__getattribute__"})
 MUTATORS = frozenset(
     "append extend insert add update setdefault pop popitem popleft appendleft clear remove discard sort".split()
 )
@@ -69,7 +70,7 @@ class Reads:
     written : frozenset of str
         Attributes and globals that it sets or mutates.
     texts : frozenset of str
-        Its constants that look like names of environment variables.
+        Its constants that may be names of environment variables, or begin or end one.
     """
 
     digest: bytes

@@ -66,6 +66,16 @@ class State:
             record.contents = contents_of(plain)
         return self._keep(record, tensors, wrapping)
 
+    def current(self, tensors: Sequence[torch.Tensor]) -> bytes:
+        """The digest of ``tensors`` as they are now, which are hashed only where they are not what was last hashed.
+
+        Raises
+        ------
+        Bypass
+            When the elements of one cannot be read.
+        """
+        return self._known_digest(tensors) or self.update(tensors)
+
     def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the content of ``tensors`` is what was last hashed, as far as can be known without hashing it again.
 
@@ -74,24 +84,27 @@ class State:
         Bypass
             When the elements of one cannot be read.
         """
+        return bool(self._known_digest(tensors))
+
+    def _known_digest(self, tensors: Sequence[torch.Tensor]) -> bytes:
+        """The last digest where it is that of ``tensors``; empty where it is not."""
         if self._known is None:
-            return False
+            return b""
         keep_checking()
-        record, types, wrapping, _ = self._known
+        record, types, wrapping, digest = self._known
         with readable():
             if not wrapping and list(map(type, tensors)) == types and record.in_place(tensors):
-                return record.unchanged(tensors)
+                return digest if record.unchanged(tensors) else b""
             plain, now = plain_tensors(tensors)
             if now != wrapping or len(plain) != len(record.contents):
-                return False
+                return b""
             if record.in_place(plain):
-                return record.unchanged(plain)
+                return digest if record.unchanged(plain) else b""
             fresh = _watched(plain)
             if not record.holds(plain, record.moved_first(plain)):
-                return False
+                return b""
             fresh.contents = record.contents
-        self._keep(fresh, tensors, wrapping)
-        return True
+        return self._keep(fresh, tensors, wrapping)
 
     def _keep(self, record: Record, tensors: Sequence[torch.Tensor], wrapping: str) -> bytes:
         digest = joined_digest(record.contents, wrapping)

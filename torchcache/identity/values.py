@@ -28,15 +28,17 @@ import numpy as np
 import torch
 import xxhash
 
-from torchcache.dynamo import custom_operator
 from torchcache.identity.arrays import describe_array, describe_buffer, describe_view
 from torchcache.identity.bytecode import constant_bytes
-from torchcache.identity.homes import module_of, named_class, version_of
+from torchcache.identity.homes import module_of, named_class
+from torchcache.identity.libraries import describe_configuration, describe_operator, describe_ufunc
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, hidden, member_space, members_of, own_state, state_of
 
 __all__ = ["ATOMS", "describe_value"]
 
+# Items of a container that may be names of environment variables.
+MOST_TEXTS = 64
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented)})
 
 # Locks, loggers, pools and the like have no say in what is computed.
@@ -49,8 +51,11 @@ _MACHINERY = (
     "torchcache",
     "multiprocessing.synchronize",
     "pybind11_builtins",
+    "pydantic_core",
     "torch.library",
 )
+
+_COMPILED_MACHINERY = ("pybind11_builtins", "pydantic_core")
 
 # Objects whose content is out of reach, or moves when it is read.
 _CLOSED = (
@@ -87,8 +92,12 @@ def _describer(kind: type) -> Callable[[Any], Node]:
     if kind.__name__.endswith(_COMPILED):
         return _compiled
     module = module_of(kind)
-    if module.startswith(_MACHINERY) and (named_class(kind) or module == "pybind11_builtins"):
+    if module.startswith(_MACHINERY) and (named_class(kind) or module.startswith(_COMPILED_MACHINERY)):
         return _machinery
+    if kind.__name__ == "PyCapsule" and named_class(kind):
+        return _machinery
+    if module.split(".")[0] == "omegaconf":
+        return describe_configuration
     if module.split(".")[0] in _CLOSED and named_class(kind):
         return _closed
     return _object
@@ -128,16 +137,9 @@ def _compiled(value: Any) -> Node:
     return Node(value, ("compiled", str(value.__module__), str(value.__qualname__)))
 
 
-def _ufunc(value: Any) -> Node:
-    """A function over NumPy arrays, by its name; one that a user made may run any code."""
-    for home in ("numpy", "scipy.special"):
-        name = str(value.__name__)
-        if getattr(sys.modules.get(home), name, None) is value:
-            return Node(value, ("ufunc", home, name, version_of(home)), numbered=False)
-    return _closed(value)
-
-
 def _closed(value: Any) -> Node:
+    if any(value is stream for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__)):
+        return _machinery(value)
     return Node(value, problem="cannot be read")
 
 
@@ -166,6 +168,7 @@ def _mapping(value: Any) -> Node:
     items = list(dict.items(value))
     if collections.OrderedDict in type(value).__mro__:
         items = [(key, dict.__getitem__(value, key)) for key in collections.OrderedDict.__iter__(value)]
+    node.texts = _texts(dict.values(value))
     if ATOMS.issuperset(map(type, dict.keys(value))) and ATOMS.issuperset(map(type, dict.values(value))):
         node.head += (_digest(itertools.chain.from_iterable(items)),)
         items, node.numbered = [], False
@@ -175,6 +178,11 @@ def _mapping(value: Any) -> Node:
         node.checks.append(Check("attribute", value, "default_factory"))
         node.parts.append((".default_factory", value.default_factory))
     return own_state(node, value, (dict, collections.OrderedDict, collections.defaultdict))
+
+
+def _texts(items: Iterable[Any]) -> frozenset[str]:
+    """Those that may be names; a long list is one of words."""
+    return frozenset(item for item in itertools.islice(items, MOST_TEXTS) if type(item) is str and item.isidentifier())
 
 
 def _digest(atoms: Iterable[Any]) -> bytes:
@@ -197,6 +205,7 @@ def _sequence(value: Any) -> Node:
         node.checks.append(Check("items", value))
     elif base is not tuple:
         node.checks.append(Check("content", value, read=functools.partial(_items, base)))
+    node.texts = _texts(items)
     if base is collections.deque:
         node.head += (str(value.maxlen),)
     if ATOMS.issuperset(map(type, items)):
@@ -324,13 +333,6 @@ def _text(*parts: Callable[[Any], Any]) -> Callable[[Any], Node]:
     return lambda value: Node(value, (type(value).__name__, *(str(part(value)) for part in parts)), numbered=False)
 
 
-def _operator(value: Any) -> Node:
-    """An operator of torch or of a library: by its name, and its Python code where that is known."""
-    name = str(getattr(value, "_qualified_op_name", getattr(value, "_name", "")))
-    definition = custom_operator(name.partition(".")[0])
-    return Node(value, ("operator", str(value)), [("", definition)])
-
-
 # What gives its content away only once.
 _MOVING: tuple[type, ...] = (
     types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, types.FrameType, types.TracebackType,
@@ -352,7 +354,7 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     np.generic: lambda value: Node(value, ("scalar", value.dtype.str, value.tobytes()), numbered=False),
     np.ndarray: describe_array,
     np.dtype: _text(lambda value: value.descr),
-    np.ufunc: _ufunc,
+    np.ufunc: describe_ufunc,
     np.random.Generator: _state_reader(lambda value: repr(value.bit_generator.state)),
     np.random.RandomState: _state_reader(lambda value: repr(value.get_state())),
     **dict.fromkeys(_PLAIN, _number),
@@ -376,7 +378,7 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     concurrent.futures.Future: _future,
     contextvars.ContextVar: _context,
     type(os.environ): _environment,
-    **dict.fromkeys((type(torch.ops.aten.add.default), type(torch.ops.aten.add)), _operator),
+    **dict.fromkeys((type(torch.ops.aten.add.default), type(torch.ops.aten.add)), describe_operator),
     **dict.fromkeys((types.GenericAlias, types.UnionType), _text(repr)),
     re.Pattern: _text(lambda value: repr(value.pattern), lambda value: value.flags),
     **dict.fromkeys((datetime.date, datetime.time, datetime.timedelta, datetime.timezone), _text(repr)),

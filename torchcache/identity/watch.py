@@ -18,6 +18,9 @@ _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
 # A dict that is written to in so many looks, while nothing that is read in it changes, is looked into each time.
 _ALARMS = 4
 
+# Of attributes that hardly ever change so many are compared in a look.
+_A_TURN = 128
+
 
 def same(one: Any, other: Any) -> bool:
     """Whether two values are the same object, or immutable and equal in type and value."""
@@ -203,8 +206,8 @@ class Watch:
     def _next_turn(self) -> bool:
         if not self._slow:
             return True
-        some = self._slow[self._turn : self._turn + 16]
-        self._turn = self._turn + 16 if self._turn + 16 < len(self._slow) else 0
+        some = self._slow[self._turn : self._turn + _A_TURN]
+        self._turn = self._turn + _A_TURN if self._turn + _A_TURN < len(self._slow) else 0
         return all(same(getattr(owner, name, ABSENT), value) for owner, name, value, _ in some)
 
     def _spaces(self) -> bool:

@@ -52,11 +52,11 @@ class Prefetcher(Generic[B]):
 
 
 def prefetch(loader: Iterable[B]) -> Prefetcher[B]:
-    """Hash the coming batch, and read its rows from disk, while the current step runs.
+    """Read the coming batch's rows from disk, or from a server, while the current step runs.
 
-    Works for tensors that go from the batch to the model as they are, on the CPU; what is moved or changed on the way
-    is hashed in the step as ever. The loader is asked for one batch more than was used, and must not write into a
-    batch that it has given away.
+    Works for tensors that go from the batch to the model as they are, on the CPU; rows of what is moved or changed on
+    the way are read in the step as ever. The loader is asked for one batch more than was used, and must not write
+    into a batch that it has given away.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ from torch import nn
 
 from torchcache.batch import Batch, Given
 from torchcache.call import Region
-from torchcache.checks.learning import Plan
+from torchcache.checks.plan import Plan
 from torchcache.context import explaining
 from torchcache.errors import Bypass, TorchcacheError, Trains
 from torchcache.mark import Mark, original_of
@@ -192,7 +192,7 @@ def _planned(name: str, region: Region, batch: Batch, plan: Plan) -> RegionPlann
         for index, leaf in enumerate(outputs.tensors)
     ]
     stored = region.tiers.stored(RowSpec.of(plan.rows_first(outputs)))
-    held = {id(tensor): tensor for tensor in region.subject.identity.look()}.values()
+    held = {id(tensor): tensor for tensor in region.subject.identity.look().tensors}.values()
     module = region.subject.module
     kinds = differs_in_training(module) if module is not None else []
     mode = "" if module is None else "kept in eval" + (f"; {', '.join(kinds)} would act in train" if kinds else "")

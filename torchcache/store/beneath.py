@@ -102,7 +102,7 @@ class Beneath:
 
     def tell(self, region: Region) -> None:
         """Have the tiers know that the region is used; done now and then, behind the step."""
-        disk = self.disk
+        disk = self.disk if self._tiers else None
         if region.tag in self._told and (disk is None or disk.in_use.has(self, region.tag)):
             return
         self._told.add(region.tag)
@@ -119,10 +119,12 @@ class Beneath:
         """Whether any tier may hold rows of the region."""
         return any(tier.knows(region) for tier in self._tiers)
 
-    def empty(self, region: Region) -> None:
-        """Remove the rows of the region; a tier that cannot is not asked any more."""
+    def leave(self, region: Region) -> None:
+        """Remove the rows of the region, and use no tier any more: what others file under its keys may differ."""
         flush()
-        self._tiers = [tier for tier in self._tiers if tier.remove(region)]
+        for tier in self._tiers:
+            tier.remove(region)
+        self._tiers = []
 
     def _write(self, tier: Tier, entries: Entries, region: Region) -> None:
         """Write to a tier: to disk in this thread, the writer's; to others in one of their own, so that none waits."""

@@ -57,7 +57,7 @@ _HEAD = struct.Struct("<4sBBHQ")
 # A dtype's code is its place in this table: append only.
 _DTYPES = """
     float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 uint32 uint64
-    float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu
+    float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu bcomplex32
     """.split()
 _CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
 _OF_NUMPY = INDEXABLE - {torch.bfloat16}

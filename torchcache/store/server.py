@@ -28,7 +28,7 @@ from torchcache.store.remote import (
     servers_of,
     values_of,
 )
-from torchcache.store.survey import SAMPLE, Holding, Info
+from torchcache.store.survey import SAMPLE, Group, Holding, Info, Stats, leaf_text
 from torchcache.store.verify import Verdict
 
 __all__ = ["Server", "ServerDeposit"]
@@ -91,6 +91,24 @@ class Server:
         ]
         held.sort(key=lambda one: -one.last_used)
         return Info(self.name, FORMAT_VERSION, sum(one.bytes for one in held), limit, held)
+
+    def survey_calls(self) -> Stats:
+        """How the rows are made up."""
+        sizes: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+        samples: dict[tuple[str, str], bytes] = {}
+        with self.asking() as ask:
+            for names in self._rows(ask):
+                for name, length in zip(names, ask.lengths(names), strict=True):
+                    call = _tag(name), name[-32:-16].hex()
+                    sizes[call].append(length)
+                    samples.setdefault(call, name)
+            leaves = {call: _leaves(ask, name) for call, name in samples.items()}
+        groups = [
+            Group(tag, call, leaves[tag, call], len(found), 0, sum(found), min(found), max(found))
+            for (tag, call), found in sizes.items()
+        ]
+        groups.sort(key=lambda group: -group.bytes)
+        return Stats(self.name, sum(group.rows for group in groups), 0, groups)
 
     def verify(self, repair: bool, progress: Callable[[int], object] = lambda done: None) -> Verdict:
         """Check each row: header, lengths, checksum, frame."""
@@ -265,6 +283,14 @@ class _Ask:
     def _within(self, count: int) -> Iterator[None]:
         with self._limits.seconds(self._seconds), self._limits.bytes(count):
             yield
+
+
+def _leaves(ask: _Ask, name: bytes) -> list[str]:
+    try:
+        spec = read_header(io.BytesIO(ask.part(name, HEAD_BYTES))).spec
+    except BlobError:
+        return ["unreadable"]
+    return [leaf_text(dtype, shape) for dtype, shape in spec.leaves]
 
 
 def _tag(name: bytes) -> str:

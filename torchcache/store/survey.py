@@ -107,7 +107,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """How a cache directory is made up.
+    """How a cache directory, or what a server has, is made up.
 
     Parameters
     ----------
@@ -115,23 +115,25 @@ class Stats:
         Where it is.
     rows, in_files : int
         Rows, and how many of them are files of their own.
-    database, free, log, files : int
-        Bytes of the database, of its unused pages, of its write-ahead log, and of the rows in files.
-    ages : dict of str to int
-        Rows stored within the last hour, day, 7 days, 30 days, and older ones; each counted once.
     groups : list of Group
         Largest first.
+    database, free, log, files : int or None
+        Bytes of the database, of its unused pages, of its write-ahead log, and of the rows in files; ``None`` for a
+        server.
+    ages : dict of str to int
+        Rows stored within the last hour, day, 7 days, 30 days, and older ones, each counted once; empty for a server,
+        which does not say.
     """
 
     directory: str
     rows: int
     in_files: int
-    database: int
-    free: int
-    log: int
-    files: int
-    ages: dict[str, int]
     groups: list[Group]
+    database: int | None = None
+    free: int | None = None
+    log: int | None = None
+    files: int | None = None
+    ages: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def survey(records: Records) -> Info:

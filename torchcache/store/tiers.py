@@ -189,11 +189,11 @@ class Tiers:
         return bool(self.beneath) and self.beneath.knows(self._region(who))
 
     def emptied(self, state: bytes) -> Tiers:
-        """Tiers for the same region without rows: those beneath memory lose what they have of this identity.
+        """Tiers for the same region without rows: those beneath memory lose what they have, and are left.
 
         Others, since a thread that reads ahead may still put rows into the memory of these.
         """
-        self.beneath.empty(self._region(state))
+        self.beneath.leave(self._region(state))
         return Tiers(self.options, self.name, self.beneath)
 
     def _region(self, state: bytes) -> Region:

@@ -1,0 +1,86 @@
+"""What was learnt of calls of one kind, once: enough to look rows up and to rebuild a batch of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torchcache.batch import Batch
+from torchcache.checks.probe import Learnt, rows_of
+from torchcache.digest.cpu import digest_bytes
+from torchcache.values.layout import Layout, memory_order
+from torchcache.values.take import Taken
+
+__all__ = ["Plan", "layout_digest"]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What was learnt of calls of one identity, form, numeric mode and row shape.
+
+    Parameters
+    ----------
+    form : bytes
+        Which calls these are.
+    learnt : Learnt
+        Roles, dimensions and rounding.
+    output : Taken
+        An output, for its structure and constants.
+    layout : bytes
+        Digest of structure, constants, row shapes and dtypes of the output.
+    proven : bool
+        Whether rows of this shape were probed in this process.
+    believed : bool
+        Whether rows from disk were computed and compared.
+    """
+
+    form: bytes
+    learnt: Learnt
+    output: Taken
+    layout: bytes
+    proven: bool = True
+    believed: bool = False
+    _layouts: dict[Any, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
+
+    def rows_first(self, output: Taken) -> list[torch.Tensor]:
+        """The leaves of ``output`` with their rows first."""
+        return self.rows_first_of(output.tensors)
+
+    def rows_first_of(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Leaves of an output with their rows first."""
+        return rows_of(leaves, self.learnt.output_dims)
+
+    def fits(self, output: Taken) -> bool:
+        """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan."""
+        return layout_digest(output, self.learnt.output_dims) == self.layout
+
+    def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
+        """How outputs lie in memory for arguments that lie as these do; two rows are computed to see."""
+        lie = tuple([_order(leaf) for leaf in batch.rows])
+        found = self._layouts.get(lie)
+        if found is None:
+            found = self.note(batch, compute([0, batch.count - 1]))
+        return found
+
+    def note(self, batch: Batch, output: Taken) -> tuple[Layout, ...]:
+        """Remember how ``output``, of two rows or more, lies in memory."""
+        lie = tuple([_order(leaf) for leaf in batch.rows])
+        dims = self.learnt.output_dims
+        found = self._layouts[lie] = tuple(map(Layout.of, output.tensors, dims))
+        return found
+
+
+def _order(leaf: torch.Tensor) -> tuple[int, ...] | None:
+    return None if leaf.is_contiguous() else memory_order(leaf.shape, leaf.stride())
+
+
+def layout_digest(output: Taken, dims: Sequence[int]) -> bytes:
+    """Digest of structure, constants, row shapes and dtypes of an output."""
+    shapes = [
+        (str(leaf.dtype), dim, (*leaf.shape[:dim], *leaf.shape[dim + 1 :]))
+        for leaf, dim in zip(output.tensors, dims, strict=True)
+    ]
+    return digest_bytes(output.key + repr(shapes).encode())
