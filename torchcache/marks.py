@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 
 from torchcache.doors import door
@@ -96,7 +97,8 @@ def mark(module: M, /, *, method: str | Sequence[str] = "forward", freeze: bool 
     TypeError, ValueError
         For an unknown option or a wrong value.
     MarkError
-        When ``module`` is no ``nn.Module``, has no such method, or is to be frozen before its lazy parameters exist.
+        When ``module`` is no ``nn.Module``, or TorchScript, has no such method, or is to be frozen before its lazy
+        parameters exist.
     """
     if isinstance(module, types.MethodType) and isinstance(module.__self__, nn.Module):
         mark(module.__self__, method=module.__name__, freeze=freeze, **options)
@@ -104,6 +106,11 @@ def mark(module: M, /, *, method: str | Sequence[str] = "forward", freeze: bool 
         return bound
     if not isinstance(module, nn.Module):
         raise MarkError(f"torchcache.mark takes an nn.Module instance, not {module!r}; decorate classes and functions")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise MarkError(
+            f"torchcache.mark: {type(module).__name__} is TorchScript, which has no Python code to read: mark the "
+            "module that it was made from"
+        )
     chosen = CacheOptions.of(options)
     names = [method] if isinstance(method, str) else list(method)
     for name in names:
