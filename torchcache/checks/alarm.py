@@ -66,6 +66,7 @@ class Recomputation:
 
 def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
     """Compute the rows at ``places`` again, and confirm a difference in other company before it is an alarm."""
+    again.rounding.see(again.served, [0] * len(again.served))
     served = _rows(again, again.served, places)
     first = _rows(again, again.compute(places), range(len(places)))
     wrong = [index for index, row in enumerate(served) if not again.rounding.agree(row, first[index])]

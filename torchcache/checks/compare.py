@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -19,8 +20,10 @@ FLOOR = {8: 1e-10, 4: 1e-4, 2: 2e-2, 1: 0.15}
 MARGIN = 8.0
 # Share of the elements of an integer output that rounding upstream (an argmax, a threshold) may flip.
 FLIPPED = 0.1
-# Rows that tell how large rows are.
-MOST_ROWS = 64
+# Rows that tell how large rows are: of one batch, and in all.
+MOST_ROWS, LATEST = 64, 256
+# So many rows are hardly all small by chance.
+SOME_ROWS = 8
 
 
 class Rounding:
@@ -32,16 +35,31 @@ class Rounding:
         The outputs.
     coarse : bool
         Whether they are computed in a lower precision than their dtypes (autocast).
-    scales : sequence of float
-        For each output the magnitude that its rows usually have. A row that happens to be near zero is not expected to
-        be more exact than others: a score, of which a row has one, comes out of terms that cancel.
+
+    Attributes
+    ----------
+    scales : list of float
+        For each output the magnitude that its rows usually have, of those seen of late: three of four have no larger
+        one; in a batch of some rows not many times what these have. A row that happens to be near zero is not expected
+        to be more exact than others: a score, of which a row has one, comes out of terms that cancel.
     """
 
-    def __init__(self, leaves: Sequence[torch.Tensor], coarse: bool, scales: Sequence[float]) -> None:
+    def __init__(self, leaves: Sequence[torch.Tensor], coarse: bool) -> None:
         widths = [min(_width(leaf.dtype), 2) if coarse else _width(leaf.dtype) for leaf in leaves]
         self._caps = [LARGEST_ROUNDING[width] for width in widths]
         self.allowed = [FLOOR[width] for width in widths]
-        self.scales = list(scales)
+        self.scales = [0.0] * len(leaves)
+        self._seen = [collections.deque[float](maxlen=LATEST) for _ in leaves]
+
+    def see(self, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> None:
+        """Take note of how large rows are, which lie along ``dims``."""
+        batch = [magnitudes(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
+        for seen, sizes in zip(self._seen, batch, strict=True):
+            seen.extend(sizes)
+        self.scales = [
+            min(_usual(seen), MARGIN * _usual(sizes)) if len(sizes) >= SOME_ROWS else _usual(seen)
+            for seen, sizes in zip(self._seen, batch, strict=True)
+        ]
 
     def learn(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
         """Take the difference of two computations of the same rows for rounding; ``False`` where it is too large."""
@@ -68,6 +86,11 @@ class Rounding:
     def agrees(self, index: int, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Whether two computations of output ``index`` differ by rounding at most, also that of a narrower dtype."""
         return _relative(a, b, self.scales[index]) <= max(self.allowed[index], FLOOR[_width(a.dtype)])
+
+
+def _usual(seen: Iterable[float]) -> float:
+    rows = sorted(seen)
+    return rows[3 * (len(rows) - 1) // 4] if rows else 0.0
 
 
 def _width(dtype: torch.dtype) -> int:

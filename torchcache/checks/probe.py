@@ -208,8 +208,10 @@ class _Trial:
         trio = self._run(others)
         dims = self._dims(pair, trio)
         self._outputs = dims
-        self._scales = self._usual(pair, trio)
-        rounding = Rounding(pair.tensors, self._coarse, self._scales)
+        rounding = Rounding(pair.tensors, self._coarse)
+        for known in (pair, trio) if self._whole is None else (pair, trio, self._whole):
+            rounding.see(known.tensors, dims)
+        self._scales = rounding.scales
         self._neighbours(pair, first, second, third)
         runs = [(place, trio, others.index(row)) for place, row in enumerate((first, second)) if row in others]
         if self._whole is not None:
@@ -281,14 +283,11 @@ class _Trial:
             dims.append(found[0])
         return tuple(dims)
 
-    def _usual(self, *taken: Taken) -> list[float]:
-        """The magnitude that rows of each output usually have: three of four have no larger one."""
-        known = [*taken, self._whole] if self._whole is not None else taken
-        found = []
-        for index, dim in enumerate(self._outputs):
-            rows = sorted(size for one in known for size in magnitudes(one.tensors[index], dim))
-            found.append(rows[3 * (len(rows) - 1) // 4])
-        return found
+    def _fresh(self, leaves: list[torch.Tensor]) -> Rounding:
+        """What rounding is, of which nothing was learnt but how large rows are."""
+        rounding = Rounding(leaves, self._coarse)
+        rounding.scales = self._scales
+        return rounding
 
     def _neighbours(self, pair: Taken, first: int, second: int, third: int) -> None:
         """In a batch of the same size, other neighbours must change nothing."""
@@ -303,7 +302,7 @@ class _Trial:
         again = self._row(self._run((first, second)), 0)
         exact = all(map(identical, mine, again))
         if not exact:
-            rounding = Rounding(mine, self._coarse, self._scales)
+            rounding = self._fresh(mine)
             if not (rounding.learn(mine, again) and rounding.learn(mine, other)):
                 raise self._refusal((first, second), 0, (first, third), 0, exact=False)
         elif not all(map(_nearly, mine, other, self._scales)):
@@ -321,12 +320,12 @@ class _Trial:
             return self._original(select(self._tensors, self._roles, rows))
 
         def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-            return identical(a, b) if exact else Rounding([a], self._coarse, [0.0]).learn([a], [b])
+            return identical(a, b) if exact else Rounding([a], self._coarse).learn([a], [b])
 
         here = Run([select_rows(leaf, places) for leaf in self._pool], place)
         there = Run([select_rows(leaf, others) for leaf in self._pool], other)
         mine, again = (self._row(self._run(places), place) for _ in range(2))
-        if Rounding(mine, self._coarse, self._scales).learn(mine, again):
+        if self._fresh(mine).learn(mine, again):
             return _InconsistentError(_mixing(self._where, find_culprit(compute, here, there, same)))
         return _InconsistentError(_unstable(self._where, find_culprit(compute, here, here, same)))
 
