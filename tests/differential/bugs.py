@@ -1,5 +1,6 @@
 """Realistic slips of the design, each as a patch of the library: the harness must find what they do."""
 
+import dataclasses
 import random
 import time
 import types
@@ -14,6 +15,7 @@ from torchcache import call, regions
 from torchcache.call import Region
 from torchcache.checks import audit, learning, probe
 from torchcache.digest import cpu
+from torchcache.graph import rewrite
 from torchcache.identity import callables, key, modules, objects, optimizers, program, record, samples, state
 from torchcache.identity.identity import Identity
 from torchcache.identity.record import Record
@@ -30,7 +32,10 @@ MARKS = ("instance", "class", "body", "nested", "instance", "unfrozen")
 
 
 def hunt(bug, seeds, seconds=float("inf")):
-    """Run random programs with a planted bug until one gives a wrong answer; which seed that was, if any."""
+    """Run random programs with a planted bug until one gives a wrong answer; which seed that was, if any.
+
+    Attributes of ``bug`` say what the programs are to be like.
+    """
     start = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         no_audits(patch)
@@ -39,7 +44,8 @@ def hunt(bug, seeds, seconds=float("inf")):
             if time.monotonic() - start > seconds:
                 break
             try:
-                execute(Program.random(random.Random(seed), doors=("eager",), marks=MARKS, steps=(16, 16)))
+                made = Program.random(random.Random(seed), doors=("eager",), marks=MARKS, steps=(16, 16))
+                execute(dataclasses.replace(made, **vars(bug)))
             except NoAnswerError:  # the slip shows, but a patch that does not fit would show so as well
                 continue
             except AssertionError:
@@ -295,6 +301,15 @@ def regions_shared_by_shallow_copies(patch):
     patch.setattr(regions._Regions, "is_of", lambda self, owner: True)
 
 
+def parts_named_without_their_state(patch):
+    named, region = rewrite._name, rewrite.region_for
+    patch.setattr(rewrite, "_name", lambda plan, paths, passed, call: named(plan, (), passed, call))
+    patch.setattr(rewrite, "region_for", lambda plan, paths, compile_original: region(plan, (), compile_original))
+
+
+parts_named_without_their_state.net, parts_named_without_their_state.mark = "Branches", "partial"
+
+
 def arguments_with_gradients_taken_for_others(patch):
     arguments = call.take_arguments
 
@@ -344,5 +359,6 @@ BUGS = [
     all_arguments_shared_but_the_first,
     regions_shared_by_copies,
     regions_shared_by_shallow_copies,
+    parts_named_without_their_state,
     arguments_with_gradients_taken_for_others,
 ]

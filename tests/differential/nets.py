@@ -142,6 +142,20 @@ class Containers(Net):
     pool, reshaped = Mlp.pool, Mlp.reshaped
 
 
+class Branches(Net):
+    """Layers of one shape, of which a call takes some: frozen parts that differ in weights alone."""
+
+    def __init__(self, block, dropout):
+        super().__init__(nn.ModuleList(nn.Linear(4, WIDTH) for _ in range(3)))
+
+    def forward(self, x, scale=1.0, flip=False):
+        first, second = self.body[1:] if flip else self.body[:-1]
+        y = torch.tanh(first(self.cast(x)[..., :4])) + second(self.cast(x)[..., 4:8])
+        return self.finish(y, scale, flip)
+
+    pool, reshaped = Mlp.pool, Mlp.reshaped
+
+
 class Cnn(Net):
     def __init__(self, block, dropout):
         layers = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, WIDTH, 3, padding=1)]
@@ -323,7 +337,7 @@ class Listed(Net):
     pool, reshaped = Mlp.pool, Mlp.reshaped
 
 
-_NETS = (Mlp, Containers, Cnn, Attention, Tokens, Recurrent, Memory, Sequence, Several, Shaped, Listed)
+_NETS = (Mlp, Containers, Branches, Cnn, Attention, Tokens, Recurrent, Memory, Sequence, Several, Shaped, Listed)
 KINDS = {kind.__name__: kind for kind in _NETS}
 
 
