@@ -453,7 +453,7 @@ def test_reasons_name_the_place_the_type_and_the_advice():
     for output in (transformers.DynamicCache(), (X, transformers.DynamicCache()), {"past_key_values": Config()}):
         with pytest.raises(Bypass) as raised:
             take_outputs(output)
-        assert raised.value.advice == "call it with use_cache=False"
+        assert raised.value.advice.startswith("call it with use_cache=False")
 
 
 def test_names_that_cannot_be_printed_do_no_harm():
