@@ -34,21 +34,23 @@ def run(capsys, *arguments):
 def nodes(tmp_path):
     servers.needs_server()
     found = []
-    for number, slots in enumerate(SLOTS):
-        folder = tmp_path / f"{number}"
-        folder.mkdir()
-        settings = ("--cluster-enabled", "yes", "--cluster-port", f"{servers.free_port()}")
-        found.append(servers.Server(folder, *settings, port=servers.free_port()))
-        found[-1].client().execute_command("CLUSTER", "ADDSLOTSRANGE", *slots)
-    first, second = found
-    first.client().execute_command("CLUSTER", "MEET", "127.0.0.1", second.port, second.settings[-1])
-    end = time.monotonic() + 30
-    while not all(b"cluster_state:ok" in node.client().execute_command("CLUSTER", "INFO") for node in found):
-        assert time.monotonic() < end, "the cluster does not form"
-        time.sleep(0.05)
-    yield found
-    for node in found:
-        node.stop()
+    try:
+        for number, slots in enumerate(SLOTS):
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            settings = ("--cluster-enabled", "yes", "--cluster-port", f"{servers.free_port()}")
+            found.append(servers.Server(folder, *settings, port=servers.free_port()))
+            found[-1].client().execute_command("CLUSTER", "ADDSLOTSRANGE", *slots)
+        first, second = found
+        first.client().execute_command("CLUSTER", "MEET", "127.0.0.1", second.port, second.settings[-1])
+        end = time.monotonic() + 30
+        while not all(b"cluster_state:ok" in node.client().execute_command("CLUSTER", "INFO") for node in found):
+            assert time.monotonic() < end, "the cluster does not form"
+            time.sleep(0.05)
+        yield found
+    finally:
+        for node in found:
+            node.stop()
 
 
 @pytest.fixture
