@@ -11,7 +11,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from torchcache.address import Address
 from torchcache.store.blob import FORMAT_VERSION
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torchcache.store.bounded import Limits
 
-    Client = Redis | RedisCluster
+    Client: TypeAlias = "Redis | RedisCluster"
 
 __all__ = [
     "FRAME_BYTES",
@@ -159,8 +159,7 @@ def servers_of(client: Client) -> list[Redis]:
 
     if isinstance(client, Redis):
         return [client]
-    nodes: Any = client.get_primaries()  # type: ignore[no-untyped-call]
-    return [node.redis_connection for node in nodes]
+    return [node.redis_connection for node in cast(Any, client).get_primaries()]
 
 
 def values_of(client: Client, names: Sequence[bytes]) -> list[Any]:
