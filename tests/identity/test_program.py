@@ -546,6 +546,15 @@ DEEP = """
 """
 
 
+DEEP_ELSEWHERE = """
+    from .farther import farther
+    def near(x):
+        return far(x)
+    def far(x):
+        return farther(x)
+"""
+
+
 def test_every_process_folder_and_hash_seed_gives_the_same_digest(tmp_path):
     files = {"__init__.py": NET, "blocks.py": BLOCK, "deep.py": DEEP}
     found = {in_a_process(tmp_path, files, seed) for seed in ("1", "2")}
@@ -563,6 +572,18 @@ def test_a_package_installed_again_with_an_edit_is_another_program(tmp_path):
     ]
     found = [in_a_process(tmp_path, {**files, **edit}) for edit in edits]
     assert len(set(found)) == len(edits)
+
+
+def test_an_upgrade_of_a_package_is_seen_under_whatever_name_it_is_distributed(tmp_path):
+    found = set()
+    for version in ("1.0", "2.0"):
+        listed = tmp_path / "site-packages" / "another_name-1.dist-info" / "RECORD"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text(f"mynets/farther.py,sha256={version},9\n")
+        farther = f"def farther(x):\n    return x * {version}\n"
+        files = {"__init__.py": NET, "blocks.py": BLOCK, "deep.py": DEEP_ELSEWHERE, "farther.py": farther}
+        found.add(in_a_process(tmp_path, files))
+    assert len(found) == 2
 
 
 # Copies, marks and real models.
