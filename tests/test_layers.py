@@ -17,6 +17,7 @@ LAYERS = [
     {"address"},
     {"options"},
     {"context", "mark", "modes", "store"},
+    {"lazy"},
     {"digest", "values"},
     {"identity", "speed"},
     {"batch"},

@@ -14,6 +14,7 @@ from torchcache.context import computing
 from torchcache.errors import Bypass
 from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import NumericMode
+from torchcache.lazy import loaded
 from torchcache.values.take import Taken
 
 __all__ = ["Batch", "Given", "Subject"]
@@ -82,11 +83,16 @@ class Given:
         if self._outputs is None:
             try:
                 with computing(), torch.set_grad_enabled(self.gradients):
+                    self.load()
                     self._outputs = (self.subject.run(self.args, self.kwargs),)
             except BaseException as error:
                 self.error = error
                 raise
         return self._outputs[0]
+
+    def load(self) -> None:
+        """Load what was not loaded of its arguments: the original is given ordinary tensors."""
+        self.args, self.kwargs = loaded((self.args, self.kwargs))
 
     @property
     def ran(self) -> bool:
@@ -158,9 +164,9 @@ class Batch:
         Bypass
             When it fails, where it might not have failed on the caller's own.
         """
-        args, kwargs = self.taken.rebuild(tensors)
         try:
             with computing(), torch.set_grad_enabled(self.given.gradients if gradients is None else gradients):
+                args, kwargs = self.taken.rebuild([loaded(tensor) for tensor in tensors])
                 return self.given.subject.run(args, kwargs)
         except Exception as error:
             said = (str(error).splitlines() or [""])[0][:200]

@@ -51,6 +51,7 @@ __all__ = [
     "is_wrapped",
     "keeps_parametrized",
     "no_mode",
+    "no_torch_function",
     "nonstrict",
     "origin_of",
     "pending_writes",
@@ -74,6 +75,8 @@ OPAQUE_TAGS = tuple(
 
 # Whether a tensor is one of functorch's, as ``vmap`` and ``grad`` hand them around.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# Of a subclass of tensors whose operators are seen below autograd only.
+no_torch_function = torch._C._disabled_torch_function_impl
 
 
 def custom_operator(name: str) -> Any:

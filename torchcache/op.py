@@ -25,6 +25,7 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass, MarkError
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
+from torchcache.lazy import LazyTensor, stand_in, take_whole
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
 from torchcache.values.layout import dense, inverted, memory_order
@@ -238,6 +239,7 @@ def _autocast(said: str) -> contextlib.AbstractContextManager[Any]:
 
 
 LOOKUP = torch.ops.torchcache.lookup.default
+take_whole(LOOKUP, _lookup)
 # Stands for ``None`` among the arguments of ``opaque``, and at the end of a subject for gradients that are recorded.
 NOTHING = "torchcache: None"
 RECORDING = "+"
@@ -294,13 +296,13 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kept = [_Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     shown = [torch.SymInt if isinstance(leaf, torch.SymInt) else leaf for leaf in kept]
     form = f"{called} {spec} {shown!r} {autocasts()}"
-    if not dynamo.is_traced(tensors):
+    if not dynamo.is_traced([*map(stand_in, tensors)]):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         outputs = _called(region_of(mark, module), *mark.without_defaults(module, args, kwargs))
         return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else _Constant(leaf), outputs)
     # One graph may make such calls with tensors of several shapes. A compiler traces each once more.
     shaped = f"{form} {dynamo.hints(tensors)}"
-    if dynamo.is_fake(tensors):
+    if dynamo.is_fake([*map(stand_in, tensors)]):
         traced = _Traced(mark, owner, spec, kept, called != subject)
         outputs = traced.fake(tensors, numbers)
         call = _name(subject, traced, outputs)
@@ -382,5 +384,7 @@ def unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -
 
 def _places(leaf: torch.Tensor) -> tuple[int, ...]:
     """What is equal for tensors that share memory: the storage, or its address where it has one."""
+    if isinstance(leaf, LazyTensor):
+        return () if leaf.rows is not None else _places(leaf.load())
     address = leaf.untyped_storage().data_ptr()
     return (dynamo.storage_of(leaf), address) if address else (dynamo.storage_of(leaf),)

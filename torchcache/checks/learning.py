@@ -11,7 +11,7 @@ from torchcache.batch import Batch, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.plan import Plan, layout_digest
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, rows_of, select
-from torchcache.context import normal_tensors
+from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
 from torchcache.identity.key import call_fingerprint
@@ -267,6 +267,8 @@ class Learning:
 
     def _run_watched(self, batch: Batch) -> Taken:
         """The original on the caller's own arguments: what it is given must stay as it is, and nothing be drawn."""
+        with computing():
+            batch.given.load()
         given = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
         generators, versions = Generators(), _versions(given.tensors)
         written = self._watch()

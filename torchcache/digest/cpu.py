@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,17 +11,18 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from torchcache.lazy import digests_of
 from torchcache.store.blob import row_bytes
 from torchcache.threads import THREADED_ROW, in_parts
 
-__all__ = ["digest_bytes", "digest_rows", "digest_tensor"]
+__all__ = ["LARGE_ROW", "digest_bytes", "digest_rows", "digest_tensor", "row_size"]
 
-# Rows of several inputs up to this many bytes are joined by one vectorised copy before hashing.
-JOINED_ROW = 4 * 1024
+# Of several inputs, one whose rows have so many bytes counts by its own digest: who knows that needs no data.
+LARGE_ROW = 1024
 
 
 def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
-    """Hash each row over all inputs.
+    """Hash each row over all inputs. Samples that are not loaded count by the digests that are known of them.
 
     Parameters
     ----------
@@ -34,14 +36,17 @@ def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
     list of bytes
         ``B`` digests of 16 bytes.
     """
-    arrays = [row_bytes(host_rows(leaf)) for leaf in rows]
-    width = sum([array.shape[1] for array in arrays])
-    if len(arrays) > 1 and width <= JOINED_ROW:
-        arrays = [np.concatenate(arrays, axis=1)]
-    if len(arrays) == 1 and width < THREADED_ROW:
-        return _one_input(arrays, 0, len(arrays[0]), algorithm)
-    hash_range = _one_input if len(arrays) == 1 else _several_inputs
-    return in_parts(len(arrays[0]), width, lambda start, stop: hash_range(arrays, start, stop, algorithm))
+    known = [digests_of(leaf, algorithm) for leaf in rows]
+    if len(rows) == 1:
+        return known[0] if known[0] is not None else _one_input(rows[0], algorithm)
+    parts = []
+    for leaf, digests in zip(rows, known, strict=True):
+        if digests is None and row_size(leaf) < LARGE_ROW:
+            parts.append(row_bytes(host_rows(leaf)))
+            continue
+        joined = b"".join(_one_input(leaf, algorithm) if digests is None else digests)
+        parts.append(np.frombuffer(joined, np.uint8).reshape(-1, 16))
+    return _hashed(np.concatenate(parts, axis=1), algorithm)
 
 
 def digest_bytes(data: bytes, algorithm: str = "xxh3_128") -> bytes:
@@ -52,6 +57,11 @@ def digest_bytes(data: bytes, algorithm: str = "xxh3_128") -> bytes:
 def digest_tensor(tensor: torch.Tensor, algorithm: str = "xxh3_128") -> bytes:
     """The digest of a tensor's elements in row-major order, 16 bytes."""
     return digest_rows([tensor.reshape(1, *tensor.shape)], algorithm)[0]
+
+
+def row_size(leaf: torch.Tensor) -> int:
+    """Bytes of one row."""
+    return leaf.dtype.itemsize * math.prod(leaf.shape[1:])
 
 
 def host_rows(leaf: torch.Tensor) -> torch.Tensor:
@@ -75,18 +85,12 @@ def _hasher(algorithm: str) -> Callable[[Any], bytes]:
     return lambda data: bytes(blake3.blake3(data).digest(length=16))
 
 
-def _one_input(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: int, algorithm: str) -> list[bytes]:
-    return list(map(_hasher(algorithm), arrays[0][start:stop]))
+def _one_input(leaf: torch.Tensor, algorithm: str) -> list[bytes]:
+    return _hashed(row_bytes(host_rows(leaf)), algorithm)
 
 
-def _several_inputs(arrays: Sequence[npt.NDArray[np.uint8]], start: int, stop: int, algorithm: str) -> list[bytes]:
-    if algorithm != "xxh3_128":
-        one_shot = _hasher(algorithm)
-        return [one_shot(b"".join(array[index].tobytes() for array in arrays)) for index in range(start, stop)]
-    digests = []
-    for index in range(start, stop):
-        hasher = xxhash.xxh3_128()
-        for array in arrays:
-            hasher.update(array[index])
-        digests.append(hasher.digest())
-    return digests
+def _hashed(rows: npt.NDArray[np.uint8], algorithm: str) -> list[bytes]:
+    count, width = rows.shape
+    if width < THREADED_ROW:
+        return list(map(_hasher(algorithm), rows))
+    return in_parts(count, width, lambda start, stop: list(map(_hasher(algorithm), rows[start:stop])))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchcache.errors import Bypass
+from torchcache.lazy import LazyTensor
 from torchcache.values.constants import ATOMS, DEEPEST, constant_bytes, is_constant, too_deep, type_name
 from torchcache.values.containers import KEEP_NO_CACHE, open_container
 from torchcache.values.tensors import TENSORS, check_tensor
@@ -185,7 +186,7 @@ def take_outputs(outputs: Any, *, stack_lists: bool = False) -> Taken:
 def _all_plain(values: Sequence[Any]) -> bool:
     """Whether all are tensors that are understood, without saying why not."""
     for value in values:
-        if type(value) is not torch.Tensor:
+        if type(value) is not torch.Tensor and type(value) is not LazyTensor:
             return False
     try:
         for value in values:

@@ -6,11 +6,12 @@ import torch
 
 from torchcache.dynamo import is_wrapped
 from torchcache.errors import Bypass
+from torchcache.lazy import LazyTensor
 
 __all__ = ["TENSORS", "check_tensor"]
 
 # By exact type, as a subclass may compute anything: what stands for it in a key.
-TENSORS: dict[type, bytes] = {torch.Tensor: b"T", torch.nn.Parameter: b"P"}
+TENSORS: dict[type, bytes] = {torch.Tensor: b"T", torch.nn.Parameter: b"P", LazyTensor: b"T"}
 # Attributes that compilers and torchcache leave on tensors.
 HARMLESS = ("_dynamo", "_has_dynamo", "_specialize_on", "_torchdynamo", "_torchcache")
 
@@ -30,10 +31,14 @@ def check_tensor(tensor: torch.Tensor) -> None:
         and not tensor.is_quantized
         and not tensor.is_nested
         and not is_wrapped(tensor)
-        and (not tensor.__dict__ or all(name.startswith(HARMLESS) for name in tensor.__dict__))
+        and (not tensor.__dict__ or type(tensor) is LazyTensor or all(map(_is_harmless, tensor.__dict__)))
     ):
         return
     raise Bypass(*_reason(tensor))
+
+
+def _is_harmless(name: str) -> bool:
+    return name.startswith(HARMLESS)
 
 
 def _reason(tensor: torch.Tensor) -> tuple[str, str]:
