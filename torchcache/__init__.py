@@ -14,6 +14,7 @@ from torchcache.errors import (
     StoreVersionError,
     TorchcacheError,
 )
+from torchcache.loading.loader import DataLoader
 from torchcache.loading.prefetch import prefetch
 from torchcache.loading.warm import warm
 from torchcache.marks import mark, torchcache, unmark
@@ -31,6 +32,7 @@ from torchcache.version import __version__ as __version__
 __all__ = [
     "ArgumentError",
     "CacheOptions",
+    "DataLoader",
     "FingerprintError",
     "MarkError",
     "OutputError",

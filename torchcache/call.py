@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import operator
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover
+from torchcache.lazy import Foresee, tell
 from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
 from torchcache.options import CacheOptions
@@ -220,41 +222,53 @@ class Region:
         """What the rows are filed under, their digests, and what was found for them ahead."""
         start = time.perf_counter()
         ids, named = current_ids(batch.count, self.name), batch.given.number
-        key = self._key(batch, plan, batch.rows, named)
+        call = call_fingerprint(plan.form, self.options, batch.mode, batch.rows, batch.shared, named)
+        key = layout_fingerprint(call, plan.layout)
         found = None
         if ids is not None:
             digests = ids
         else:
             digests = digest_rows(batch.rows, self.options.digest)
+            tell(self, batch.rows, lambda: self._foresee_as(batch, plan))
             if self.tiers.beneath:
                 found = prepared(self)
                 learn(self, batch.rows, lambda: self._prepare_as(batch, plan))
         self.counters.hash_seconds += time.perf_counter() - start
         return key, digests, found
 
-    def _key(self, batch: Batch, plan: Plan, rows: Sequence[torch.Tensor], named: int) -> bytes:
-        call = call_fingerprint(plan.form, self.options, batch.mode, rows, batch.shared, named)
-        return layout_fingerprint(call, plan.layout)
-
-    def _prepare_as(self, batch: Batch, plan: Plan) -> Callable[[Sequence[torch.Tensor]], Any]:
+    def _prepare_as(self, batch: Batch, plan: Plan) -> Callable[[Sequence[torch.Tensor]], Found | None]:
         """How to bring the rows near that a call like this one will want."""
-        who, expected = batch.who, self._expected(batch, plan)
+        who, mode, shared, region = batch.who, batch.mode, batch.shared, weakref.ref(self)
 
         def prepare(rows: Sequence[torch.Tensor]) -> Found | None:
-            if not plan.believed:
+            here = region()
+            if here is None or (here.tiers.beneath and not plan.believed):
                 return None
-            digests = digest_rows(rows, self.options.digest)
-            return self.tiers.find(self._key(batch, plan, rows, 0), digests, expected, who, copies=False)
+            key = layout_fingerprint(call_fingerprint(plan.form, here.options, mode, rows, shared, 0), plan.layout)
+            digests = digest_rows(rows, here.options.digest)
+            return here.tiers.find(key, digests, lambda: _expected(plan), who, copies=False)
 
         return prepare
 
-    def _expected(self, batch: Batch, plan: Plan) -> Callable[[], tuple[RowSpec, torch.device]]:
-        return lambda: (RowSpec.of(plan.rows_first(plan.output)), plan.output.tensors[0].device)
+    def _foresee_as(self, batch: Batch, plan: Plan) -> Foresee:
+        """How to tell whether a call like this one will find its rows; ``None`` where it cannot be told."""
+        prepare, algorithm = self._prepare_as(batch, plan), self.options.digest
+
+        def foresee(rows: Sequence[torch.Tensor]) -> list[bool] | None:
+            found = prepare(rows)
+            if found is None:
+                return None
+            if ABSENT not in found.slots:
+                return [True] * len(found.slots)
+            pairs = zip(found.slots, digest_rows(rows, algorithm), strict=True)
+            return [slot != ABSENT or digest in found.extra for slot, digest in pairs]
+
+        return foresee
 
     def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
         start = time.perf_counter()
         with normal_tensors():
-            found = self.tiers.find(key, digests, self._expected(batch, plan), batch.who, ahead)
+            found = self.tiers.find(key, digests, lambda: _expected(plan), batch.who, ahead)
         missing: dict[bytes, int] = {}
         if ABSENT in found.slots:
             for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
@@ -414,3 +428,8 @@ class Region:
             self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count
         logger.warning("%s was cached wrongly and its rows are dropped: %s: %s", self.name, alarm.found, what)
+
+
+def _expected(plan: Plan) -> tuple[RowSpec, torch.device]:
+    """What a row of such calls holds, and on which device its user is."""
+    return RowSpec.of(plan.rows_first(plan.output)), plan.output.tensors[0].device

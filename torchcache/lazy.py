@@ -9,12 +9,28 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils import _pytree as pytree
 
 from torchcache import dynamo
 from torchcache.context import inside_region
 
-__all__ = ["Kind", "LazyTensor", "Row", "Source", "digests_of", "loaded", "stack_rows", "stand_in", "take_whole"]
+__all__ = [
+    "Foresee",
+    "Kind",
+    "LazyTensor",
+    "Row",
+    "Source",
+    "digests_of",
+    "loaded",
+    "one_row",
+    "reduced",
+    "register",
+    "stack_rows",
+    "stand_in",
+    "take_whole",
+    "tell",
+]
 
 
 class Kind(NamedTuple):
@@ -37,6 +53,13 @@ class Source(Protocol):
 
     def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
         """Give all of ``rows`` their data. ``foreign`` says that code reads it that is no part of a region."""
+
+    def learn(self, owner: Any, leaf: int, foresee: Foresee) -> None:
+        """Note that a region looks rows of ``leaf`` up, and how to tell whether it will find them."""
+
+
+# From rows to whether each will be found; ``None`` where that cannot be told.
+Foresee = Callable[[Sequence[torch.Tensor]], "Sequence[bool] | None"]
 
 
 class Row:
@@ -251,6 +274,49 @@ def digests_of(tensor: torch.Tensor, algorithm: str) -> list[bytes] | None:
     return [row.digest for row in rows]
 
 
+def register(number: int, source: Source) -> None:
+    """Have rows that come from workers find ``source`` by a number, as long as it lives."""
+    _sources[number] = source
+
+
+_sources: weakref.WeakValueDictionary[int, Source] = weakref.WeakValueDictionary()
+
+
+def reduced(tensor: LazyTensor, away: type) -> Any:
+    """How to pickle ``tensor`` for another process: as it is where all its rows are of a source of class ``away``.
+
+    Rows that are loaded go with it. Of any other one the data goes.
+    """
+    rows = tensor.rows
+    if not rows or not all(type(row.source) is away for row in rows):
+        return reduce_tensor(tensor.load())
+    source: Any = rows[0].source
+    there = [place for place, row in enumerate(rows) if row.data is not None]
+    data = torch.stack([rows[place].data for place in there]) if there else None  # type: ignore[misc]
+    named = [(row.index, row.leaf, row.digest) for row in rows]
+    return _rebuilt, (source.number, named, tensor.kind, tensor._single, there, data)
+
+
+def _rebuilt(
+    number: int, named: list[tuple[Any, int, bytes]], kind: Kind, single: bool, there: list[int], data: Any
+) -> LazyTensor:
+    source = _sources.get(number)
+    if source is None:
+        raise RuntimeError("torchcache.DataLoader: a batch came from workers of a loader that is gone")
+    rows = [Row(source, index, leaf, kind, digest) for index, leaf, digest in named]
+    for row, place in enumerate(there):
+        rows[place].data = data[row]
+    cpu = torch.device("cpu")
+    return LazyTensor(_Held(rows, cpu), range(len(rows)), kind, cpu, single=single)
+
+
+def tell(owner: Any, rows: Sequence[torch.Tensor], foresee: Callable[[], Foresee]) -> None:
+    """Tell where ``rows`` come from that ``owner`` looks them up by what they are alone."""
+    if len(rows) == 1 and type(rows[0]) is LazyTensor and rows[0].rows:
+        first = rows[0].rows[0]
+        first.source.learn(owner, first.leaf, foresee())
+
+
 def loaded(value: Any) -> Any:
     """``value`` with the tensors that its lazy ones stand for, in containers that pytrees know."""
     if not any(isinstance(leaf, LazyTensor) for leaf in pytree.tree_leaves(value)):
@@ -346,7 +412,9 @@ def _unloaded(
     return LazyTensor(held, range(len(places)), Kind(dtype, tuple(shape)), device, single=single)
 
 
-def _fake(token: torch.Tensor, shape: list[Any], dtype: torch.dtype, device: torch.device, single: bool) -> torch.Tensor:
+def _fake(
+    token: torch.Tensor, shape: list[Any], dtype: torch.dtype, device: torch.device, single: bool
+) -> torch.Tensor:
     return torch.empty(shape if single else [token.shape[0], *shape], dtype=dtype, device=device)
 
 

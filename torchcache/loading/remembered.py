@@ -1,0 +1,224 @@
+"""What is remembered of a data set's samples, whether it is still true, and which of them need not be loaded."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchcache.identity.program import Program
+from torchcache.identity.state import State
+from torchcache.lazy import Foresee, Row, register, stack_rows
+from torchcache.loading.fetch import Fetcher, Learnt, load_rows
+from torchcache.loading.samples import Sample, same_values, take_sample
+from torchcache.logging import logger, warn_once
+
+__all__ = ["Remembered"]
+
+# Samples that take less to load, in seconds, are not worth remembering.
+CHEAP = 20e-6
+# So many batches in a row of which something other than a region read a tensor: it is loaded from then on.
+READ_OFTEN = 3
+# Samples that are loaded again at the start of a pass, at least; and the share of the time that this may take.
+FEWEST_CHECKED = 8
+MOST_TIME = 0.02
+# Apart from the generators that training draws from.
+_random = random.Random()
+_numbers = itertools.count()
+
+
+class Remembered:
+    """The samples of one loader's data set: a source of rows.
+
+    Parameters
+    ----------
+    fetcher : Fetcher
+        Loads and takes apart.
+    load : callable
+        From indices to samples, at once, from where this process may.
+    name : str or None
+        The user's name for the data set, in place of its program.
+    share : float
+        Of the samples, how many are loaded again in each pass.
+
+    Attributes
+    ----------
+    loaded, skipped : int
+        How many samples were loaded, and how many stood for themselves.
+    reason : str
+        Why samples are loaded in every epoch; empty where they are not.
+    """
+
+    def __init__(
+        self, fetcher: Fetcher, load: Callable[[Sequence[Any]], list[Any]], name: str | None, share: float
+    ) -> None:
+        self.digest = fetcher.digest
+        self.number = next(_numbers)
+        self.loaded = self.skipped = 0
+        self.reason = ""
+        self._fetcher, self._load, self._share = fetcher, load, share
+        self._program = None if name is not None else Program(fetcher.dataset.__getitem__, "the data set")
+        self._state = State()
+        self._by_number: list[Sample | None] = []
+        self._by_name: dict[Any, Sample] = {}
+        self._structures: dict[Any, Any] = {}
+        self._routes: weakref.WeakKeyDictionary[Any, dict[int, Foresee]] = weakref.WeakKeyDictionary()
+        self._foreign: set[int] = set()
+        self._streak: dict[int, int] = {}
+        self._seconds, self._timed = 0.0, 0
+        self._began = time.perf_counter()
+        self._spent = 0.0
+        self._checks = 0
+        register(self.number, self)
+        if self._program is not None and self._program.problem:
+            self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
+        elif self._program is not None:
+            self._state.update(self._program.tensors)
+
+    @property
+    def name(self) -> str:
+        """The data set's, for people."""
+        return type(self._fetcher.dataset).__name__
+
+    def __len__(self) -> int:
+        return len(self._by_name) + sum(sample is not None for sample in self._by_number)
+
+    def refuse(self, reason: str) -> None:
+        """Load every sample in every epoch from here on."""
+        self._forget()
+        self.reason = reason
+        warn_once(f"samples of {self.name} are loaded in every epoch: {reason}")
+
+    def begin(self) -> None:
+        """Look whether what is remembered is still true, as a pass begins."""
+        if self.reason or not len(self):
+            return
+        program = self._program
+        if program is not None and not (program.unchanged() and self._state.unchanged(program.tensors)):
+            self._forget()
+            self._program = Program(self._fetcher.dataset.__getitem__, "the data set")
+            if self._program.problem:
+                self.refuse(self._program.problem)
+            else:
+                self._state.update(self._program.tensors)
+            return
+        self._check()
+
+    def get(self, index: Any) -> Sample | None:
+        """What is remembered of a sample."""
+        if type(index) is int:
+            return self._by_number[index] if 0 <= index < len(self._by_number) else None
+        return self._by_name.get(index)
+
+    def add(self, learnt: Learnt) -> None:
+        """Remember what was loaded for the first time."""
+        if learnt.refused:
+            self.refuse(learnt.refused)
+        if self.reason:
+            return
+        self._seconds += learnt.seconds
+        self._timed += len(learnt.samples)
+        for index, sample in learnt.samples:
+            structure = self._structures.setdefault(sample.structure, sample.structure)
+            self._keep(index, sample._replace(structure=structure))
+        if self._timed >= 256 and self._seconds < CHEAP * self._timed:
+            self._forget()
+            self.reason = "loading one takes no longer than to leave it out"
+        elif learnt.samples and not any(sample.digests for _, sample in learnt.samples):
+            self._forget()
+            self.reason = "there are no large tensors in it"
+
+    def known(self, indices: Sequence[Any]) -> list[Sample | None]:
+        """Of which samples of a batch nothing is to be loaded, as far as can be foreseen."""
+        if self.reason:
+            return [None] * len(indices)
+        found = [self.get(index) for index in indices]
+        for leaf, foresee in [route for routes in list(self._routes.values()) for route in routes.items()]:
+            places = [place for place, sample in enumerate(found) if sample is not None]
+            rows = [self._row(indices[place], found[place], leaf) for place in places]
+            if not rows or None in rows or len({row.kind for row in rows if row is not None}) > 1:
+                continue
+            there = foresee([stack_rows(rows)])  # type: ignore[arg-type]
+            if there is not None:
+                for place, hit in zip(places, there, strict=True):
+                    if not hit:
+                        found[place] = None
+        return found
+
+    def _row(self, index: Any, sample: Sample | None, leaf: int) -> Row | None:
+        kinds = sample.kinds if sample is not None else []
+        if sample is None or leaf >= len(kinds):
+            return None
+        return Row(self, index, leaf, kinds[leaf], sample.digests[16 * leaf : 16 * leaf + 16])
+
+    def learn(self, owner: Any, leaf: int, foresee: Foresee) -> None:
+        """Note that a region looks rows of ``leaf`` up, and how to tell whether it will find them."""
+        self._routes.setdefault(owner, {})[leaf] = foresee
+
+    def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
+        """Load rows that were left out and are used all the same."""
+        self.loaded += len({row.index for row in rows})
+        if foreign:
+            self._foreign.update(row.leaf for row in rows)
+        before = {row.index: row.digest for row in rows}
+        if not load_rows(rows, self._fetcher, self._load):
+            changed = next(row.index for row in rows if row.digest != before[row.index])
+            self._changed(changed)
+
+    def passed(self) -> None:
+        """Note that a batch was used up."""
+        for leaf in self._foreign | set(self._streak):
+            self._streak[leaf] = self._streak.get(leaf, 0) + 1 if leaf in self._foreign else 0
+            if self._streak[leaf] >= READ_OFTEN:
+                self.refuse(
+                    "what comes of them is read by other code than cached models in every batch: let the data set do "
+                    "what is done with a batch before a cached model, or take PyTorch's own loader"
+                )
+                break
+        self._foreign.clear()
+
+    def _check(self) -> None:
+        """Load some samples again, and compare."""
+        known = [index for index, sample in enumerate(self._by_number) if sample is not None]
+        known += list(self._by_name)
+        wanted = min(len(known), max(FEWEST_CHECKED, int(self._share * len(known)))) if self._share else 0
+        if self._checks:
+            cost = self._spent / self._checks
+            wanted = min(wanted, int((MOST_TIME * (time.perf_counter() - self._began) - self._spent) / cost))
+        if wanted <= 0:
+            return
+        start = time.perf_counter()
+        indices = _random.sample(known, wanted)
+        for index, fresh in zip(indices, self._load(indices), strict=True):
+            sample = take_sample(fresh, self.digest, self._fetcher.collated)[0]
+            old = self.get(index)
+            assert old is not None
+            if sample._replace(values=old.values) != old or not same_values(sample.values, old.values):
+                self._changed(index)
+                break
+        self._spent += time.perf_counter() - start
+        self._checks += wanted
+        self.loaded += wanted
+
+    def _changed(self, index: Any) -> None:
+        logger.warning(
+            "sample %r of %s is not what it was when it was loaded first: a file, a transform or a label changed; "
+            "all samples are loaded anew",
+            index,
+            self.name,
+        )
+        self._forget()
+
+    def _keep(self, index: Any, sample: Sample) -> None:
+        if type(index) is not int or index < 0 or index > 2 * len(self._by_number) + 1_000_000:
+            self._by_name[index] = sample
+            return
+        if index >= len(self._by_number):
+            self._by_number.extend([None] * (index + 1 - len(self._by_number)))
+        self._by_number[index] = sample
+
+    def _forget(self) -> None:
+        self._by_number, self._by_name, self._structures = [], {}, {}

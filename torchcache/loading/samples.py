@@ -1,0 +1,198 @@
+"""A sample of a data set taken apart: its structure, its small values, and its large tensors."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from torchcache.digest.cpu import LARGE_ROW, digest_tensor
+from torchcache.errors import Bypass
+from torchcache.lazy import Kind
+
+__all__ = ["Sample", "build", "describe", "same_values", "take_sample"]
+
+# Structures are nested tuples: a container's class, the names of its parts, and the parts; or a place.
+_LARGE, _SMALL = "large", "small"
+Structure = tuple[Any, ...]
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+DEEPEST = 16
+
+
+class Sample(NamedTuple):
+    """What is remembered of a sample.
+
+    Parameters
+    ----------
+    structure : tuple
+        Containers, and where its values and its large tensors stand, with dtype and shape; can be hashed.
+    values : tuple
+        Numbers, strings and small tensors, in their order.
+    digests : bytes
+        16 bytes for each large tensor.
+    """
+
+    structure: Structure
+    values: tuple[Any, ...]
+    digests: bytes
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Of its large tensors."""
+        return _kinds(self.structure)
+
+
+def take_sample(sample: Any, digest: str, collated: bool) -> tuple[Sample, list[torch.Tensor]]:
+    """A sample taken apart, and its large tensors, contiguous.
+
+    Parameters
+    ----------
+    sample : object
+        What the data set returned.
+    digest : str
+        The algorithm of the digests of its large tensors.
+    collated : bool
+        Whether PyTorch's ``default_collate`` makes batches of it: what this turns into a tensor is one then.
+
+    Raises
+    ------
+    Bypass
+        For a sample with anything else in it, with its place.
+    """
+    values: list[Any] = []
+    large: list[torch.Tensor] = []
+    structure = _take(sample, values, large, collated, "")
+    digests = b"".join([digest_tensor(tensor, digest) for tensor in large])
+    return Sample(structure, tuple(values), digests), large
+
+
+def _take(value: Any, values: list[Any], large: list[torch.Tensor], collated: bool, where: str) -> Structure:
+    kind = type(value)
+    if kind in _PLAIN or (isinstance(value, np.generic) and kind.__module__ == "numpy" and value.dtype.kind in "biufc"):
+        values.append(value)
+        return (_SMALL,)
+    if kind in (tuple, list) or (
+        issubclass(kind, tuple) and hasattr(kind, "_fields") and not hasattr(value, "__dict__")
+    ):
+        names: tuple[Any, ...] = tuple(range(len(value)))
+        parts = list(value)
+    elif kind is dict:
+        names, parts = tuple(value), list(value.values())
+        if not all(type(name) in (str, int) for name in names):
+            raise Bypass(f"a sample has a dict with keys that are neither text nor numbers{where}")
+    else:
+        return _take_tensor(value, values, large, collated, where)
+    if len(where) > 8 * DEEPEST:
+        raise Bypass(f"a sample is nested too deep{where[:60]}")
+    inner = [
+        _take(part, values, large, collated, f"{where}[{name!r}]") for name, part in zip(names, parts, strict=True)
+    ]
+    return (kind, names, *inner)
+
+
+def _take_tensor(value: Any, values: list[Any], large: list[torch.Tensor], collated: bool, where: str) -> Structure:
+    kind = type(value)
+    plain = kind is torch.Tensor and _is_plain(value)
+    if plain and value.nbytes < LARGE_ROW:
+        values.append(value.detach().clone())
+        return (_SMALL,)
+    if kind is np.ndarray and value.dtype.kind in "biufc" and value.nbytes < LARGE_ROW:
+        values.append(value.copy())
+        return (_SMALL,)
+    if plain and value.is_contiguous():
+        found = value.detach()
+    elif collated:
+        found = _collated(value)
+    else:
+        found = None
+    if found is None:
+        described = f"{kind.__module__}.{kind.__qualname__}"
+        raise Bypass(f"a sample holds an object of class {described}{f' at {where}' if where else ''}")
+    large.append(found)
+    return (_LARGE, Kind(found.dtype, tuple(found.shape)))
+
+
+def _collated(value: Any) -> torch.Tensor | None:
+    """The row that ``default_collate`` makes of ``value``, where it makes a large, ordinary tensor of it."""
+    if not isinstance(value, (torch.Tensor, np.ndarray)):
+        return None
+    made = default_collate([value])
+    return made[0] if type(made) is torch.Tensor and _is_plain(made) and made.nbytes >= LARGE_ROW else None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.is_cpu
+        and not (tensor.is_quantized or tensor.is_nested or tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
+        and not tensor.__dict__
+    )
+
+
+def build(structure: Structure, values: Sequence[Any], large: Sequence[Any]) -> Any:
+    """The sample again, with ``large`` in place of its large tensors. Nobody else holds what it consists of."""
+    return _build(structure, iter(values), iter(large))
+
+
+def _build(structure: Structure, values: Any, large: Any) -> Any:
+    kind = structure[0]
+    if kind == _SMALL:
+        value = next(values)
+        return value if type(value) in _PLAIN or isinstance(value, np.generic) else _copied(value)
+    if kind == _LARGE:
+        return next(large)
+    parts = [_build(part, values, large) for part in structure[2:]]
+    if kind is dict:
+        return dict(zip(structure[1], parts, strict=True))
+    if kind is list:
+        return parts
+    return tuple(parts) if kind is tuple else kind(*parts)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value.copy()
+
+
+def _kinds(structure: Structure) -> list[Kind]:
+    if structure[0] == _LARGE:
+        return [structure[1]]
+    return [] if structure[0] == _SMALL else [kind for part in structure[2:] for kind in _kinds(part)]
+
+
+def describe(structure: Structure) -> str:
+    """A structure as text, equal for equal ones in every process."""
+    if structure[0] == _SMALL:
+        return "."
+    if structure[0] == _LARGE:
+        kind: Kind = structure[1]
+        return f"{kind.dtype}{[*kind.shape]}"
+    kind, names, *parts = structure
+    inner = ",".join(f"{name!r}:{describe(part)}" for name, part in zip(names, parts, strict=True))
+    return f"{kind.__module__}.{kind.__qualname__}({inner})"
+
+
+def same_values(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether values are equal in class and in every bit."""
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and _bits(one) == _bits(other)
+    if isinstance(one, (np.ndarray, np.generic)):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, float):
+        return struct.pack("d", one) == struct.pack("d", other)
+    if isinstance(one, complex):
+        return _same(one.real, other.real) and _same(one.imag, other.imag)
+    return bool(one == other)
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return digest_tensor(tensor)
