@@ -14,7 +14,7 @@ from torchcache.context import computing
 from torchcache.errors import Bypass
 from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import NumericMode
-from torchcache.lazy import loaded
+from torchcache.lazy.use import loaded
 from torchcache.values.take import Taken
 
 __all__ = ["Batch", "Given", "Subject"]

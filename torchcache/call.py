@@ -38,7 +38,8 @@ from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover
-from torchcache.lazy import Foresee, tell
+from torchcache.lazy.rows import Foresee
+from torchcache.lazy.use import tell
 from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
 from torchcache.options import CacheOptions

@@ -25,7 +25,8 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass, MarkError
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
-from torchcache.lazy import LazyTensor, stand_in, take_whole
+from torchcache.lazy.tensor import LazyTensor, take_whole
+from torchcache.lazy.use import stand_in
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
 from torchcache.values.layout import dense, inverted, memory_order

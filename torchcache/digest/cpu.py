@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from torchcache.lazy import digests_of
+from torchcache.lazy.use import digests_of
 from torchcache.store.blob import row_bytes
 from torchcache.threads import THREADED_ROW, in_parts
 

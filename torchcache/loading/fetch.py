@@ -16,7 +16,9 @@ from torch.utils.data import Dataset, default_collate
 
 from torchcache.dynamo import collate_as, pinned
 from torchcache.errors import Bypass
-from torchcache.lazy import LazyTensor, Row, Source, one_row, reduced, stack_rows
+from torchcache.lazy.rows import Row, Source
+from torchcache.lazy.tensor import LazyTensor
+from torchcache.lazy.use import one_row, reduced, stack_rows
 from torchcache.loading.samples import Sample, build, same_values, take_sample
 
 __all__ = ["Arrived", "Fetcher", "Learnt", "Task", "assemble"]
@@ -236,7 +238,7 @@ def _other_chance() -> Iterator[None]:
     """Other random numbers than those of training, whose generators are put back."""
     held = torch.get_rng_state(), random.getstate(), np.random.get_state()
     seed = random.Random().getrandbits(32)
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     try:

@@ -126,7 +126,7 @@ class DataLoader(data.DataLoader[Any]):
         return iter(self._workers)
 
     def _load_now(self, indices: Sequence[Any]) -> list[Any]:
-        """Samples at once: by workers of their own where the user wants workers, for the data set may live there only."""
+        """Samples at once; by workers where the user wants workers: what the data set opens may live there only."""
         fetcher = self.remembered._fetcher
         if not self.num_workers:
             return fetcher.load(indices)

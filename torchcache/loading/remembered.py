@@ -11,7 +11,8 @@ from typing import Any
 
 from torchcache.identity.program import Program
 from torchcache.identity.state import State
-from torchcache.lazy import Foresee, Row, register, stack_rows
+from torchcache.lazy.rows import Foresee, Row
+from torchcache.lazy.use import register, stack_rows
 from torchcache.loading.fetch import Fetcher, Learnt, load_rows
 from torchcache.loading.samples import Sample, same_values, take_sample
 from torchcache.logging import logger, warn_once

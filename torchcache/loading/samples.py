@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from torchcache.digest.cpu import LARGE_ROW, digest_tensor
 from torchcache.errors import Bypass
-from torchcache.lazy import Kind
+from torchcache.lazy.rows import Kind
 
 __all__ = ["Sample", "build", "describe", "same_values", "take_sample"]
 
@@ -168,9 +168,8 @@ def describe(structure: Structure) -> str:
     if structure[0] == _SMALL:
         return "."
     if structure[0] == _LARGE:
-        kind: Kind = structure[1]
-        return f"{kind.dtype}{[*kind.shape]}"
-    kind, names, *parts = structure
+        return f"{structure[1].dtype}{[*structure[1].shape]}"
+    kind, names, parts = structure[0], structure[1], structure[2:]
     inner = ",".join(f"{name!r}:{describe(part)}" for name, part in zip(names, parts, strict=True))
     return f"{kind.__module__}.{kind.__qualname__}({inner})"
 
@@ -184,15 +183,11 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and _bits(one) == _bits(other)
+        return one.dtype == other.dtype and one.shape == other.shape and digest_tensor(one) == digest_tensor(other)
     if isinstance(one, (np.ndarray, np.generic)):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        return bool(one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes())
     if isinstance(one, float):
         return struct.pack("d", one) == struct.pack("d", other)
     if isinstance(one, complex):
         return _same(one.real, other.real) and _same(one.imag, other.imag)
     return bool(one == other)
-
-
-def _bits(tensor: torch.Tensor) -> bytes:
-    return digest_tensor(tensor)

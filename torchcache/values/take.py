@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchcache.errors import Bypass
-from torchcache.lazy import LazyTensor
+from torchcache.lazy.tensor import LazyTensor
 from torchcache.values.constants import ATOMS, DEEPEST, constant_bytes, is_constant, too_deep, type_name
 from torchcache.values.containers import KEEP_NO_CACHE, open_container
 from torchcache.values.tensors import TENSORS, check_tensor

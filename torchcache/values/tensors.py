@@ -6,7 +6,7 @@ import torch
 
 from torchcache.dynamo import is_wrapped
 from torchcache.errors import Bypass
-from torchcache.lazy import LazyTensor
+from torchcache.lazy.tensor import LazyTensor
 
 __all__ = ["TENSORS", "check_tensor"]
 

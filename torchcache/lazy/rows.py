@@ -1,0 +1,134 @@
+"""Rows of a data set that may not be loaded, and memory that several tensors share as soon as they are."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from torchcache import dynamo
+from torchcache.context import inside_region
+
+__all__ = ["Foresee", "Held", "Kind", "Row", "Source", "held_of"]
+
+
+class Kind(NamedTuple):
+    """What one leaf of a sample is, without its content."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Source(Protocol):
+    """Where rows come from.
+
+    Attributes
+    ----------
+    digest : str
+        The algorithm of the rows' digests.
+    """
+
+    digest: str
+
+    def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
+        """Give all of ``rows`` their data. ``foreign`` says that code reads it that is no part of a region."""
+
+    def learn(self, owner: Any, leaf: int, foresee: Foresee) -> None:
+        """Note that a region looks rows of ``leaf`` up, and how to tell whether it will find them."""
+
+
+# From rows to whether each will be found; ``None`` where that cannot be told.
+Foresee = Callable[[Sequence[torch.Tensor]], "Sequence[bool] | None"]
+
+
+class Row:
+    """One tensor of one sample.
+
+    Parameters
+    ----------
+    source : Source
+        The data set that it comes from.
+    index : object
+        The sample's index there.
+    leaf : int
+        Which of the sample's large tensors it is.
+    kind : Kind
+        Its dtype and shape.
+    digest : bytes
+        16 bytes over its elements.
+    data : torch.Tensor or None
+        Its elements, once they are loaded. Nobody writes to them.
+    """
+
+    __slots__ = ("data", "digest", "index", "kind", "leaf", "source")
+
+    def __init__(
+        self, source: Source, index: Any, leaf: int, kind: Kind, digest: bytes, data: torch.Tensor | None = None
+    ) -> None:
+        self.source, self.index, self.leaf, self.kind = source, index, leaf, kind
+        self.digest, self.data = digest, data
+
+
+class Held:
+    """Rows that lie side by side in one memory, as soon as they lie anywhere. Views share it.
+
+    Attributes
+    ----------
+    data : torch.Tensor or None
+        The memory. From when on there is one, anybody may have written to it.
+    """
+
+    __slots__ = ("__weakref__", "data", "device", "number", "pinned", "rows")
+
+    def __init__(self, rows: Sequence[Row], device: torch.device, pinned: bool = False) -> None:
+        self.rows, self.device, self.pinned = rows, device, pinned
+        self.data: torch.Tensor | None = None
+        self.number = -1
+
+    def load(self) -> torch.Tensor:
+        """The memory, filled."""
+        if self.data is None:
+            with _lock, dynamo.no_mode(), torch.inference_mode(False), torch.no_grad():
+                if self.data is None:
+                    self.data = self._gather(range(len(self.rows)))
+        return self.data
+
+    def fresh(self, places: Sequence[int]) -> torch.Tensor:
+        """Some of the rows as they are now, in memory that nobody else has."""
+        if self.data is None:
+            with _lock, dynamo.no_mode(), torch.no_grad():
+                return self._gather(places)
+        return self.data[[*places]]
+
+    def _gather(self, places: Sequence[int]) -> torch.Tensor:
+        rows = [self.rows[place] for place in places]
+        missing: dict[int, list[Row]] = {}
+        for row in rows:
+            if row.data is None:
+                missing.setdefault(id(row.source), []).append(row)
+        for some in missing.values():
+            some[0].source.load(some, foreign=not inside_region())
+        made = torch.stack([row.data for row in rows if row.data is not None])
+        made = made.to(self.device)
+        return made.pin_memory() if self.pinned else made
+
+    def handle(self) -> int:
+        """A number by which a graph finds these rows, as long as somebody holds them."""
+        if self.number < 0:
+            self.number = next(_numbers)
+            _numbered[self.number] = self
+        return self.number
+
+
+def held_of(number: int) -> Held | None:
+    """The rows that a graph finds by this number, as long as somebody holds them."""
+    return _numbered.get(number)
+
+
+_lock = threading.RLock()
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
