@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchcache.dynamo import pinned
 from torchcache.errors import ArgumentError
 from torchcache.loading.fetch import Arrived, Fetcher, Task, assemble
 from torchcache.loading.remembered import Remembered
+from torchcache.options import CacheOptions
 
 __all__ = ["DataLoader"]
 
@@ -45,6 +47,10 @@ class DataLoader(data.DataLoader[Any]):
         0 turns it off.
     digest : {"xxh3_128", "blake3"}
         As the marks have it.
+    persistent : bool
+        Keep what is remembered in the cache directory, for later runs.
+    persistent_cache_dir : str, Path or None
+        The directory, as the marks have it.
 
     Raises
     ------
@@ -65,6 +71,8 @@ class DataLoader(data.DataLoader[Any]):
         dataset_id: str | None = None,
         check: float = 0.005,
         digest: str = "xxh3_128",
+        persistent: bool = False,
+        persistent_cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(dataset, data.IterableDataset):
@@ -73,7 +81,8 @@ class DataLoader(data.DataLoader[Any]):
                 "they could be remembered: make it a map-style data set, with __getitem__ and __len__"
             )
         super().__init__(dataset, *args, **kwargs)
-        self.dataset_id, self.check, self.digest = dataset_id, check, digest
+        self.dataset_id, self.check = dataset_id, check
+        self.options = CacheOptions(digest=digest, persistent=persistent, persistent_cache_dir=persistent_cache_dir)
         self._remembered: Remembered | None = None
         self._tasks: _Tasks | None = None
         self._workers: data.DataLoader[Any] | None = None
@@ -83,8 +92,9 @@ class DataLoader(data.DataLoader[Any]):
     def remembered(self) -> Remembered:
         """What is known of the samples."""
         if self._remembered is None:
-            fetcher = Fetcher(self.dataset, self.collate_fn, self.digest)
-            self._remembered = Remembered(fetcher, self._load_now, self.dataset_id, self.check)
+            fetcher = Fetcher(self.dataset, self.collate_fn, self.options.digest)
+            kept = self.options if self.options.persistent else None
+            self._remembered = Remembered(fetcher, self._load_now, self.dataset_id, self.check, kept)
         return self._remembered
 
     def __iter__(self) -> Any:
@@ -104,7 +114,7 @@ class DataLoader(data.DataLoader[Any]):
         """What comes of ``tasks``, in the processes that the user asked for."""
         if self._workers is None:
             self._tasks = _Tasks()
-            fetcher = Fetcher(self.dataset, self.collate_fn, self.digest)
+            fetcher = Fetcher(self.dataset, self.collate_fn, self.options.digest)
             self._workers = data.DataLoader(
                 fetcher,
                 batch_size=None,
@@ -184,6 +194,7 @@ class _Pass:
             self._remembered.passed()
         if self._arriving is None:
             if not self._planned and not self._plan():
+                self._remembered.write()
                 raise StopIteration
             task = self._planned[0]
             if None not in (task.known or ()):
@@ -194,7 +205,10 @@ class _Pass:
                 return self._assembled(task)
             self._start()
         assert self._arriving is not None
-        arrived = next(self._arriving)
+        arrived = next(self._arriving, None)
+        if arrived is None:
+            self._remembered.write()
+            raise StopIteration
         self._given += 1
         task = self._waiting.pop(arrived.number)
         if arrived.learnt is not None:

@@ -9,13 +9,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torchcache.digest.cpu import digest_bytes
 from torchcache.identity.program import Program
 from torchcache.identity.state import State
 from torchcache.lazy.rows import Foresee, Row
 from torchcache.lazy.use import register, stack_rows
 from torchcache.loading.fetch import Fetcher, Learnt, load_rows
-from torchcache.loading.samples import Sample, same_values, take_sample
+from torchcache.loading.pages import SAMPLES, Pages
+from torchcache.loading.samples import Sample, describe, same_values, take_sample
 from torchcache.logging import logger, warn_once
+from torchcache.options import CacheOptions
 
 __all__ = ["Remembered"]
 
@@ -44,6 +47,8 @@ class Remembered:
         The user's name for the data set, in place of its program.
     share : float
         Of the samples, how many are loaded again in each pass.
+    options : CacheOptions or None
+        Where samples are kept for other processes; ``None`` keeps them in memory only.
 
     Attributes
     ----------
@@ -54,15 +59,26 @@ class Remembered:
     """
 
     def __init__(
-        self, fetcher: Fetcher, load: Callable[[Sequence[Any]], list[Any]], name: str | None, share: float
+        self,
+        fetcher: Fetcher,
+        load: Callable[[Sequence[Any]], list[Any]],
+        name: str | None,
+        share: float,
+        options: CacheOptions | None = None,
     ) -> None:
         self.digest = fetcher.digest
         self.number = next(_numbers)
         self.loaded = self.skipped = 0
         self.reason = ""
         self._fetcher, self._load, self._share = fetcher, load, share
-        self._program = None if name is not None else Program(fetcher.dataset.__getitem__, "the data set")
+        self._name, self._options = name, options
+        self._program: Program | None = None
         self._state = State()
+        self._pages: Pages | None = None
+        self._identity = b""
+        self._new: list[tuple[Any, Sample]] = []
+        # Structures by their texts, which is what pages have of them.
+        self._described: dict[str, Any] = {}
         self._by_number: list[Sample | None] = []
         self._by_name: dict[Any, Sample] = {}
         self._structures: dict[Any, Any] = {}
@@ -74,10 +90,7 @@ class Remembered:
         self._spent = 0.0
         self._checks = 0
         register(self.number, self)
-        if self._program is not None and self._program.problem:
-            self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
-        elif self._program is not None:
-            self._state.update(self._program.tensors)
+        self._identify()
 
     @property
     def name(self) -> str:
@@ -86,6 +99,23 @@ class Remembered:
 
     def __len__(self) -> int:
         return len(self._by_name) + sum(sample is not None for sample in self._by_number)
+
+    def _identify(self) -> None:
+        """See which data set it is, and what earlier processes kept of it."""
+        dataset = self._fetcher.dataset
+        if self._name is None:
+            self._program = Program(dataset.__getitem__, "the data set")
+            if self._program.problem:
+                self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
+                return
+            who = self._program.digest + self._state.update(self._program.tensors)
+        else:
+            who = f"{type(dataset).__module__}.{type(dataset).__qualname__} {self._name}".encode()
+        if self._options is not None:
+            self._identity = digest_bytes(who + f" {self.digest} {self._fetcher.collated}".encode())
+            self._pages = Pages(self._identity, f"samples of {self.name}", self._options)
+            for index, sample in self._pages.read():
+                self._keep(index, sample)
 
     def refuse(self, reason: str) -> None:
         """Load every sample in every epoch from here on."""
@@ -100,19 +130,21 @@ class Remembered:
         program = self._program
         if program is not None and not (program.unchanged() and self._state.unchanged(program.tensors)):
             self._forget()
-            self._program = Program(self._fetcher.dataset.__getitem__, "the data set")
-            if self._program.problem:
-                self.refuse(self._program.problem)
-            else:
-                self._state.update(self._program.tensors)
-            return
-        self._check()
+            self._identify()
+        if not self.reason:
+            self._check()
 
     def get(self, index: Any) -> Sample | None:
         """What is remembered of a sample."""
-        if type(index) is int:
-            return self._by_number[index] if 0 <= index < len(self._by_number) else None
-        return self._by_name.get(index)
+        if type(index) is int and 0 <= index < len(self._by_number):
+            found = self._by_number[index]
+        else:
+            found = self._by_name.get(index)
+        if found is None or len(found.structure) > 1 or found.structure[0] not in self._described:
+            return found if found is not None and len(found.structure) > 1 else None
+        found = found._replace(structure=self._described[found.structure[0]])
+        self._keep(index, found)
+        return found
 
     def add(self, learnt: Learnt) -> None:
         """Remember what was loaded for the first time."""
@@ -123,14 +155,32 @@ class Remembered:
         self._seconds += learnt.seconds
         self._timed += len(learnt.samples)
         for index, sample in learnt.samples:
-            structure = self._structures.setdefault(sample.structure, sample.structure)
-            self._keep(index, sample._replace(structure=structure))
+            sample = sample._replace(structure=self._known_structure(sample.structure))
+            self._keep(index, sample)
+            if self._pages is not None:
+                self._new.append((index, sample))
+        if len(self._new) >= SAMPLES:
+            self.write()
         if self._timed >= 256 and self._seconds < CHEAP * self._timed:
             self._forget()
             self.reason = "loading one takes no longer than to leave it out"
         elif learnt.samples and not any(sample.digests for _, sample in learnt.samples):
             self._forget()
             self.reason = "there are no large tensors in it"
+
+    def write(self) -> None:
+        """Keep what is new for other processes."""
+        if self._pages is not None and self._new and not self.reason:
+            self._pages.write(self._new)
+            self._new = []
+
+    def _known_structure(self, structure: Any) -> Any:
+        """One object for equal structures."""
+        known = self._structures.get(structure)
+        if known is None:
+            known = self._structures[structure] = structure
+            self._described[describe(structure)] = structure
+        return known
 
     def known(self, indices: Sequence[Any]) -> list[Sample | None]:
         """Of which samples of a batch nothing is to be loaded, as far as can be foreseen."""
@@ -195,9 +245,9 @@ class Remembered:
         indices = _random.sample(known, wanted)
         for index, fresh in zip(indices, self._load(indices), strict=True):
             sample = take_sample(fresh, self.digest, self._fetcher.collated)[0]
+            self._known_structure(sample.structure)
             old = self.get(index)
-            assert old is not None
-            if sample._replace(values=old.values) != old or not same_values(sample.values, old.values):
+            if old is None or sample._replace(values=old.values) != old or not same_values(sample.values, old.values):
                 self._changed(index)
                 break
         self._spent += time.perf_counter() - start
@@ -211,6 +261,9 @@ class Remembered:
             index,
             self.name,
         )
+        if self._pages is not None and self._options is not None:
+            self._pages.remove()
+            self._pages = Pages(self._identity, f"samples of {self.name}", self._options)
         self._forget()
 
     def _keep(self, index: Any, sample: Sample) -> None:
@@ -222,4 +275,4 @@ class Remembered:
         self._by_number[index] = sample
 
     def _forget(self) -> None:
-        self._by_number, self._by_name, self._structures = [], {}, {}
+        self._by_number, self._by_name, self._new = [], {}, []

@@ -1,0 +1,183 @@
+"""Remembered samples on disk: pages of some hundred each, kept among a cache directory's rows.
+
+A page is one row, a tensor of bytes: JSON of ``{"structures": [text, ...], "samples": [[index, place of its structure,
+digests in hexadecimal, [value, ...]], ...]}``. Pages of a data set are numbered from 0 and never rewritten. A value is
+itself where JSON has it, or a list that begins with a tag: ``f`` and ``c`` floats in hexadecimal, ``b`` bytes, ``t`` a
+tensor, ``a`` and ``g`` an array and a number of NumPy, with dtype, shape and base64. What is read is not trusted: it is
+parsed with bounds, and of what a sample was the data set itself tells the classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchcache.digest.cpu import digest_bytes
+from torchcache.loading.samples import Sample, describe
+from torchcache.logging import logger
+from torchcache.options import CacheOptions
+from torchcache.store.beneath import Beneath
+from torchcache.store.blob import Codec, RowSpec, row_bytes
+from torchcache.store.catalogue import Region
+from torchcache.store.header import read_header
+
+__all__ = ["SAMPLES", "Pages"]
+
+# Samples of a page, and its bytes at most; a sample that alone has more is not kept.
+SAMPLES = 1024
+LONGEST = 1024 * 1024
+# Pages that are asked for at once.
+TOGETHER = 64
+_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+
+
+class Pages:
+    """The pages of one data set.
+
+    Parameters
+    ----------
+    identity : bytes
+        16 bytes: which data set.
+    name : str
+        The data set's, for people.
+    options : CacheOptions
+        Where they are kept.
+    """
+
+    def __init__(self, identity: bytes, name: str, options: CacheOptions) -> None:
+        self._identity = identity
+        self._beneath = Beneath(options, name)
+        self._region = Region.of(identity.hex(), name, options)
+        self._level = options.zstd_compression_level
+        self._next = 0
+
+    def read(self) -> Iterator[tuple[Any, Sample]]:
+        """All samples that are kept; in place of their structures stands a text, as of ``describe``."""
+        if not self._beneath or not self._beneath.knows(self._region):
+            return
+        self._beneath.tell(self._region)
+        while True:
+            keys = [self._key(self._next + number) for number in range(TOGETHER)]
+            found: dict[bytes, Any] = {}
+            for _, blobs in self._beneath.read(keys, self._region, LONGEST):
+                found.update(blobs)
+            for key in keys:
+                if key not in found:
+                    return
+                self._next += 1
+                try:
+                    yield from _decoded(key, found[key])
+                except Exception:  # whatever lies there
+                    logger.debug("a page of remembered samples is damaged", exc_info=True)
+
+    def write(self, samples: Sequence[tuple[Any, Sample]]) -> None:
+        """Keep samples, behind the step."""
+        plain = [(index, sample) for index, sample in samples if type(index) in (int, str)]
+        for start in range(0, len(plain), SAMPLES):
+            for page in _encoded(plain[start : start + SAMPLES]):
+                key = self._key(self._next)
+                self._next += 1
+                self._beneath.write(len(page), functools.partial(_entries, key, page, self._level), self._region)
+
+    def remove(self) -> None:
+        """Remove all pages."""
+        self._beneath.leave(self._region)
+
+    def _key(self, number: int) -> bytes:
+        return self._identity + digest_bytes(b"page %d" % number)
+
+
+def _entries(key: bytes, page: bytes, level: int | None) -> list[tuple[bytes, bytes]]:
+    row = torch.frombuffer(bytearray(page), dtype=torch.uint8)[None]
+    return [(key, Codec(RowSpec.of([row]), level).encode([key], [row])[0])]
+
+
+def _encoded(samples: Sequence[tuple[Any, Sample]]) -> Iterator[bytes]:
+    structures = {sample.structure: describe(sample.structure) for _, sample in samples}
+    numbers = {structure: number for number, structure in enumerate(structures)}
+    rows = [
+        [index, numbers[sample.structure], sample.digests.hex(), [*map(_written, sample.values)]]
+        for index, sample in samples
+    ]
+    page = json.dumps({"structures": list(structures.values()), "samples": rows}, separators=(",", ":")).encode()
+    if len(page) <= LONGEST // 2:
+        yield page
+    elif len(samples) > 1:
+        half = len(samples) // 2
+        yield from itertools.chain(_encoded(samples[:half]), _encoded(samples[half:]))
+
+
+def _decoded(key: bytes, blob: Any) -> Iterator[tuple[Any, Sample]]:
+    held = blob if isinstance(blob, bytes) else blob.read(LONGEST)
+    spec = read_header(io.BytesIO(held)).spec
+    if len(spec.leaves) != 1 or spec.leaves[0][0] != torch.uint8 or spec.size > LONGEST:
+        raise ValueError("no page")
+    sound, rows = Codec(spec).decode([key], [held])
+    if not sound:
+        raise ValueError("damaged")
+    page = json.loads(row_bytes(rows[0]).tobytes())
+    structures = page["structures"]
+    if not all(type(text) is str for text in structures):
+        raise ValueError("no text")
+    for index, number, digests, values in page["samples"]:
+        if type(index) not in (int, str) or type(number) is not int or number < 0:
+            raise ValueError("no sample")
+        yield index, Sample((structures[number],), tuple(map(_read, values)), bytes.fromhex(digests))
+
+
+def _written(value: Any) -> Any:
+    kind = type(value)
+    if kind is float:
+        return ["f", value.hex()]
+    if kind is complex:
+        return ["c", value.real.hex(), value.imag.hex()]
+    if kind is bytes:
+        return ["b", _text(value)]
+    if kind is torch.Tensor:
+        held = value.contiguous()
+        return ["t", str(held.dtype).removeprefix("torch."), [*held.shape], _text(row_bytes(held[None]).tobytes())]
+    if kind is np.ndarray:
+        return ["a", value.dtype.str, [*value.shape], _text(value.tobytes())]
+    if isinstance(value, np.generic):
+        return ["g", value.dtype.str, _text(value.tobytes())]
+    return value
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, list):
+        if type(value) not in (type(None), bool, int, str):
+            raise ValueError("no value")
+        return value
+    tag, *parts = value
+    if tag == "f":
+        return float.fromhex(parts[0])
+    if tag == "c":
+        return complex(float.fromhex(parts[0]), float.fromhex(parts[1]))
+    if tag == "b":
+        return _bytes(parts[0])
+    data = bytearray(_bytes(parts[-1]))
+    if tag == "t" and parts[0] in _DTYPES:
+        dtype = getattr(torch, parts[0])
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(parts[1]).clone()
+    dtype = np.dtype(parts[0])
+    if dtype.kind not in "biufc" or tag not in ("a", "g"):
+        raise ValueError("no value")
+    elements = np.frombuffer(data, dtype)
+    return elements.reshape(parts[1]).copy() if tag == "a" else elements[0]
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
