@@ -39,7 +39,8 @@ from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover
 from torchcache.lazy.rows import Foresee
-from torchcache.lazy.use import tell
+from torchcache.lazy.tensor import LazyTensor
+from torchcache.lazy.use import tell, unloaded_rows
 from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
 from torchcache.options import CacheOptions
@@ -253,9 +254,13 @@ class Region:
 
     def _foresee_as(self, batch: Batch, plan: Plan) -> Foresee:
         """How to tell whether a call like this one will find its rows; ``None`` where it cannot be told."""
-        prepare, algorithm = self._prepare_as(batch, plan), self.options.digest
+        prepare, algorithm, region = self._prepare_as(batch, plan), self.options.digest, weakref.ref(self)
+        kind = (batch.who + batch.taken.key, b"".join(batch.shared))
 
         def foresee(rows: Sequence[torch.Tensor]) -> list[bool] | None:
+            here = region()
+            if here is not None and here.schedule.first(*kind, len(rows[0])):
+                return [False] * len(rows[0])  # they are served and computed as well
             found = prepare(rows)
             if found is None:
                 return None
@@ -306,6 +311,8 @@ class Region:
                 self._react(batch, alarm)
                 return batch.given.run()
         self._count(looked)
+        if type(batch.rows[0]) is LazyTensor:
+            self.counters.unloaded += unloaded_rows(batch.rows[0])
         watcher = current_watcher()
         if watcher is not None:
             watcher(self, looked)

@@ -16,6 +16,8 @@ class Counters:
     memory_hits, disk_hits, remote_hits, misses, bypasses : int
         Rows served by memory (a repeat within a batch too), by disk, by a server or a tier of the user's own; computed
         and stored, computed only.
+    unloaded : int
+        Of the rows served, those whose samples no ``torchcache.DataLoader`` had loaded.
     calls : int
         Batches.
     alarms : int
@@ -29,6 +31,7 @@ class Counters:
     remote_hits: int = 0
     misses: int = 0
     bypasses: int = 0
+    unloaded: int = 0
     calls: int = 0
     alarms: int = 0
     hash_seconds: float = 0.0

@@ -16,7 +16,7 @@ class Point(NamedTuple):
     ----------
     calls : int
         Batches.
-    memory_hits, disk_hits, remote_hits, misses, bypasses : int
+    memory_hits, disk_hits, remote_hits, misses, bypasses, unloaded : int
         Rows.
     hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
         Where the time went.
@@ -30,6 +30,7 @@ class Point(NamedTuple):
     remote_hits: int
     misses: int
     bypasses: int
+    unloaded: int
     hash_seconds: float
     lookup_seconds: float
     compute_seconds: float

@@ -71,6 +71,11 @@ class Schedule:
         kinds[shared] = count + hits, most, mixed + (hits < rows)
         return rows if mixed < FIRST_SERVED else hits
 
+    def first(self, form: bytes, shared: bytes, rows: int) -> bool:
+        """Whether all that a call of so many rows is served next will be looked at."""
+        count, most, _ = self._served.get(form, {}).get(shared, (0, 0, 0))
+        return bool(self._share) and count < FIRST_SERVED * max(most, rows)
+
     def forget(self) -> None:
         """Look at what is served anew: all rows were dropped."""
         self._served.clear()

@@ -23,6 +23,7 @@ __all__ = [
     "stack_rows",
     "stand_in",
     "tell",
+    "unloaded_rows",
 ]
 
 _MEANT = (graph, stays)  # their operators are registered when they are imported
@@ -93,6 +94,12 @@ def tell(owner: Any, rows: Sequence[torch.Tensor], foresee: Callable[[], Foresee
     if len(rows) == 1 and type(rows[0]) is LazyTensor and rows[0].rows:
         first = rows[0].rows[0]
         first.source.learn(owner, first.leaf, foresee())
+
+
+def unloaded_rows(tensor: LazyTensor) -> int:
+    """How many rows have no data up to now."""
+    rows = tensor.rows
+    return 0 if rows is None else sum(row.data is None for row in rows)
 
 
 def loaded(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torchcache.errors import ArgumentError
 from torchcache.loading.fetch import Arrived, Fetcher, Task, assemble
 from torchcache.loading.remembered import Remembered
 from torchcache.options import CacheOptions
+from torchcache.reports.stats import LoaderStats
 
 __all__ = ["DataLoader"]
 
@@ -96,6 +97,11 @@ class DataLoader(data.DataLoader[Any]):
             kept = self.options if self.options.persistent else None
             self._remembered = Remembered(fetcher, self._load_now, self.dataset_id, self.check, kept)
         return self._remembered
+
+    def counted(self) -> LoaderStats:
+        """What ``torchcache.stats`` shows."""
+        known = self.remembered
+        return LoaderStats(known.name, len(known), known.loaded, known.skipped, known.reason)
 
     def __iter__(self) -> Any:
         if self.batch_sampler is None or self.remembered.reason:

@@ -84,6 +84,9 @@ def _draw(axes: Any, region: RegionStats) -> None:
     shares = {name: 100 * _gain(points, f"{name}_hits") / rows for name in places}
     kept = [name for name in places if name != "remote" or region.remote_hits]
     _stack(hits, steps, {places[name][0]: (shares[name], places[name][1]) for name in kept})
+    if region.unloaded:
+        unloaded = 100 * _gain(points, "unloaded") / rows
+        hits.stairs(unloaded, steps, color=ORANGE, linewidth=1.5, label="samples not loaded")
     bypassed = f", {region.bypasses:,} more not cached" if region.bypasses else ""
     title = f"{region.name}\n{region.hit_rate:.0%} of {region.rows:,} rows were hits{bypassed}"
     hits.set_title(title, fontsize="medium", pad=26)  # above the legend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from torchcache.history import Point
 from torchcache.regions import regions_in
 from torchcache.reports.table import Table, Tabular, size_text
 
-__all__ = ["RegionStats", "Stats", "stats"]
+__all__ = ["Counted", "LoaderStats", "RegionStats", "Stats", "stats"]
 
 # Reasons of one region that a table shows.
 MOST_REASONS = 3
@@ -28,6 +28,8 @@ class RegionStats:
         Module path and class.
     memory_hits, disk_hits, remote_hits, misses, bypasses : int
         Rows served by memory, by disk, by a server or a tier of your own; computed and stored, computed only.
+    unloaded : int
+        Of the rows served, those whose samples a ``torchcache.DataLoader`` had not loaded.
     rows_stored : int
         Rows in memory now.
     rows_written, disk_errors, remote_errors : int
@@ -52,6 +54,7 @@ class RegionStats:
     remote_hits: int
     misses: int
     bypasses: int
+    unloaded: int
     rows_stored: int
     rows_written: int
     disk_errors: int
@@ -125,6 +128,7 @@ class RegionStats:
             remote_hits=counters.remote_hits,
             misses=counters.misses,
             bypasses=counters.bypasses,
+            unloaded=counters.unloaded,
             rows_stored=len(tiers.memory),
             rows_written=tiers.beneath.disk_rows,
             disk_errors=tiers.beneath.disk.errors if tiers.beneath.disk is not None else 0,
@@ -173,7 +177,8 @@ class Stats(Tabular):
     def table(self) -> Table:
         """One row a region."""
         remote = ("remote hits",) if any(region.remote_hits for region in self.regions) else ()
-        counts = ("memory hits", "disk hits", *remote, "misses", "bypasses", "rows")
+        unloaded = ("unloaded",) if any(region.unloaded for region in self.regions) else ()
+        counts = ("memory hits", "disk hits", *remote, *unloaded, "misses", "bypasses", "rows")
         times = ("compute s", "cache s", "audit s", "saved s")
         rows = [
             (
@@ -193,22 +198,66 @@ class Stats(Tabular):
         return Table("torchcache", columns, rows, "\n".join(note for region in self.regions for note in region.notes()))
 
 
-def stats(target: Any) -> Stats:
+@dataclasses.dataclass(frozen=True)
+class LoaderStats(Tabular):
+    """What a ``torchcache.DataLoader`` did so far.
+
+    Parameters
+    ----------
+    name : str
+        The data set's class.
+    samples : int
+        How many are remembered.
+    loaded, skipped : int
+        How many were loaded, and how many were given out without that.
+    reason : str
+        Why all are loaded in every epoch; empty where they are not.
+    """
+
+    name: str
+    samples: int
+    loaded: int
+    skipped: int
+    reason: str
+
+    def table(self) -> Table:
+        """One row."""
+        row = (self.name, *(f"{count:,}" for count in (self.samples, self.loaded, self.skipped)))
+        note = f"all samples are loaded in every epoch: {self.reason}" if self.reason else ""
+        return Table("torchcache", ("data set", "remembered", "loaded", "skipped"), [row], note)
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """What counts for itself."""
+
+    def counted(self) -> LoaderStats:
+        """The counts so far."""
+
+
+@overload
+def stats(target: Counted) -> LoaderStats: ...
+@overload
+def stats(target: Any) -> Stats: ...
+def stats(target: Any) -> Stats | LoaderStats:
     """The counters of every region of a model that rows went to: a mark that trains shows as its frozen part.
 
     Parameters
     ----------
-    target : nn.Module or marked function
-        What ``transform`` or ``torch.compile`` returned, a marked module, or a decorated function.
+    target : nn.Module, marked function or DataLoader
+        What ``transform`` or ``torch.compile`` returned, a marked module, a decorated function, or a loader of ours.
 
     Returns
     -------
-    Stats
-        With ``regions``, ``hits``, ``misses`` and ``bypasses``; shows itself as a table.
+    Stats or LoaderStats
+        With ``regions``, ``hits``, ``misses`` and ``bypasses``; of a loader with ``loaded``, ``skipped`` and
+        ``reason``. It shows itself as a table.
 
     Raises
     ------
     TypeError
         For anything else.
     """
+    if isinstance(target, Counted):
+        return target.counted()
     return Stats([RegionStats.of(region) for region in regions_in(target) if region.counters.calls])

@@ -54,7 +54,14 @@ class Summary(Tabular):
         return Table("torchcache", columns, rows, "\n".join(self._notes()))
 
     def _notes(self) -> list[str]:
-        return [self._account(), *(note for region in self.regions for note in region.notes())]
+        return [self._account(), *self._unloaded(), *(note for region in self.regions for note in region.notes())]
+
+    def _unloaded(self) -> list[str]:
+        return [
+            f"{region.name}: {region.unloaded:,} of {region.hits:,} hits were of samples that were not loaded"
+            for region in self.regions
+            if region.unloaded
+        ]
 
     def _account(self) -> str:
         if not any(region.rows for region in self.regions):
