@@ -50,6 +50,7 @@ PRIVATE = {
     "torch.utils._pytree": "what torch.compile and functorch take containers apart with; the public one needs optree",
     "torch.nn.modules.batchnorm._BatchNorm": "the documented base class of BatchNorm in isinstance checks",
     "torch.nn.modules.dropout._DropoutNd": "the base class of all dropouts",
+    "torch.Tensor._make_wrapper_subclass": "how PyTorch's notes on extending it make a tensor without data",
     "torch.library.Library._destroy": "how libraries take their kernels back; noted beside their registration",
 }
 

@@ -104,6 +104,8 @@ class Fetcher(Dataset[Any]):
         self.collated = collate is default_collate
 
     def __getitem__(self, task: Task) -> Arrived:
+        if task.known == []:  # made where all that it needs is
+            return Arrived(task.number, None, None)
         known = task.known or [None] * len(task.indices)
         wanted = [index for index, sample in zip(task.indices, known, strict=True) if sample is None]
         before = _states() if task.learn else None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, overload
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from torchcache.call import Region
 from torchcache.history import Point
 from torchcache.regions import regions_in
 from torchcache.reports.table import Table, Tabular, size_text
 
-__all__ = ["Counted", "LoaderStats", "RegionStats", "Stats", "stats"]
+__all__ = ["LoaderStats", "RegionStats", "Stats", "stats"]
 
 # Reasons of one region that a table shows.
 MOST_REASONS = 3
@@ -227,16 +228,8 @@ class LoaderStats(Tabular):
         return Table("torchcache", ("data set", "remembered", "loaded", "skipped"), [row], note)
 
 
-@runtime_checkable
-class Counted(Protocol):
-    """What counts for itself."""
-
-    def counted(self) -> LoaderStats:
-        """The counts so far."""
-
-
 @overload
-def stats(target: Counted) -> LoaderStats: ...
+def stats(target: DataLoader[Any]) -> LoaderStats: ...
 @overload
 def stats(target: Any) -> Stats: ...
 def stats(target: Any) -> Stats | LoaderStats:
@@ -258,6 +251,7 @@ def stats(target: Any) -> Stats | LoaderStats:
     TypeError
         For anything else.
     """
-    if isinstance(target, Counted):
-        return target.counted()
+    if isinstance(target, DataLoader) and hasattr(target, "counted"):
+        counted: LoaderStats = target.counted()
+        return counted
     return Stats([RegionStats.of(region) for region in regions_in(target) if region.counters.calls])
