@@ -22,7 +22,7 @@ LAYERS = [
     {"identity", "speed"},
     {"batch"},
     {"checks"},
-    {"looked", "usefulness"},
+    {"looked", "usefulness", "foresight"},
     {"call"},
     {"regions"},
     {"op"},
@@ -51,6 +51,7 @@ PRIVATE = {
     "torch.nn.modules.batchnorm._BatchNorm": "the documented base class of BatchNorm in isinstance checks",
     "torch.nn.modules.dropout._DropoutNd": "the base class of all dropouts",
     "torch.Tensor._make_wrapper_subclass": "how PyTorch's notes on extending it make a tensor without data",
+    "torch.utils.data._utils": "the table that `collate` documents for classes of one's own, and the loader's pinning",
     "torch.library.Library._destroy": "how libraries take their kernels back; noted beside their registration",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import operator
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,11 +33,11 @@ from torchcache.counters import Counters
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.cpu import digest_rows
 from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
+from torchcache.foresight import Foresight, expected
 from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover
-from torchcache.lazy.rows import Foresee
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import tell, unloaded_rows
 from torchcache.logging import logger, warn_once
@@ -231,50 +230,17 @@ class Region:
             digests = ids
         else:
             digests = digest_rows(batch.rows, self.options.digest)
-            tell(self, batch.rows, lambda: self._foresee_as(batch, plan))
+            tell(self, batch.rows, lambda: Foresight(self, batch, plan).hits)
             if self.tiers.beneath:
                 found = prepared(self)
-                learn(self, batch.rows, lambda: self._prepare_as(batch, plan))
+                learn(self, batch.rows, lambda: Foresight(self, batch, plan).bring)
         self.counters.hash_seconds += time.perf_counter() - start
         return key, digests, found
-
-    def _prepare_as(self, batch: Batch, plan: Plan) -> Callable[[Sequence[torch.Tensor]], Found | None]:
-        """How to bring the rows near that a call like this one will want."""
-        who, mode, shared, region = batch.who, batch.mode, batch.shared, weakref.ref(self)
-
-        def prepare(rows: Sequence[torch.Tensor]) -> Found | None:
-            here = region()
-            if here is None or (here.tiers.beneath and not plan.believed):
-                return None
-            key = layout_fingerprint(call_fingerprint(plan.form, here.options, mode, rows, shared, 0), plan.layout)
-            digests = digest_rows(rows, here.options.digest)
-            return here.tiers.find(key, digests, lambda: _expected(plan), who, copies=False)
-
-        return prepare
-
-    def _foresee_as(self, batch: Batch, plan: Plan) -> Foresee:
-        """How to tell whether a call like this one will find its rows; ``None`` where it cannot be told."""
-        prepare, algorithm, region = self._prepare_as(batch, plan), self.options.digest, weakref.ref(self)
-        kind = (batch.who + batch.taken.key, b"".join(batch.shared))
-
-        def foresee(rows: Sequence[torch.Tensor]) -> list[bool] | None:
-            here = region()
-            if here is not None and here.schedule.first(*kind, len(rows[0])):
-                return [False] * len(rows[0])  # they are served and computed as well
-            found = prepare(rows)
-            if found is None:
-                return None
-            if ABSENT not in found.slots:
-                return [True] * len(found.slots)
-            pairs = zip(found.slots, digest_rows(rows, algorithm), strict=True)
-            return [slot != ABSENT or digest in found.extra for slot, digest in pairs]
-
-        return foresee
 
     def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
         start = time.perf_counter()
         with normal_tensors():
-            found = self.tiers.find(key, digests, lambda: _expected(plan), batch.who, ahead)
+            found = self.tiers.find(key, digests, lambda: expected(plan), batch.who, ahead)
         missing: dict[bytes, int] = {}
         if ABSENT in found.slots:
             for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
@@ -436,8 +402,3 @@ class Region:
             self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count
         logger.warning("%s was cached wrongly and its rows are dropped: %s: %s", self.name, alarm.found, what)
-
-
-def _expected(plan: Plan) -> tuple[RowSpec, torch.device]:
-    """What a row of such calls holds, and on which device its user is."""
-    return RowSpec.of(plan.rows_first(plan.output)), plan.output.tensors[0].device

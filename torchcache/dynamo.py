@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
-from torch.utils import data as torch_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Stamps",
     "TorchDispatchMode",
     "backend_named",
-    "collate_as",
     "compile_with",
     "constant",
     "custom_operator",
@@ -57,7 +55,6 @@ __all__ = [
     "nonstrict",
     "origin_of",
     "pending_writes",
-    "pinned",
     "retrace",
     "retrace_later",
     "source_of",
@@ -85,16 +82,6 @@ no_torch_function = torch._C._disabled_torch_function_impl
 def custom_operator(name: str) -> Any:
     """What ``torch.library.custom_op`` made of the operator of this name; ``None`` where it made none."""
     return torch._library.custom_ops.OPDEFS.get(name)
-
-
-def collate_as(kind: type, function: Callable[[list[Any]], Any]) -> None:
-    """Have PyTorch's ``default_collate`` make a batch of objects of class ``kind`` with ``function``."""
-    torch_data._utils.collate.default_collate_fn_map[kind] = lambda batch, *, collate_fn_map=None: function(batch)
-
-
-def pinned(batch: Any, device: Any = None) -> Any:
-    """A batch with its tensors in pinned memory, as a data loader pins them."""
-    return torch_data._utils.pin_memory.pin_memory(batch, device)  # type: ignore[no-untyped-call]
 
 
 def keeps_parametrized(module: nn.Module | None) -> bool:

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from torchcache.dynamo import collate_as, pinned
 from torchcache.errors import Bypass
 from torchcache.lazy.rows import Row, Source
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import one_row, reduced, stack_rows
 from torchcache.loading.samples import Sample, build, same_values, take_sample
 
-__all__ = ["Arrived", "Fetcher", "Learnt", "Task", "assemble"]
+__all__ = ["Arrived", "Fetcher", "Learnt", "Task", "assemble", "load_rows", "pinned"]
 
 # Samples that each of the first tasks loads twice.
 TWICE = 4
@@ -160,6 +159,11 @@ class Fetcher(Dataset[Any]):
         return ""
 
 
+def pinned(batch: Any, device: Any = None) -> Any:
+    """A batch with its tensors in pinned memory, as PyTorch's loader pins them."""
+    return torch.utils.data._utils.pin_memory.pin_memory(batch, device)  # type: ignore[no-untyped-call]
+
+
 class _Here:
     """Where rows are loaded in the process that makes a batch; elsewhere the source of the same number does it."""
 
@@ -219,7 +223,7 @@ def _row_sample(source: Any, index: Any, sample: Sample, large: list[torch.Tenso
 
 
 # ``default_collate`` makes one lazy tensor of rows, without one for each sample on the way.
-collate_as(Row, stack_rows)
+torch.utils.data._utils.collate.default_collate_fn_map[Row] = lambda batch, *, collate_fn_map=None: stack_rows(batch)
 
 
 def _reduce(tensor: LazyTensor) -> Any:

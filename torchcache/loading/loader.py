@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch.utils import data
 
-from torchcache.dynamo import pinned
 from torchcache.errors import ArgumentError
-from torchcache.loading.fetch import Arrived, Fetcher, Task, assemble
+from torchcache.loading.fetch import Arrived, Fetcher, Task, assemble, pinned
 from torchcache.loading.remembered import Remembered
 from torchcache.options import CacheOptions
 from torchcache.reports.stats import LoaderStats
