@@ -250,7 +250,7 @@ class _Pass:
             known = task.known or []
             if None not in known:  # made here
                 yield task._replace(indices=[], known=[])
-            elif not any(sample is not None for sample in known):
+            elif not any(map(self._remembered.get, task.indices)):  # a first time, as PyTorch's loader does it
                 yield task._replace(known=None)
             else:
                 yield task

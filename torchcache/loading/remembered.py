@@ -26,6 +26,8 @@ __all__ = ["Remembered"]
 CHEAP = 20e-6
 # So many batches in a row of which something other than a region read a tensor: it is loaded from then on.
 READ_OFTEN = 3
+# A region that looked nothing up for so many batches is not asked any more.
+LATE = 16
 # Samples that are loaded again at the start of a pass, at least; and the share of the time that this may take.
 FEWEST_CHECKED = 8
 MOST_TIME = 0.02
@@ -82,7 +84,8 @@ class Remembered:
         self._by_number: list[Sample | None] = []
         self._by_name: dict[Any, Sample] = {}
         self._structures: dict[Any, Any] = {}
-        self._routes: weakref.WeakKeyDictionary[Any, dict[int, Foresee]] = weakref.WeakKeyDictionary()
+        self._routes: weakref.WeakKeyDictionary[Any, dict[int, tuple[Foresee, int]]] = weakref.WeakKeyDictionary()
+        self._passed = 0
         self._foreign: set[int] = set()
         self._streak: dict[int, int] = {}
         self._seconds, self._timed = 0.0, 0
@@ -187,7 +190,7 @@ class Remembered:
         if self.reason:
             return [None] * len(indices)
         found = [self.get(index) for index in indices]
-        for leaf, foresee in [route for routes in list(self._routes.values()) for route in routes.items()]:
+        for leaf, foresee in self._current():
             places = [place for place, sample in enumerate(found) if sample is not None]
             rows = [self._row(indices[place], found[place], leaf) for place in places]
             if not rows or None in rows or len({row.kind for row in rows if row is not None}) > 1:
@@ -199,6 +202,15 @@ class Remembered:
                         found[place] = None
         return found
 
+    def _current(self) -> list[tuple[int, Foresee]]:
+        """How to foresee what regions find that were called of late."""
+        return [
+            (leaf, foresee)
+            for routes in list(self._routes.values())
+            for leaf, (foresee, passed) in routes.items()
+            if self._passed - passed < LATE
+        ]
+
     def _row(self, index: Any, sample: Sample | None, leaf: int) -> Row | None:
         kinds = sample.kinds if sample is not None else []
         if sample is None or leaf >= len(kinds):
@@ -207,7 +219,7 @@ class Remembered:
 
     def learn(self, owner: Any, leaf: int, foresee: Foresee) -> None:
         """Note that a region looks rows of ``leaf`` up, and how to tell whether it will find them."""
-        self._routes.setdefault(owner, {})[leaf] = foresee
+        self._routes.setdefault(owner, {})[leaf] = foresee, self._passed
 
     def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
         """Load rows that were left out and are used all the same."""
@@ -221,6 +233,7 @@ class Remembered:
 
     def passed(self) -> None:
         """Note that a batch was used up."""
+        self._passed += 1
         for leaf in self._foreign | set(self._streak):
             self._streak[leaf] = self._streak.get(leaf, 0) + 1 if leaf in self._foreign else 0
             if self._streak[leaf] >= READ_OFTEN:
