@@ -164,20 +164,19 @@ def test_python_and_numpy_see_values():
     assert bool((x == plain).all())
 
 
-@pytest.mark.parametrize(
-    "through", [pickle.dumps, lambda x: torch.save(x, buffer := io.BytesIO()) or buffer.getvalue()]
-)
-def test_copies_that_leave_the_process_hold_the_data(through):
+def saved(x):
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)
+
+
+@pytest.mark.parametrize("through", [saved, copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_that_leave_it_hold_the_data(through):
     store = Store()
-    data = through(store.lazy([2, 3]))
-    back = (
-        pickle.loads(data)
-        if data[:2] == b"\x80\x04" or b"torch" in data[:60] and data[:2] != b"PK"
-        else torch.load(io.BytesIO(data))
-    )
+    back = through(store.lazy([2, 3]))
     assert type(back) is torch.Tensor
     assert torch.equal(back, store.rows[[2, 3]])
-    assert type(copy.deepcopy(store.lazy([1]))) is torch.Tensor
 
 
 def test_gradients_reach_it():
