@@ -8,7 +8,9 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import sqlite3
 import struct
 from pathlib import Path
@@ -19,6 +21,8 @@ import xxhash
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c WHERE x < 0"
 HUGE = "length(hex(zeroblob(400000000)))"
+# Bytes of a file that SQLite writes for a rule.
+LARGEST_WRITTEN = 200_000_000
 NAMES = ["more", "a\nall sound", "\x1b[2Jred", "‮gnp.exe", "[/]", "'; --", "x" * 3000]
 EVENTS = ["INSERT ON Cache", "UPDATE ON Cache", "DELETE ON Cache", "INSERT ON Settings", "UPDATE ON Settings"]
 
@@ -49,12 +53,17 @@ def victims(outside):
 @contextlib.contextmanager
 def opened(directory, fold=True):
     connection = sqlite3.connect(directory / "rows-1" / "cache.db", isolation_level=None)
+    # A trigger that another rule planted may write without end; reading real gigabytes takes its time, and may.
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_WRITTEN, limits[1]))
     try:
         yield connection
         if fold:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         connection.close()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def put_strange(path, outside, chance):
