@@ -136,6 +136,8 @@ class Batch:
         Content digests of the arguments that all rows share.
     wrote : list of str
         What the original wrote in its module when it ran on the whole batch.
+    moved : bool
+        Whether tensors of its state were written to meanwhile, by anybody.
     """
 
     given: Given
@@ -145,6 +147,7 @@ class Batch:
     rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     shared: list[bytes] = dataclasses.field(default_factory=list)
     wrote: list[str] = dataclasses.field(default_factory=list)
+    moved: bool = False
 
     @property
     def count(self) -> int:

@@ -17,7 +17,7 @@ from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.learning import Learning
 from torchcache.checks.novelty import Novelty
-from torchcache.checks.plan import Plan
+from torchcache.checks.plan import CHANGED, Plan
 from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
 from torchcache.context import (
@@ -35,6 +35,7 @@ from torchcache.digest.cpu import digest_rows
 from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
 from torchcache.foresight import Foresight, expected
 from torchcache.history import History
+from torchcache.identity.content import versions
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover
@@ -80,6 +81,8 @@ class Region:
         Why rows were computed and not stored, and how many.
     writes : bool
         Whether the original was seen to write more than its output: graphs do not hold it as one call then.
+    inlined : bool
+        Whether a call of it is a part of a compiled graph, where calls are not counted.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -99,7 +102,7 @@ class Region:
             subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
         )
         self._usefulness.watch(self)
-        self.writes = False
+        self.writes = self.inlined = False
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
 
@@ -223,6 +226,12 @@ class Region:
         """What the rows are filed under, their digests, and what was found for them ahead."""
         start = time.perf_counter()
         ids, named = current_ids(batch.count, self.name), batch.given.number
+        if ids is not None and self.inlined:
+            raise Bypass(
+                "some of its calls are parts of compiled graphs, so that those within sample_keys cannot be counted",
+                "call it outside of what is compiled, or leave sample_keys out",
+                lasting=False,
+            )
         call = call_fingerprint(plan.form, self.options, batch.mode, batch.rows, batch.shared, named)
         key = layout_fingerprint(call, plan.layout)
         found = None
@@ -254,7 +263,7 @@ class Region:
             before = (batch.who, plan.layout)
             plan = self._learning.prove(batch, plan)
             if (batch.who, plan.layout) != before:
-                raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
+                raise Bypass(CHANGED, lasting=False, quiet=True)
         computed = self._compute(batch, plan, key, missing)
         outputs, leaves = self._merge(batch, plan, digests, missing, found, computed)
         looked = Looked(
@@ -302,13 +311,16 @@ class Region:
             return []
         start = time.perf_counter()
         places = list(missing.values())
+        state = self.subject.identity.look().tensors
+        before = versions(state)
         if batch.given.ran or len(missing) == batch.count:
             output = take_outputs(batch.given.run())
         else:
             output = self._original(batch, plan, places)
         self.counters.compute_seconds += time.perf_counter() - start
-        if self.subject.identity.current() != batch.who:  # another thread may load weights meanwhile
-            raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
+        # Another thread may load weights meanwhile, and put them back.
+        if versions(state) != before or self.subject.identity.current() != batch.who:
+            raise Bypass(CHANGED, lasting=False, quiet=True)
         if not plan.fits(output):
             raise Bypass(
                 "the structure of its output, or a number in it, differs between calls",

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torchcache import dynamo
 from torchcache.batch import Given
 from torchcache.call import Region
-from torchcache.context import bypassed, inside_region
+from torchcache.context import bypassed, inside_region, number_of_call
 from torchcache.errors import Bypass
 from torchcache.graph.traced import Traced
 from torchcache.logging import warn_once
@@ -60,6 +60,7 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
                 given, kwargs = pytree.tree_map(_passed, (given, kwargs))
                 outputs, structure = pytree.tree_flatten(opaque(subject, given, kwargs))
                 return pytree.tree_unflatten(outputs, structure)  # with constants in the place of their stand-ins
+        _inlined(mark, module)
         if how == OWN:
             return getattr(module, own)(*args[1:], **kwargs)
         original: Any = shown if base is None else _beneath(base, name)
@@ -131,6 +132,14 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
     return f"{how} {name}"
 
 
+@dynamo.constant
+def _inlined(mark: Mark, module: nn.Module | None) -> bool:
+    """Note that a call is a part of a graph, where nobody counts it."""
+    if not inside_region():
+        region_of(mark, module).inlined = True
+    return True
+
+
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     if region.subject.identity.reads(*dynamo.pending_writes()):
         return PLAIN  # what was written does not show before the graph has run
@@ -165,14 +174,14 @@ def _enter(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = args if module is None else args[1:]
     if dynamo.is_watched():
         seen = Bypass("a mode or a function transform sees every operator", "", lasting=False, quiet=True)
-        return region.compute(Given(region.subject, given, kwargs), seen)
+        return region.compute(Given(region.subject, given, kwargs, number_of_call(region)), seen)
     if module is not None and vars(module).get("_is_replica"):
         replica = Bypass(
             "it is a replica of DataParallel, which makes one for every step",
             "use DistributedDataParallel",
             lasting=False,
         )
-        return region.compute(Given(region.subject, given, kwargs), replica)
+        return region.compute(Given(region.subject, given, kwargs, number_of_call(region)), replica)
     if module is not None and region.partly is None:
         region.partly = Traced(mark, module, region)
     return region(*mark.without_defaults(module, given, kwargs))

@@ -207,7 +207,14 @@ def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[d
     """Fake tensors for the parameters and buffers of ``module``, in the mode of ``tensors``, which is in force."""
     mode = detect_fake_mode(list(tensors))
     assert mode is not None
-    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    # By place: a module that stands under two names would be given its own fake tensors back as its state.
+    held = [
+        (f"{path}.{name}".lstrip("."), tensor)
+        for path, inner in module.named_modules()
+        for group in (inner._parameters, inner._buffers)
+        for name, tensor in group.items()
+        if tensor is not None
+    ]
     before = fake_tensor_tls.allow_non_fake_inputs_override
     fake_tensor_tls.allow_non_fake_inputs_override = True  # tensors that are no parameters and no buffers
     try:

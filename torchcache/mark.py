@@ -82,7 +82,7 @@ class Mark:
         For plain values and plain functions only: a function around another may look at what was passed.
         """
         if not _FOR_LOSSES.isdisjoint(kwargs):
-            kwargs = self._without_counts(module, kwargs)
+            kwargs = self._without_counts(module, args, kwargs)
         if not any(type(value) in _PLAIN for value in (*args, *kwargs.values())):  # almost always
             return args, kwargs
         function = self.called(module)
@@ -98,16 +98,21 @@ class Mark:
         kwargs = {name: value for name, value in kwargs.items() if not _is_default(defaults, name, value)}
         return args[:kept], kwargs
 
-    def _without_counts(self, module: nn.Module | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _without_counts(
+        self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """The arguments without what a trainer hands through models of ``transformers`` for a loss they do not compute.
 
-        It differs in every step, and would be a part of every key.
+        It differs in every step, and would be a part of every key. Code of others may read it.
         """
-        if kwargs.get("labels") is not None or not any(
-            base.__module__.partition(".")[0] == "transformers" for base in type(module).__mro__
-        ):
+        function = self.called(module)
+        if module is None or not _is_of_transformers(function) or not all(map(_forwards_theirs, module.modules())):
             return kwargs
-        own = inspect.signature(self.called(module)).parameters
+        signature = inspect.signature(function)
+        given = signature.bind_partial(*((module, *args) if self._takes(module) else args), **kwargs).arguments
+        if given.get("labels") is not None or kwargs.get("labels") is not None:
+            return kwargs
+        own = signature.parameters
         return {name: value for name, value in kwargs.items() if name not in _FOR_LOSSES or name in own}
 
     def _takes(self, module: nn.Module | None) -> bool:
@@ -124,6 +129,17 @@ class Mark:
 
 
 _FOR_LOSSES = frozenset({"num_items_in_batch"})
+
+
+def _is_of_transformers(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "transformers"
+
+
+def _forwards_theirs(module: nn.Module) -> bool:
+    """Whether what a module runs is of ``transformers`` or of PyTorch."""
+    forward = getattr(vars(module).get("forward", type(module).forward), "torchcache_function", None)
+    home = getattr(forward or vars(module).get("forward", type(module).forward), "__module__", "") or ""
+    return home.partition(".")[0] in ("transformers", "torch", "torchcache")
 
 
 def _is_default(defaults: dict[str, Any], name: str, value: Any) -> bool:

@@ -128,7 +128,7 @@ class _Traced:
             args, kwargs = self.arguments(tensors, numbers)
             holder = _Original(self.mark, module)
             with dynamo.fake_state(holder, tensors) as state, torch.set_grad_enabled(self.gradients), computing():
-                outputs = torch.func.functional_call(holder, state, args, kwargs)
+                outputs = torch.func.functional_call(holder, state, args, kwargs, tie_weights=False)
             with dynamo.no_mode():
                 names = holder.written or identity.changes()
             if not names:

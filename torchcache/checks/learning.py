@@ -9,11 +9,12 @@ import torch
 
 from torchcache.batch import Batch, Subject
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.plan import Plan, layout_digest
+from torchcache.checks.plan import CHANGED, Plan, layout_digest
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, rows_of, select
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
+from torchcache.identity.content import versions
 from torchcache.identity.key import call_fingerprint
 from torchcache.identity.state import content_digest
 from torchcache.identity.written import Written
@@ -99,7 +100,12 @@ class Learning:
             raise Bypass(EMPTY, lasting=False, quiet=True)
         try:
             if not stored(batch.who):
-                return self._learn_either(batch, form, self._run_watched(batch))
+                whole = self._run_watched(batch)
+                if batch.moved:
+                    form.unsettled += 1
+                    advice = "let neither its forward nor another thread write to its weights and buffers meanwhile"
+                    raise Bypass(CHANGED, advice, lasting=False, quiet=form.unsettled < SETUP_CALLS)
+                return self._learn_either(batch, form, whole)
             plan = self._recall(batch, form)
             return plan if plan is not None else self._learn_either(batch, form, None)
         except Bypass as bypass:
@@ -270,9 +276,12 @@ class Learning:
         with computing():
             batch.given.load()
         given = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
-        generators, versions = Generators(), _versions(given.tensors)
+        generators, before = Generators(), versions(given.tensors)
+        state = self._subject.identity.look().tensors
+        of_state = versions(state)
         written = self._watch()
         outputs = batch.given.run()
+        batch.moved = versions(state) != of_state
         batch.wrote = written.changes() if written is not None else []
         if generators.moved():
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
@@ -285,7 +294,7 @@ class Learning:
             )
         again = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
         same = again.key == given.key and all(map(_is, again.tensors, given.tensors))
-        if not same or _versions(given.tensors) != versions:
+        if not same or versions(given.tensors) != before:
             raise Bypass("it writes to its arguments", "return what it would write, or mark a part that does not write")
         if not taken.tensors:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
@@ -328,7 +337,7 @@ class Learning:
             if names:
                 identity.current()
             elif whole is not None and not _backwards(again, whole, learnt):
-                raise Bypass("what computes it changed during the call", lasting=False, quiet=True)
+                raise Bypass(CHANGED, lasting=False, quiet=True)
         batch.who = who
         if not names:
             form.unsettled = 0
@@ -359,8 +368,3 @@ def _backwards(again: Taken, whole: Taken, learnt: Learnt) -> bool:
 
 def _is(a: object, b: object) -> bool:
     return a is b
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Versions, which move when a tensor is written to; tensors of inference mode have none."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

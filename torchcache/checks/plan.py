@@ -14,7 +14,9 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.values.layout import Layout, memory_order
 from torchcache.values.take import Taken
 
-__all__ = ["Plan", "layout_digest"]
+__all__ = ["CHANGED", "Plan", "layout_digest"]
+
+CHANGED = "what computes it changed during the call"
 
 
 @dataclasses.dataclass

@@ -182,3 +182,8 @@ def _overridden(kind: type[torch.Tensor]) -> object:
 
 
 _NOT_OVERRIDDEN = (_overridden(torch.Tensor), _overridden(nn.Parameter))
+
+
+def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Versions, which move when a tensor is written to; tensors of inference mode have none."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
