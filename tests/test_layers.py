@@ -52,6 +52,7 @@ PRIVATE = {
     "torch.nn.modules.dropout._DropoutNd": "the base class of all dropouts",
     "torch.Tensor._make_wrapper_subclass": "how PyTorch's notes on extending it make a tensor without data",
     "torch.utils.data._utils": "the table that `collate` documents for classes of one's own, and the loader's pinning",
+    "torch.library._impls": "which kernels were registered in Python, before anybody could note them",
     "torch.library.Library._destroy": "how libraries take their kernels back; noted beside their registration",
 }
 

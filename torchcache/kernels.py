@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["kernels", "registrations"]
+__all__ = ["is_registered_in_python", "kernels", "registrations"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +54,16 @@ def kernels(name: str) -> list[tuple[str, Any]]:
         for operator, key, function in registered
         if operator.startswith(name) and callable(function)
     ]
+
+
+def is_registered_in_python(name: str) -> bool:
+    """Whether a library outside of torch has a kernel in Python for the operator ``name``: ``library::operator``."""
+    library, _, operator = name.partition("::")
+    begin = f"{library}/{operator}"
+    parts = (entry.rpartition("/") for entry in torch.library._impls)
+    return library not in ("aten", "prims", "prim") and any(
+        named.partition(".")[0] == begin and key != "Meta" for named, _, key in parts
+    )
 
 
 def registrations() -> tuple[int, int]:

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Instruction", "constant_bytes", "instructions", "varname"]
+__all__ = ["Instruction", "argument_bytes", "constant_bytes", "instructions", "varname"]
 
 _NAMES = frozenset(dis.hasname)
 _CONSTANTS = frozenset(dis.hasconst)
@@ -116,3 +116,11 @@ def constant_bytes(value: Any) -> bytes:
     else:  # whole numbers of any size, True, None, an ellipsis
         data = (hex(value) if kind is int else repr(value)).encode()
     return b"%s %d:" % (kind.__name__.encode(), len(data)) + data
+
+
+def argument_bytes(instruction: Instruction) -> bytes:
+    """Canonical bytes of what an instruction has beside its name."""
+    value = instruction.value
+    if instruction.name in ("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST", "KW_NAMES") or type(value) in (str, tuple):
+        return constant_bytes(value)
+    return b"%d" % instruction.arg

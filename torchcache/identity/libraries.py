@@ -8,7 +8,7 @@ from typing import Any
 from torchcache.dynamo import custom_operator
 from torchcache.identity.homes import version_of
 from torchcache.identity.node import Check, Node
-from torchcache.kernels import kernels
+from torchcache.kernels import is_registered_in_python, kernels
 
 __all__ = ["describe_configuration", "describe_operator", "describe_ufunc"]
 
@@ -24,20 +24,38 @@ def describe_ufunc(value: Any) -> Node:
 
 def describe_configuration(value: Any) -> Node:
     """A node of OmegaConf: what stands in its tree, from the root on, and which part of that it is."""
-    head = ("configuration", type(value).__qualname__, version_of("omegaconf"), *_configured(value))
-    return Node(value, head, checks=[Check("content", value, read=_configured)])
+    head = ("configuration", type(value).__qualname__, version_of("omegaconf"), *_configured(value)[:3])
+    objects = [(f"[{place}]", leaf) for place, leaf in enumerate(_configured(value)[3])]
+    return Node(value, head, objects, checks=[Check("content", value, read=_configured)])
 
 
-def _configured(value: Any) -> tuple[str, str]:
-    """The tree as text, interpolations resolved: they may follow what lies elsewhere in it."""
+def _configured(value: Any) -> tuple[str, str, str, tuple[Any, ...]]:
+    """Which part of a tree it is; the tree as text, interpolations resolved; classes and flags; objects in it."""
     root = value._get_root()
     text = str(root)
-    if "${" in text:
+    if "${" in text:  # what it stands for may lie elsewhere in the tree
         text = str(sys.modules["omegaconf"].OmegaConf.to_container(root, resolve=True))
-    return str(value._get_full_key(None)), text
+    kinds: list[str] = []
+    objects: list[Any] = []
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        about, content = node._metadata, node._content if hasattr(node, "_content") else node._value()
+        kinds.append(f"{getattr(about, 'object_type', None)} {about.ref_type} {about.flags}")
+        if isinstance(content, (dict, list)):
+            pending += content.values() if isinstance(content, dict) else content
+        elif type(content) not in (str, int, float, bool, bytes, type(None)):
+            objects.append(content)
+    return str(value._get_full_key(None)), text, "\n".join(kinds), tuple(objects)
 
 
 def describe_operator(value: Any) -> Node:
     """An operator of torch or of a library: by its name, and its Python code where that is known."""
     name = str(getattr(value, "_qualified_op_name", getattr(value, "_name", ""))).partition(".")[0]
-    return Node(value, ("operator", str(value)), [("", custom_operator(name)), *kernels(name)])
+    known = [("", custom_operator(name)), *kernels(name)]
+    if known == [("", None)] and is_registered_in_python(name):
+        # The dispatcher gives no function back.
+        return Node(
+            value, problem="has a kernel in Python from before torchcache was imported: import torchcache first"
+        )
+    return Node(value, ("operator", str(value)), known)

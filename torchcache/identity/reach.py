@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchcache.identity.around import home_around, owner_of, sentence
 from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, describe_code, is_implied, resolve, simplify
+from torchcache.identity.environment import is_environment, reads_environment
 from torchcache.identity.homes import (
     beneath_class,
     file_digest,
@@ -24,7 +27,7 @@ from torchcache.identity.homes import (
 from torchcache.identity.modules import CONTAINERS, GlobalHooks, describe_hooks, describe_module, describe_tensor
 from torchcache.identity.node import Node, Space
 from torchcache.identity.objects import member_space
-from torchcache.identity.reads import Chain, Reads
+from torchcache.identity.reads import Chain, Reads, is_reader
 from torchcache.identity.values import ATOMS, describe_value
 
 __all__ = ["Reach"]
@@ -113,6 +116,11 @@ class Reach:
         if type(value) in ATOMS:
             return None
         value = simplify(value)
+        named = label.rpartition(" ")[2].rpartition(".")[2]
+        if is_environment(value) and named not in (getattr(value, "__name__", ""), "environ", "environb"):
+            self._reach(os.environ, parent, "the global os.environ", 1)
+        if is_reader(value) and named != value.__name__:
+            self._read_anything(home_around(parent))
         node = self.nodes.get(id(value))
         depth = parent.depth + further
         if node is None:
@@ -127,7 +135,7 @@ class Reach:
             node.constructed = not as_type
             self._todo.append(node)
             if node.problem and not self.problem:
-                self.problem = _sentence(node)
+                self.problem = sentence(node)
         elif level > node.level or depth < node.depth or not (as_type or node.constructed):
             node.level = max(level, node.level)
             node.depth = min(depth, node.depth)
@@ -191,8 +199,10 @@ class Reach:
         if name in self._without and kind in ("attribute", "buffer", "global"):
             return False
         if kind == "variable":
-            return f"${name}" in self.names or any(
-                name.startswith(part) or name.endswith(part) for part in self._fragments
+            return (
+                node.level > 0
+                or f"${name}" in self.names
+                or any(name.startswith(part) or name.endswith(part) for part in self._fragments)
             )
         if kind == "member" and name in CONSTRUCTORS:
             return node.constructed
@@ -279,6 +289,8 @@ class Reach:
             self.nodes.setdefault(id(scope), Node(scope, ("globals",), spaces=[space], kind="python module"))
             node.parts.append((f"the global {home}", scope))
             self._reach(scope, node, f"the global {home}", 1)
+        if not is_installed(home) and reads_environment(node.value.__code__):
+            self._reach(os.environ, node, "the global os.environ", 1)
         handed_first = False
         for chain, attributes, first in reads.handed:
             if looks_inside(resolve(chain, scope).value):
@@ -286,7 +298,7 @@ class Reach:
                 for name in attributes:
                     self._read_whole(name, 1)
         if reads.whole_first or handed_first:
-            owner = _owner(node)
+            owner = owner_of(node)
             if owner is not None:
                 self._read_instances(owner)
             elif reads.whole_first:
@@ -388,22 +400,3 @@ def _describe(value: Any) -> Node:
     if nn.Module in type(value).__mro__:
         return describe_module(value)
     return describe_code(value) or describe_value(value)
-
-
-def _owner(node: Node) -> type | None:
-    """The class whose method a function is, itself or beneath what wraps it."""
-    parent = node.parent
-    while parent is not None and parent.wraps:
-        if node.label.startswith("the global"):
-            return None
-        node, parent = parent, parent.parent
-    if parent is not None and parent.kind == "class" and isinstance(parent.value, type):
-        return parent.value
-    return None
-
-
-def _sentence(node: Node) -> str:
-    if node.kind == "tensor":
-        return f"{node.path()} {node.problem}"
-    kind = type(node.value)
-    return f"{node.path() or 'the program'} is a {module_of(kind)}.{kind.__qualname__}, which {node.problem}"

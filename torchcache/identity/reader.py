@@ -8,7 +8,7 @@ import hashlib
 import types
 from collections.abc import Mapping
 
-from torchcache.identity.bytecode import Instruction, constant_bytes, instructions
+from torchcache.identity.bytecode import Instruction, argument_bytes, constant_bytes, instructions
 from torchcache.identity.reads import (
     DISPLAYS,
     GETTERS,
@@ -85,7 +85,7 @@ class _Reader:
                 self.nested.append(value)
                 parts.append(b"%d code" % instruction.opcode)
             else:
-                parts.append(b"%d " % instruction.opcode + _argument(instruction))
+                parts.append(b"%d " % instruction.opcode + argument_bytes(instruction))
             following = listed[index + 1] if index + 1 < len(listed) else None
             self._step(instruction, following, previous)
             if instruction.target >= 0:
@@ -178,6 +178,8 @@ class _Reader:
             self._import(value, depth, items, following)
         elif name == "IMPORT_FROM":
             self._load(frozenset({("global", self.module, (value,))}), following)
+        elif name == "RETURN_VALUE":
+            self._put_away(self._pop())
         elif name in ("STORE_ATTR", "DELETE_ATTR"):
             self.written.add(value)
             self._pop(2 if name == "STORE_ATTR" else 1)
@@ -210,6 +212,7 @@ class _Reader:
             stack.extend([items_of(group)] * (1 + dis.stack_effect(at.opcode, at.arg, jump=False)))
         elif name in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_SET", "BUILD_MAP"):
             parts = self._pop(at.arg * (2 if name == "BUILD_MAP" else 1))
+            self._put_away(parts)
             stack.append(frozenset().union(*parts) if parts else UNKNOWN)
         elif name in ("COPY", "DUP_TOP"):
             place = at.arg if name == "COPY" else 1
@@ -360,6 +363,12 @@ class _Reader:
                     self.handed.add((chain, attributes, whole_first))
         return UNKNOWN
 
+    def _put_away(self, values: list[Value]) -> None:
+        """Functions that read by names only the running code knows, kept where they are found under other names."""
+        lasts = {chain.names[-1] for value in values for chain in chains(value) if chain.names}
+        if not lasts.isdisjoint(GETTERS | {"attrgetter", "methodcaller"}):
+            self.anything = self.dynamic = True
+
     def _passed_on(self, callee: Value, given: list[Value]) -> None:
         """Functions that read by names only the running code knows, given to another that calls them."""
         if any(chain.names and chain.names[-1] in ("isinstance", "issubclass") for chain in chains(callee)):
@@ -409,10 +418,3 @@ class _Reader:
                 self.written.add(symbol[1])
             elif symbol[0] == "global" and symbol[2]:
                 self.written.add(symbol[2][-1])
-
-
-def _argument(instruction: Instruction) -> bytes:
-    value = instruction.value
-    if instruction.name in ("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST", "KW_NAMES") or type(value) in (str, tuple):
-        return constant_bytes(value)
-    return b"%d" % instruction.arg

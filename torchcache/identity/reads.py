@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
+import operator
 from typing import Any
 
-__all__ = ["DISPLAYS", "GETTERS", "MUTATORS", "READERS", "READERS_OF_GLOBALS", "Chain", "Reads", "modules_named"]
+from torch import nn
+
+__all__ = [
+    "DISPLAYS",
+    "GETTERS",
+    "MUTATORS",
+    "READERS",
+    "READERS_OF_GLOBALS",
+    "Chain",
+    "Reads",
+    "is_reader",
+    "modules_named",
+]
 
 
 # Calls that read all of their first argument; True where they read all that is within it, too.
@@ -16,10 +31,28 @@ READERS = {
 }  # fmt: skip
 READERS_OF_GLOBALS = frozenset({"vars", "dir", "str", "repr", "ascii", "format", "print"})
 DISPLAYS = frozenset({"str", "repr", "ascii", "format", "print"})
-GETTERS = frozenset({"getattr", "__getattr__", "__getattribute__"})
+GETTERS = frozenset({"getattr", "__getattr__", "__getattribute__", "getattr_static"})
 MUTATORS = frozenset(
     "append extend insert add update setdefault pop popitem popleft appendleft clear remove discard sort".split()
 )
+
+
+# Under their own names code that calls them is understood; under others they are found by what they are.
+_READERS = frozenset(
+    {
+        getattr, vars, dir, object.__getattribute__, nn.Module.__getattr__, operator.attrgetter, operator.methodcaller,
+        inspect.getattr_static, inspect.getmembers, copy.copy, copy.deepcopy, dataclasses.asdict, dataclasses.astuple,
+        dataclasses.replace,
+    }
+)  # fmt: skip
+
+
+def is_reader(value: Any) -> bool:
+    """Whether a function reads what it is given by names that only the running code knows."""
+    try:
+        return value in _READERS
+    except Exception:  # cannot be hashed or compared
+        return False
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -1,0 +1,39 @@
+"""What a node of a program is a part of, for whoever must say or judge where it stands."""
+
+from __future__ import annotations
+
+from torchcache.identity.homes import home_of, module_of
+from torchcache.identity.node import Node
+
+__all__ = ["home_around", "owner_of", "sentence"]
+
+
+def home_around(node: Node | None) -> str:
+    """Where the code lies that something is a part of."""
+    while node is not None:
+        if node.kind == "function":
+            return home_of(node.value)
+        if node.kind == "class":
+            return module_of(node.value)
+        node = node.parent
+    return ""
+
+
+def owner_of(node: Node) -> type | None:
+    """The class whose method a function is, itself or beneath what wraps it."""
+    parent = node.parent
+    while parent is not None and parent.wraps:
+        if node.label.startswith("the global"):
+            return None
+        node, parent = parent, parent.parent
+    if parent is not None and parent.kind == "class" and isinstance(parent.value, type):
+        return parent.value
+    return None
+
+
+def sentence(node: Node) -> str:
+    """Why a node has no identity, for people."""
+    if node.kind == "tensor":
+        return f"{node.path()} {node.problem}"
+    kind = type(node.value)
+    return f"{node.path() or 'the program'} is a {module_of(kind)}.{kind.__qualname__}, which {node.problem}"
