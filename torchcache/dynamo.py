@@ -49,6 +49,7 @@ __all__ = [
     "is_traced",
     "is_watched",
     "is_wrapped",
+    "keep_effects",
     "keeps_parametrized",
     "no_mode",
     "no_torch_function",
@@ -65,6 +66,7 @@ __all__ = [
     "untraced",
     "vary",
     "vary_rows",
+    "written",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,6 +84,24 @@ no_torch_function = torch._C._disabled_torch_function_impl
 def custom_operator(name: str) -> Any:
     """What ``torch.library.custom_op`` made of the operator of this name; ``None`` where it made none."""
     return torch._library.custom_ops.OPDEFS.get(name)
+
+
+def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Those arguments of an operator that it writes to."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = {argument.name: args[place] for place, argument in enumerate(schema.arguments) if place < len(args)}
+    named |= kwargs
+    return [named[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in named]
+
+
+@functools.cache
+def keep_effects(operator: Any) -> None:
+    """Have compilers keep calls of ``operator`` whose result nobody uses, in their order."""
+    from torch._higher_order_ops import effects  # where a compiler is at work anyway
+
+    effects._register_effectful_op(operator, effects._EffectType.ORDERED)
 
 
 def keeps_parametrized(module: nn.Module | None) -> bool:

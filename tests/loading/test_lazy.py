@@ -199,6 +199,53 @@ def test_threads_share_one_memory():
     assert store.loaded == 3
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_that_writes_into_a_batch_does_so(backend):
+    store = Store()
+    body = torchcache.mark(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), freeze=True, audit=0.0)
+    for _ in range(3):
+        body(store.rows.clone())
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def step(x):
+        before = body(x).sum()
+        x.sub_(1).mul_(2)
+        return before + 3 * body(x).sum() + x.mean()
+
+    x, plain = store.lazy([1, 2, 3]), store.rows[[1, 2, 3]].clone()
+    with torchcache.bypass():
+        wanted = step._torchdynamo_orig_callable(plain)
+    assert torch.allclose(step(x), wanted, atol=1e-3)
+    assert torch.equal(x + 0, plain)
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda x: x.unsqueeze_(0),
+        lambda x: x.transpose_(0, 1),
+        lambda x: x.resize_(2, 8),
+        lambda x: x.set_(torch.ones(3)),
+    ],
+)
+def test_what_changes_a_shape_in_place_changes_it(reshape):
+    store = Store()
+    x, plain = store.lazy([1, 2, 3]), store.rows[[1, 2, 3]].clone()
+    reshape(x)
+    reshape(plain)
+    assert x.shape == plain.shape
+    assert torch.equal(x, plain)
+
+
+def test_data_can_be_set_and_taken_in_inference_mode():
+    store = Store()
+    x = store.lazy([1, 2])
+    x.data = torch.ones(3)
+    assert x.tolist() == [1, 1, 1]
+    with torch.inference_mode():
+        assert torch.equal(store.lazy([1, 2]).detach() + 0, store.rows[[1, 2]])
+
+
 def test_other_code_in_a_compiled_graph_gets_the_data():
     store, head = Store(), nn.Linear(256, 2)
     body = torchcache.mark(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), freeze=True, audit=0.0)

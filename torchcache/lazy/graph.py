@@ -1,4 +1,4 @@
-"""Tensors that are not loaded where a graph is traced or runs: two operators that find rows by their names."""
+"""Tensors that are not loaded where a graph is traced or runs: operators that find rows by their names."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ for _operator in ("load", "unloaded"):
         f"{_operator}(Tensor token, SymInt[] shape, ScalarType dtype, Device device, bool single) -> Tensor",
         tags=dynamo.OPAQUE_TAGS,
     )
+_library.define("store(Tensor token, Tensor value, bool single) -> Tensor", tags=dynamo.OPAQUE_TAGS)  # type: ignore[no-untyped-call]
 
 
 def _find(token: torch.Tensor) -> tuple[Held, list[int]]:
@@ -48,8 +49,19 @@ def _unloaded(
         return _load(token, shape, dtype, device, single)
     same = places == [*range(len(held.rows))] and held.device == device
     if not same:
-        held = Held([held.rows[place] for place in places], device, held.pinned)
+        held = Held([held.rows[place] for place in places], held.kind, device, held.pinned)
     return LazyTensor(held, range(len(places)), Kind(dtype, tuple(shape)), device, single=single)
+
+
+@torch.library.impl(_library, "store", "CompositeExplicitAutograd")
+def _store(token: torch.Tensor, value: torch.Tensor, single: bool) -> torch.Tensor:
+    held, places = _find(token)
+    whole = held.load()
+    if single:
+        whole[places[0]].copy_(value)
+    else:
+        whole[places] = value
+    return token.clone()
 
 
 def _fake(
@@ -58,5 +70,10 @@ def _fake(
     return torch.empty(shape if single else [token.shape[0], *shape], dtype=dtype, device=device)
 
 
+def _fake_store(token: torch.Tensor, value: torch.Tensor, single: bool) -> torch.Tensor:
+    return token.clone()
+
+
+torch.library.register_fake("torchcache::store", _fake_store, lib=_library)
 torch.library.register_fake("torchcache::load", _fake, lib=_library)
 torch.library.register_fake("torchcache::unloaded", _fake, lib=_library)

@@ -82,10 +82,10 @@ class Held:
         The memory. From when on there is one, anybody may have written to it.
     """
 
-    __slots__ = ("__weakref__", "data", "device", "number", "pinned", "rows")
+    __slots__ = ("__weakref__", "data", "device", "kind", "number", "pinned", "rows")
 
-    def __init__(self, rows: Sequence[Row], device: torch.device, pinned: bool = False) -> None:
-        self.rows, self.device, self.pinned = rows, device, pinned
+    def __init__(self, rows: Sequence[Row], kind: Kind, device: torch.device, pinned: bool = False) -> None:
+        self.rows, self.kind, self.device, self.pinned = rows, kind, device, pinned
         self.data: torch.Tensor | None = None
         self.number = -1
 
@@ -112,7 +112,8 @@ class Held:
                 missing.setdefault(id(row.source), []).append(row)
         for some in missing.values():
             some[0].source.load(some, foreign=not inside_region())
-        made = torch.stack([row.data for row in rows if row.data is not None])
+        data = [row.data for row in rows if row.data is not None]
+        made = torch.stack(data) if data else torch.empty((0, *self.kind.shape), dtype=self.kind.dtype)
         made = made.to(self.device)
         return made.pin_memory() if self.pinned else made
 

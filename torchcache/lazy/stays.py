@@ -25,18 +25,18 @@ def _view(tensor: LazyTensor, span: range, single: bool) -> LazyTensor:
 def _again(tensor: LazyTensor, device: torch.device | None = None, pinned: bool = False) -> LazyTensor | None:
     """The same rows in a memory of their own."""
     device = tensor.device if device is None else device
-    if tensor.held is None:
-        token = tensor.token
-        return LazyTensor(None, range(0), tensor.kind, device, single=tensor.single, token=token)
     rows = tensor.rows
     if rows is None:
         return None
-    return LazyTensor(Held(rows, device, pinned), range(len(rows)), tensor.kind, device, single=tensor.single)
+    return LazyTensor(
+        Held(rows, tensor.kind, device, pinned), range(len(rows)), tensor.kind, device, single=tensor.single
+    )
 
 
 def _alias(tensor: LazyTensor) -> LazyTensor | None:
-    if tensor.held is None:
-        return _again(tensor)
+    if tensor.held is None:  # where a graph is traced it shares what is loaded, and written, from then on
+        token, box = tensor.token, tensor.box
+        return LazyTensor(None, range(0), tensor.kind, tensor.device, single=tensor.single, token=token, box=box)
     return _view(tensor, tensor.span, tensor.single) if _is_lazy(tensor) else None
 
 
@@ -105,13 +105,16 @@ def _unsqueeze(tensor: LazyTensor, dim: int) -> LazyTensor | None:
 def _index_select(tensor: LazyTensor, dim: int, index: torch.Tensor) -> LazyTensor | None:
     if not _is_lazy(tensor) or tensor.single or dim not in (0, -tensor.ndim) or index.ndim != 1:
         return None
-    return _picked(tensor, index.tolist())
+    places = index.tolist()
+    return _picked(tensor, places) if all(place >= 0 for place in places) else None
 
 
 def _index(tensor: LazyTensor, indices: Sequence[torch.Tensor | None]) -> LazyTensor | None:
     if not _is_lazy(tensor) or tensor.single or len(indices) != 1 or indices[0] is None or indices[0].ndim != 1:
         return None
     index = indices[0]
+    if index.dtype not in (torch.bool, torch.int64, torch.int32):
+        return None
     if index.dtype == torch.bool and len(index) != len(tensor.span):
         return None
     return _picked(tensor, (index.nonzero().flatten() if index.dtype == torch.bool else index).tolist())
@@ -145,7 +148,7 @@ def _together(tensors: Sequence[LazyTensor]) -> LazyTensor | None:
 
 def _joined(parts: Sequence[Sequence[Row]], like: LazyTensor, device: torch.device) -> LazyTensor:
     rows = [row for part in parts for row in part]
-    return LazyTensor(Held(rows, device), range(len(rows)), like.kind, device)
+    return LazyTensor(Held(rows, like.kind, device), range(len(rows)), like.kind, device)
 
 
 _ORDERS = (None, torch.preserve_format, torch.contiguous_format)

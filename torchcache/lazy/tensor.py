@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,12 +38,15 @@ class LazyTensor(torch.Tensor):
         Whether it is one row, without a dimension of rows.
     token : torch.Tensor or None
         ``(rows, 2)``: the number of ``held``, and a place in it.
+    box : list of torch.Tensor or None
+        Where a graph is traced, the data that was loaded for this tensor and its aliases: an empty list before.
     """
 
     held: Held | None
     span: range
     single: bool
     token: torch.Tensor | None
+    box: list[torch.Tensor]
 
     @staticmethod
     def __new__(  # noqa: D102
@@ -54,10 +58,13 @@ class LazyTensor(torch.Tensor):
         *,
         single: bool = False,
         token: torch.Tensor | None = None,
+        box: list[torch.Tensor] | None = None,
     ) -> LazyTensor:
         count: Any = len(span) if token is None else token.shape[0]
         shape = kind.shape if single else (count, *kind.shape)
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=device)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=device)
+        made.box = [] if box is None else box
         made.held, made.span, made.single, made.token = held, span, single, token
         return made
 
@@ -90,13 +97,17 @@ class LazyTensor(torch.Tensor):
         """The tensor that it stands for: always the same memory."""
         if self.held is None:
             assert self.token is not None
-            return torch.ops.torchcache.load(self.token, [*self.kind.shape], self.dtype, self.device, self.single)  # type: ignore[no-any-return]
+            if not self.box:
+                shape = [*self.kind.shape]
+                self.box.append(torch.ops.torchcache.load(self.token, shape, self.dtype, self.device, self.single))
+            return self.box[0]
         whole, span = self.held.load(), self.span
         if self.single:
             return whole[span.start]
         return whole if len(span) == len(whole) else whole[span.start : span.stop]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        dynamo.keep_effects(torch.ops.torchcache.store.default)
         if self.token is None:
             assert self.held is not None
             number = self.held.handle()
@@ -135,6 +146,40 @@ for _name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_m
     setattr(LazyTensor, _name, _through(_name))
 
 
+def _become(tensor: LazyTensor) -> torch.Tensor:
+    """Make the caller's own object the tensor that it stands for, by whatever name it is held."""
+    plain = tensor.load().detach()
+    torch.utils.swap_tensors(tensor, plain)  # type: ignore[no-untyped-call]
+    return tensor
+
+
+def _reshaped(name: str) -> Callable[..., Any]:
+    def method(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self if self.held is None else _become(self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+# What gives a tensor another shape or other memory in place.
+for _name in (
+    "unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "as_strided_",
+    "set_",
+):  # fmt: skip
+    setattr(LazyTensor, _name, _reshaped(_name))
+
+
+def _data(self: LazyTensor) -> torch.Tensor:
+    return self.detach()
+
+
+def _set_data(self: LazyTensor, value: torch.Tensor) -> None:
+    _become(self).data = value.load() if isinstance(value, LazyTensor) else value
+
+
+LazyTensor.data = property(_data, _set_data)  # type: ignore[assignment]
+
+
 # By operator, what is made of lazy arguments without loading them; ``None`` where that cannot be.
 STAYS: dict[Any, Callable[..., Any]] = {}
 _takes_whole: dict[Any, Callable[..., Any]] = {}
@@ -158,6 +203,8 @@ def _call_whole(func: Any, args: Any, kwargs: Any) -> Any:
 def _named(tensor: LazyTensor) -> torch.Tensor:
     if tensor.held is not None:
         return tensor
+    if tensor.box:
+        return tensor.box[0]
     return torch.ops.torchcache.unloaded(tensor.token, [*tensor.kind.shape], tensor.dtype, tensor.device, tensor.single)  # type: ignore[no-any-return]
 
 
@@ -170,6 +217,10 @@ def _call_loaded(func: Any, args: Any, kwargs: Any) -> Any:
         given[id(real)] = (real, lazy)
         return real
 
+    written = [tensor for tensor in dynamo.written(func, args, kwargs) if isinstance(tensor, LazyTensor)]
     args, kwargs = pytree.tree_map_only(LazyTensor, load, (args, kwargs))
     made = func(*args, **kwargs)
+    for tensor in written:
+        if tensor.held is None:  # the caller's own memory, when the graph runs
+            torch.ops.torchcache.store(tensor.token, tensor.load(), tensor.single)
     return pytree.tree_map_only(torch.Tensor, lambda leaf: given[id(leaf)][1] if id(leaf) in given else leaf, made)

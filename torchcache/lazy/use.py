@@ -33,14 +33,16 @@ _PLAIN = torch.empty(0)
 def stack_rows(rows: Sequence[Row]) -> torch.Tensor:
     """A batch of ``rows``, not loaded where it can be."""
     if len({row.kind for row in rows}) == 1:
-        return LazyTensor(Held(rows, torch.device("cpu")), range(len(rows)), rows[0].kind, torch.device("cpu"))
+        return LazyTensor(
+            Held(rows, rows[0].kind, torch.device("cpu")), range(len(rows)), rows[0].kind, torch.device("cpu")
+        )
     return torch.stack([one_row(row).load() for row in rows])  # raises what torch raises
 
 
 def one_row(row: Row) -> LazyTensor:
     """A sample's tensor."""
     cpu = torch.device("cpu")
-    return LazyTensor(Held([row], cpu), range(1), row.kind, cpu, single=True)
+    return LazyTensor(Held([row], row.kind, cpu), range(1), row.kind, cpu, single=True)
 
 
 def digests_of(tensor: torch.Tensor, algorithm: str) -> list[bytes] | None:
@@ -86,7 +88,7 @@ def _rebuilt(
     for row, place in enumerate(there):
         rows[place].data = data[row]
     cpu = torch.device("cpu")
-    return LazyTensor(Held(rows, cpu), range(len(rows)), kind, cpu, single=single)
+    return LazyTensor(Held(rows, kind, cpu), range(len(rows)), kind, cpu, single=single)
 
 
 def tell(owner: Any, rows: Sequence[torch.Tensor], foresee: Callable[[], Foresee]) -> None:
