@@ -135,7 +135,7 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
 @dynamo.constant
 def _inlined(mark: Mark, module: nn.Module | None) -> bool:
     """Note that a call is a part of a graph, where nobody counts it."""
-    if not inside_region():
+    if not inside_region() and mark.options_for(module).enabled:
         region_of(mark, module).inlined = True
     return True
 

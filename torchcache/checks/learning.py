@@ -101,7 +101,7 @@ class Learning:
         try:
             if not stored(batch.who):
                 whole = self._run_watched(batch)
-                if batch.moved:
+                if batch.moved and not batch.wrote and self._subject.identity.current() == batch.who:
                     form.unsettled += 1
                     advice = "let neither its forward nor another thread write to its weights and buffers meanwhile"
                     raise Bypass(CHANGED, advice, lasting=False, quiet=form.unsettled < SETUP_CALLS)
