@@ -77,6 +77,8 @@ class Region:
         Why rows were computed and not stored, and how many.
     writes : bool
         Whether the original was seen to write more than its output: graphs do not hold it as one call then.
+    apart : bool
+        Whether it returns what this release of torch cannot pass through a graph.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -96,7 +98,7 @@ class Region:
             subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
         )
         self._usefulness.watch(self)
-        self.writes = False
+        self.writes = self.apart = False
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import sys
 import threading
@@ -23,48 +24,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "ENTER_AUTOCAST",
-    "EXIT_AUTOCAST",
-    "OPAQUE_TAGS",
-    "OPERATORS",
-    "FakeTensor",
-    "Stamps",
-    "TorchDispatchMode",
-    "backend_named",
-    "compile_with",
-    "constant",
-    "custom_operator",
-    "default_device",
-    "expression_of",
-    "fake_state",
-    "fix_rows",
-    "guard",
-    "has_global_hooks",
-    "hint",
-    "hints",
-    "inductor",
-    "is_fake",
-    "is_ours",
-    "is_scripted",
-    "is_traced",
-    "is_watched",
-    "is_wrapped",
-    "keeps_parametrized",
-    "no_mode",
-    "nonstrict",
-    "origin_of",
-    "pending_writes",
-    "retrace",
-    "retrace_later",
-    "source_of",
-    "storage_of",
-    "takes_rows",
-    "traced_shapes",
-    "tracing_failed",
-    "untraced",
-    "vary",
-    "vary_rows",
-]
+    "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
+    "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of",
+    "fake_state", "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours",
+    "is_scripted", "is_traced", "is_watched", "is_wrapped", "keeps_parametrized", "leave_graph", "names_parts",
+    "no_mode", "nonstrict", "origin_of", "passes_structures", "pending_writes", "retrace", "retrace_later",
+    "source_of", "storage_of", "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows",
+]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -308,6 +274,24 @@ def retrace() -> None:
         raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason="torchcache: a call is traced as it runs")
 
 
+def leave_graph(why: str) -> RuntimeError:
+    """What to raise in a call that is traced and that no graph can hold: Dynamo then makes it between two graphs."""
+    text = f"torchcache: {why}"
+    return RuntimeError(text) if _tracer() is None else cast(RuntimeError, torch._dynamo.exc.Unsupported(text))
+
+
+def names_parts() -> bool:
+    """Whether the nodes of Dynamo's graphs say in which call they were traced: ``annotate`` notes it."""
+    return hasattr(torch.fx.traceback, "annotate")
+
+
+def passes_structures() -> bool:
+    """Whether a call that Dynamo does not look into may return more than tensors in tuples."""
+    from torch._higher_order_ops.flat_apply import FlatApply
+
+    return "checked_output" in inspect.signature(FlatApply.__call__).parameters
+
+
 def no_mode() -> contextlib.AbstractContextManager[Any]:
     """Compute with real tensors while a graph is traced."""
     return unset_fake_temporarily()
@@ -360,9 +344,17 @@ def guard(holds: Callable[[], bool]) -> None:
         return
 
     def create(builder: Any, _: Any) -> None:
-        builder.guard_manager.root.add_lambda_guard(lambda _: holds(), ["torchcache: a call is looked up"], None)
+        _add(builder.guard_manager.root.add_lambda_guard, lambda _: holds(), ["torchcache: a call is looked up"])
 
     torch._dynamo.guards.install_guard(torch._guards.Guard(torch._dynamo.source.GlobalStateSource(), create))
+
+
+def _add(how: Callable[..., None], *args: Any) -> None:
+    """Add a guard; before torch 2.11 it is not asked for the place in the user's program, which is ``None``."""
+    try:
+        how(*args, None)
+    except TypeError:
+        how(*args)
 
 
 def fix_rows() -> None:
@@ -445,9 +437,9 @@ class Stamps:
         for place, value in enumerate(self._watched):
             guards = root.list_getitem_manager(place, "", value, manager)
             if place < len(dicts):
-                guards.add_dict_version_guard(value, [""], None)
+                _add(guards.add_dict_version_guard, value, [""])
             else:
-                guards.add_type_match_guard(id(type(value)), [""], None)
+                _add(guards.add_type_match_guard, id(type(value)), [""])
         self._check = root.check
 
     @classmethod
