@@ -448,10 +448,23 @@ class Stamps:
         if "torch._dynamo.guards" not in sys.modules and next(_without) < MOST_WITHOUT:
             return None
         try:
-            return cls(dicts, objects)
+            return cls(dicts, objects) if _seen_by_stamps() else None
         except Exception:  # another release of torch, or an object that will not tell its class
             return None
 
     def hold(self) -> bool:
         """Whether all versions and classes are what they were."""
         return bool(self._check(self._watched))
+
+
+@functools.cache
+def _seen_by_stamps() -> bool:
+    """Whether stamps see attributes that are set: those of Python 3.13.0 do not, and neither do Dynamo's guards."""
+    held = types.SimpleNamespace(), nn.Module()
+    for number in range(64):  # code that runs often sets attributes in another way
+        for each in held:
+            stamps = Stamps([vars(each)], [])
+            each.torchcache = number
+            if stamps.hold():
+                return False
+    return True
