@@ -126,7 +126,12 @@ class _Traced:
             args, kwargs = self.arguments(tensors, numbers)
             holder = _Original(self.mark, module)
             with dynamo.fake_state(holder, tensors) as state, torch.set_grad_enabled(self.gradients), computing():
-                outputs = torch.func.functional_call(holder, state, args, kwargs)
+                try:
+                    outputs = torch.func.functional_call(holder, state, args, kwargs)
+                except RuntimeError:  # of fake tensors, which whoever traces understands
+                    raise
+                except Exception as error:
+                    raise dynamo.leave_graph(f"{error!r} on tensors without data") from error
             with dynamo.no_mode():
                 names = holder.written or identity.changes()
             if not names:

@@ -47,7 +47,6 @@ class Net(nn.Module):
 def test_outputs_gradients_and_hits_are_the_same(kind, backend, monkeypatch):
     monkeypatch.setattr(dynamo, "passes_structures", lambda: False)
     monkeypatch.setattr(dynamo, "names_parts", lambda: False)
-    torchcache.logging.inform_once.cache_clear()
     said = []
     monkeypatch.setattr(torchcache.logging.logger, "info", lambda text, *_: said.append(text))
     backbone = Telling().requires_grad_(False) if kind == "frozen" else Partly()
