@@ -8,7 +8,7 @@ import torchvision_operators  # noqa: F401  # before anything imports torchvisio
 
 import torchcache
 from torchcache.call import Region
-from torchcache.logging import logger, warn_once
+from torchcache.logging import inform_once, logger, warn_once
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,7 @@ def _clean(tmp_path, monkeypatch, request):
     monkeypatch.setenv("TORCHCACHE_DIR", str(tmp_path / "default-cache"))
     monkeypatch.delenv("TORCHCACHE_REMOTE", raising=False)
     warn_once.cache_clear()
+    inform_once.cache_clear()
     torch._dynamo.reset()
     failed = []
     count = Region.count

@@ -73,7 +73,6 @@ def torchcache_backend(
     smaller, kept = _without_unused_inputs(module)
     compiled = compile_graph(smaller, [example_inputs[position] for position in kept])
 
-    @functools.wraps(compiled)
     def run(*args: Any) -> Any:
         return compiled(*[args[position] for position in kept])
 

@@ -83,6 +83,8 @@ class Region:
         Whether the original was seen to write more than its output: graphs do not hold it as one call then.
     inlined : bool
         Whether a call of it is a part of a compiled graph, where calls are not counted.
+    apart : bool
+        Whether it returns what this release of torch cannot pass through a graph.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -102,7 +104,7 @@ class Region:
             subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
         )
         self._usefulness.watch(self)
-        self.writes = self.inlined = False
+        self.writes = self.inlined = self.apart = False
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
 

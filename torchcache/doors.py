@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import weakref
@@ -18,7 +19,7 @@ from torchcache.call import Region
 from torchcache.context import bypassed, inside_region, number_of_call
 from torchcache.errors import Bypass
 from torchcache.graph.traced import Traced
-from torchcache.logging import warn_once
+from torchcache.logging import inform_once, warn_once
 from torchcache.mark import Mark
 from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import region_of
@@ -27,7 +28,7 @@ from torchcache.usefulness import note_call
 __all__ = ["door"]
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
-LOOKUP, PART, OWN, PLAIN = "lookup", "part", "own", "plain"
+LOOKUP, APART, PART, OWN, PLAIN = "lookup", "apart", "part", "own", "plain"
 
 
 def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
@@ -43,14 +44,26 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
     shown = mark.function if mark.function is not None else of
     base, name, own = mark.base, mark.name, mark.own
 
+    @dynamo.constant
+    def traced(address: int, gradients: bool, enabled: bool | None) -> str:
+        module = ctypes.cast(address, ctypes.py_object).value if address else None  # its caller holds it
+        return _traced(mark, module, gradients, enabled)
+
+    @dynamo.constant
+    def inlined(address: int) -> bool:
+        _note_inlined(mark, ctypes.cast(address, ctypes.py_object).value if address else None)
+        return True
+
     def opened(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return _enter(mark, args, kwargs)
         module = args[0] if args and isinstance(args[0], nn.Module) else None
         gradients = torch.is_grad_enabled()
         enabled = getattr(module, "torchcache_enabled", None)  # Dynamo traces anew where it changed
+        # Some releases hand only constants to what they run while they trace; the address is one, and guarded.
+        address = 0 if module is None else id(module)
         # Dynamo guards no constant without a source: a new string has none.
-        how, subject = f"{_traced(mark, module, gradients, enabled)}".split(" ")
+        how, subject = f"{traced(address, gradients, enabled)}".split(" ")
         if how == LOOKUP:
             given = args if module is None else args[1:]
             known, trains = _look(given, kwargs)
@@ -60,7 +73,9 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
                 given, kwargs = pytree.tree_map(_passed, (given, kwargs))
                 outputs, structure = pytree.tree_flatten(opaque(subject, given, kwargs))
                 return pytree.tree_unflatten(outputs, structure)  # with constants in the place of their stand-ins
-        _inlined(mark, module)
+        if how == APART:
+            return _enter(mark, args, kwargs)
+        inlined(address)
         if how == OWN:
             return getattr(module, own)(*args[1:], **kwargs)
         original: Any = shown if base is None else _beneath(base, name)
@@ -106,7 +121,6 @@ def _passed(leaf: Any) -> Any:
     return NOTHING if leaf is None else leaf
 
 
-@dynamo.constant
 def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool | None) -> str:
     """How a call is traced, and the subject's name in graphs. Dynamo asks once a trace, and guards who was called."""
     note_call()
@@ -124,20 +138,23 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
                 f"{region.name} is computed, not cached: it is partly trainable, and torch.compile caches the frozen "
                 "part of it with backend=torchcache_backend only"
             )
+        if how == APART:
+            lacking = "calls that return more than tensors" if region.apart else "the frozen part of what is trained"
+            inform_once(
+                f"{region.name} is looked up between two graphs: torch {torch.__version__} cannot hold {lacking} in one"
+            )
     name = subject_name(mark, module)
     if how == LOOKUP and gradients and region.subject.identity.asks_for_gradients:
         name += RECORDING
-    if how != LOOKUP and module is not None and mark.own in vars(module):
+    if how not in (LOOKUP, APART) and module is not None and mark.own in vars(module):
         how = OWN
     return f"{how} {name}"
 
 
-@dynamo.constant
-def _inlined(mark: Mark, module: nn.Module | None) -> bool:
+def _note_inlined(mark: Mark, module: nn.Module | None) -> None:
     """Note that a call is a part of a graph, where nobody counts it."""
     if not inside_region() and mark.options_for(module).enabled:
         region_of(mark, module).inlined = True
-    return True
 
 
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
@@ -145,8 +162,10 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
         return PLAIN  # what was written does not show before the graph has run
     identity = region.subject.identity
     if gradients and identity.trains():
-        return PART if module is not None else PLAIN
-    return PLAIN if region.writes else LOOKUP
+        return PLAIN if module is None else PART if dynamo.names_parts() else APART
+    if region.writes:
+        return PLAIN
+    return APART if region.apart else LOOKUP
 
 
 def _still(region: Region, gradients: bool) -> Callable[[], bool]:

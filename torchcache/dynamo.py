@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import sys
 import threading
@@ -23,51 +24,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "ENTER_AUTOCAST",
-    "EXIT_AUTOCAST",
-    "OPAQUE_TAGS",
-    "OPERATORS",
-    "FakeTensor",
-    "Stamps",
-    "TorchDispatchMode",
-    "backend_named",
-    "compile_with",
-    "constant",
-    "custom_operator",
-    "default_device",
-    "expression_of",
-    "fake_state",
-    "fix_rows",
-    "guard",
-    "has_global_hooks",
-    "hint",
-    "hints",
-    "inductor",
-    "is_fake",
-    "is_ours",
-    "is_scripted",
-    "is_traced",
-    "is_watched",
-    "is_wrapped",
-    "keep_effects",
-    "keeps_parametrized",
-    "no_mode",
-    "no_torch_function",
-    "nonstrict",
-    "origin_of",
-    "pending_writes",
-    "retrace",
-    "retrace_later",
-    "source_of",
-    "storage_of",
-    "takes_rows",
-    "traced_shapes",
-    "tracing_failed",
-    "untraced",
-    "vary",
-    "vary_rows",
-    "written",
-]
+    "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
+    "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of", "fake_state",
+    "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
+    "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "leave_graph", "names_parts",
+    "no_mode", "no_torch_function", "nonstrict", "origin_of", "passes_structures", "pending_writes", "retrace",
+    "retrace_later", "source_of", "storage_of", "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary",
+    "vary_rows", "written",
+]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -338,6 +302,24 @@ def retrace() -> None:
         raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason="torchcache: a call is traced as it runs")
 
 
+def leave_graph(why: str) -> RuntimeError:
+    """What to raise in a call that is traced and that no graph can hold: Dynamo then makes it between two graphs."""
+    text = f"torchcache: {why}"
+    return RuntimeError(text) if _tracer() is None else cast(RuntimeError, torch._dynamo.exc.Unsupported(text))
+
+
+def names_parts() -> bool:
+    """Whether the nodes of Dynamo's graphs say in which call they were traced: ``annotate`` notes it."""
+    return hasattr(torch.fx.traceback, "annotate")
+
+
+def passes_structures() -> bool:
+    """Whether a call that Dynamo does not look into may return more than tensors in tuples."""
+    from torch._higher_order_ops.flat_apply import FlatApply
+
+    return "checked_output" in inspect.signature(FlatApply.__call__).parameters
+
+
 def no_mode() -> contextlib.AbstractContextManager[Any]:
     """Compute with real tensors while a graph is traced."""
     return unset_fake_temporarily()
@@ -390,9 +372,17 @@ def guard(holds: Callable[[], bool]) -> None:
         return
 
     def create(builder: Any, _: Any) -> None:
-        builder.guard_manager.root.add_lambda_guard(lambda _: holds(), ["torchcache: a call is looked up"], None)
+        _add(builder.guard_manager.root.add_lambda_guard, lambda _: holds(), ["torchcache: a call is looked up"])
 
     torch._dynamo.guards.install_guard(torch._guards.Guard(torch._dynamo.source.GlobalStateSource(), create))
+
+
+def _add(how: Callable[..., None], *args: Any) -> None:
+    """Add a guard; before torch 2.11 it is not asked for the place in the user's program, which is ``None``."""
+    try:
+        how(*args, None)
+    except TypeError:
+        how(*args)
 
 
 def fix_rows() -> None:
@@ -475,9 +465,9 @@ class Stamps:
         for place, value in enumerate(self._watched):
             guards = root.list_getitem_manager(place, "", value, manager)
             if place < len(dicts):
-                guards.add_dict_version_guard(value, [""], None)
+                _add(guards.add_dict_version_guard, value, [""])
             else:
-                guards.add_type_match_guard(id(type(value)), [""], None)
+                _add(guards.add_type_match_guard, id(type(value)), [""])
         self._check = root.check
 
     @classmethod
@@ -486,10 +476,23 @@ class Stamps:
         if "torch._dynamo.guards" not in sys.modules and next(_without) < MOST_WITHOUT:
             return None
         try:
-            return cls(dicts, objects)
+            return cls(dicts, objects) if _seen_by_stamps() else None
         except Exception:  # another release of torch, or an object that will not tell its class
             return None
 
     def hold(self) -> bool:
         """Whether all versions and classes are what they were."""
         return bool(self._check(self._watched))
+
+
+@functools.cache
+def _seen_by_stamps() -> bool:
+    """Whether stamps see attributes that are set: those of Python 3.13.0 do not, and neither do Dynamo's guards."""
+    held = types.SimpleNamespace(), nn.Module()
+    for number in range(64):  # code that runs often sets attributes in another way
+        for each in held:
+            stamps = Stamps([vars(each)], [])
+            each.torchcache = number
+            if stamps.hold():
+                return False
+    return True

@@ -11,7 +11,7 @@ from typing import Any
 
 from torchcache.printable import printable
 
-__all__ = ["configure", "logger", "warn_once"]
+__all__ = ["configure", "inform_once", "logger", "warn_once"]
 
 DEFAULT_LEVEL = "WARN"
 DEFAULT_FORMAT = "[torchcache] - %(asctime)s - %(name)s - %(levelname)s - %(message)s"
@@ -91,6 +91,12 @@ def _formatter(complaints: list[str]) -> logging.Formatter:
 def warn_once(message: str) -> None:
     """Log ``message`` as a warning the first time it is seen in this process."""
     logger.warning(message)
+
+
+@functools.lru_cache(maxsize=4096)
+def inform_once(message: str) -> None:
+    """Log ``message`` as information the first time it is seen in this process."""
+    logger.info(message)
 
 
 configure()

@@ -128,7 +128,12 @@ class _Traced:
             args, kwargs = self.arguments(tensors, numbers)
             holder = _Original(self.mark, module)
             with dynamo.fake_state(holder, tensors) as state, torch.set_grad_enabled(self.gradients), computing():
-                outputs = torch.func.functional_call(holder, state, args, kwargs, tie_weights=False)
+                try:
+                    outputs = torch.func.functional_call(holder, state, args, kwargs, tie_weights=False)
+                except RuntimeError:  # of fake tensors, which whoever traces understands
+                    raise
+                except Exception as error:
+                    raise dynamo.leave_graph(f"{error!r} on tensors without data") from error
             with dynamo.no_mode():
                 names = holder.written or identity.changes()
             if not names:
@@ -142,8 +147,12 @@ class _Traced:
         ):
             region_of(self.mark, module).writes = True
             dynamo.retrace_later()
-            raise RuntimeError(f"torchcache: the original writes to {', '.join(names) or 'its arguments'}")
+            raise dynamo.leave_graph(f"the original writes to {', '.join(names) or 'its arguments'}")
         leaves, self.output_spec = pytree.tree_flatten(outputs)
+        if not (_only_tensors(outputs) or dynamo.passes_structures()):
+            region_of(self.mark, module).apart = True
+            dynamo.retrace_later()
+            raise dynamo.leave_graph(f"torch {torch.__version__} passes tensors and tuples of them through a graph")
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.output_leaves = [_Tensor if isinstance(leaf, torch.Tensor) else _plain(leaf) for leaf in leaves]
         lie = [([*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]) for leaf in made]
@@ -161,6 +170,11 @@ class _Traced:
             outputs = _called(region, *self.mark.without_defaults(module, args, kwargs))
         made = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return unaliased([*map(dense, made, self.orders)], tensors)
+
+
+def _only_tensors(outputs: Any) -> bool:
+    inner = outputs if type(outputs) in (tuple, list) else [outputs]
+    return all(isinstance(leaf, torch.Tensor) for leaf in inner)
 
 
 class _Original(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -79,5 +80,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def yield_to_training() -> None:
     """Let this thread run when training does not need the core, where the system can say so."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # a thread's own priority, on Linux
+    if sys.platform == "linux":  # elsewhere a thread has no priority that is set like a process's
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

