@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from torchcache.forks import without_forks
+from torchcache.lazy.tensor import LazyTensor
 from torchcache.logging import logger
 from torchcache.store.tiers import Found
 
@@ -112,7 +113,9 @@ def _prepare(rows: list[torch.Tensor], prepare: Prepare) -> Found | None:
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (
+    if one is other or LazyTensor in (type(one), type(other)):  # one that is not loaded has no address
+        return one is other
+    return (
         one.data_ptr() == other.data_ptr()
         and one.dtype == other.dtype
         and one.shape == other.shape

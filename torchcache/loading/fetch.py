@@ -43,6 +43,8 @@ class Task(NamedTuple):
         Whether what is loaded is to be remembered.
     twice : bool
         Whether some samples are loaded twice, with other random numbers, to see whether they differ.
+    forgotten : int
+        How often what was remembered had been dropped by then: what is known is true as long as it is not again.
     """
 
     number: int
@@ -51,6 +53,7 @@ class Task(NamedTuple):
     source: int
     learn: bool
     twice: bool
+    forgotten: int
 
 
 @dataclasses.dataclass

@@ -94,7 +94,7 @@ class DataLoader(data.DataLoader[Any]):
         if self._remembered is None:
             fetcher = Fetcher(self.dataset, self.collate_fn, self.options.digest)
             kept = self.options if self.options.persistent else None
-            self._remembered = Remembered(fetcher, self._load_now, self.dataset_id, self.check, kept)
+            self._remembered = Remembered(fetcher, self.load_now, self.dataset_id, self.check, kept)
         return self._remembered
 
     def counted(self) -> LoaderStats:
@@ -103,6 +103,8 @@ class DataLoader(data.DataLoader[Any]):
         return LoaderStats(known.name, len(known), known.loaded, known.skipped, known.reason)
 
     def __iter__(self) -> Any:
+        if self._remembered is not None and self._remembered.collate is not self.collate_fn:
+            self._remembered = self._workers = None  # the user gave it another one
         if self.batch_sampler is None or self.remembered.reason:
             return super().__iter__()
         self.remembered.begin()
@@ -140,7 +142,7 @@ class DataLoader(data.DataLoader[Any]):
         self._workers.generator = generator
         return iter(self._workers)
 
-    def _load_now(self, indices: Sequence[Any]) -> list[Any]:
+    def load_now(self, indices: Sequence[Any]) -> list[Any]:
         """Samples at once; by workers where the user wants workers: what the data set opens may live there only."""
         fetcher = self.remembered._fetcher
         if not self.num_workers:
@@ -235,7 +237,8 @@ class _Pass:
         learn = self._learns and not self._remembered.reason and None in known
         twice = learn and self._twice > 0
         self._twice -= twice
-        self._planned.append(Task(self._number, indices, known, self._remembered.number, learn, twice))
+        source, forgotten = self._remembered.number, self._remembered.forgotten
+        self._planned.append(Task(self._number, indices, known, source, learn, twice, forgotten))
         self._number += 1
         return True
 
@@ -256,8 +259,12 @@ class _Pass:
                 yield task
 
     def _assembled(self, task: Task) -> Any:
-        self._remembered.skipped += len(task.indices)
-        batch = assemble(task, self._remembered, self._loader.collate_fn)
+        if task.forgotten == self._remembered.forgotten:
+            self._remembered.skipped += len(task.indices)
+            batch = assemble(task, self._remembered, self._loader.collate_fn)
+        else:  # what it was planned with turned out to be out of date
+            self._remembered.loaded += len(task.indices)
+            batch = self._loader.collate_fn(self._loader.load_now(task.indices))
         if self._loader.pin_memory and torch.accelerator.is_available():
             batch = pinned(batch)
         return batch

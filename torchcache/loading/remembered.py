@@ -58,6 +58,8 @@ class Remembered:
         How many samples were loaded, and how many stood for themselves.
     reason : str
         Why samples are loaded in every epoch; empty where they are not.
+    forgotten : int
+        How often all that was remembered was dropped.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Remembered:
         self.number = next(_numbers)
         self.loaded = self.skipped = 0
         self.reason = ""
+        self.forgotten = 0
         self._fetcher, self._load, self._share = fetcher, load, share
         self._name, self._options = name, options
         self._program: Program | None = None
@@ -94,6 +97,11 @@ class Remembered:
         self._checks = 0
         register(self.number, self)
         self._identify()
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """What makes batches of samples."""
+        return self._fetcher.collate
 
     @property
     def name(self) -> str:
@@ -248,7 +256,8 @@ class Remembered:
         """Load some samples again, and compare."""
         known = [index for index, sample in enumerate(self._by_number) if sample is not None]
         known += list(self._by_name)
-        wanted = min(len(known), max(FEWEST_CHECKED, int(self._share * len(known)))) if self._share else 0
+        unknown = not self._described  # structures, which only samples themselves show
+        wanted = min(len(known), max(FEWEST_CHECKED, int(self._share * len(known)))) if self._share or unknown else 0
         if self._checks:
             cost = self._spent / self._checks
             wanted = min(wanted, int((MOST_TIME * (time.perf_counter() - self._began) - self._spent) / cost))
@@ -289,3 +298,4 @@ class Remembered:
 
     def _forget(self) -> None:
         self._by_number, self._by_name, self._new = [], {}, []
+        self.forgotten += 1
