@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import changing
 import numpy as np
 import pytest
 import torch
@@ -350,6 +351,11 @@ def test_planted_bugs_are_found(files, bug, monkeypatch):
             if number % 2:  # what is read in every batch would be loaded from then on
                 wrong += not torch.allclose(model(x.mul_(2)), expected[1], atol=1e-4)
     assert bool(wrong) == (bug is not None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_training_is_right_while_everything_changes(tmp_path, seed):
+    assert changing.endure(tmp_path / "files", seed)["batches compared"]
 
 
 def test_an_error_of_the_data_set_comes_as_with_torchs_loader(files):

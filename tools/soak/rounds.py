@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
-sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "stress")]
+sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "stress"), str(TESTS / "loading")]
 
+import changing  # noqa: E402
 import damage  # noqa: E402
 import directories  # noqa: E402
 import hostile  # noqa: E402
@@ -63,12 +64,17 @@ def _interrupts(directory: Path, seed: int) -> Counts:
     return Counts(interrupts.survive(directory / "cache", 15, seed))
 
 
+def _loading(directory: Path, seed: int) -> Counts:
+    return Counts(changing.endure(directory / "files", seed))
+
+
 ROUNDS: dict[str, Round] = {
     "kills": _kills,
     "damage": _damage,
     "blobs": _blobs,
     "rows": _rows,
     "directories": directories.round_of,
+    "loading": _loading,
     "processes": _processes,
     "interrupts": _interrupts,
 }
