@@ -14,6 +14,7 @@ TINY = ["--width", "16", "--samples", "40"]
 # Rows that must be computed: one a sample and region.
 ARGUMENTS = {
     "linear_probe": (["--model", "resnet10t", "--size", "32", "--samples", "40", "--epochs", "3"], 40),
+    "image_files": (["--samples", "40", "--width", "8"], 40),
     "last_blocks": (["--width", "24", "--samples", "40", "--layers", "4"], 40),
     "lora": ([*TINY, "--layers", "3", "--first-block", "2"], 40),
     "sentences": ([*TINY, "--layers", "2"], 40),
