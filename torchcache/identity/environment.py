@@ -65,4 +65,5 @@ def _is(one: Instruction | None, name: str) -> bool:
 
 
 def _is_known(one: Instruction | None) -> bool:
-    return one is not None and (one.name in ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME"))
+    """Whether a name is a text that the code has, or one of its globals; names as bytes are not looked for."""
+    return one is not None and one.name in ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME") and type(one.value) is str

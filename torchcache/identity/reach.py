@@ -118,7 +118,7 @@ class Reach:
         value = simplify(value)
         named = label.rpartition(" ")[2].rpartition(".")[2]
         if is_environment(value) and named not in (getattr(value, "__name__", ""), "environ", "environb"):
-            self._reach(os.environ, parent, "the global os.environ", 1)
+            self._read_environment(parent)
         if is_reader(value) and named != value.__name__:
             self._read_anything(home_around(parent))
         node = self.nodes.get(id(value))
@@ -290,7 +290,7 @@ class Reach:
             node.parts.append((f"the global {home}", scope))
             self._reach(scope, node, f"the global {home}", 1)
         if not is_installed(home) and reads_environment(node.value.__code__):
-            self._reach(os.environ, node, "the global os.environ", 1)
+            self._read_environment(node)
         handed_first = False
         for chain, attributes, first in reads.handed:
             if looks_inside(resolve(chain, scope).value):
@@ -361,6 +361,11 @@ class Reach:
         elif (package := home.partition(".")[0]) not in self._packages:
             self._packages.add(package)
             self._raise_levels()
+
+    def _read_environment(self, node: Node) -> None:
+        """All environment variables are read by a node."""
+        node.parts.append(("the global os.environ", os.environ))
+        self._reach(os.environ, node, "the global os.environ", 1)
 
     def _read_tree(self) -> None:
         if not self._tree:

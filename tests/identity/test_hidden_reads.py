@@ -1,0 +1,240 @@
+"""What a forward reads by functions under other names, from the environment, or from a configuration's objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+import threading
+from copy import deepcopy as clone
+from dataclasses import asdict as to_dict
+from operator import attrgetter as get_path
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+import torchcache
+
+_get = getattr
+DOORS = str(Path(__file__).parents[1] / "doors")
+
+
+@dataclasses.dataclass
+class Gains:
+    gains: dict = dataclasses.field(default_factory=lambda: {"a": 1.0})
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.which, self.scale, self.gains = "li", 1.0, Gains()
+        self.space, self.kind, self.keys = "TC", "gain", ["TC", "GAIN"]
+
+
+def child(module, name, get=getattr):
+    return get(module, name)
+
+
+def returned():
+    return getattr
+
+
+class Owner(Base):
+    fetch = staticmethod(getattr)
+
+
+def weight(module):
+    with torch.no_grad():
+        module.lin.weight.mul_(2)
+
+
+def scale(module):
+    module.scale = 3.0
+
+
+def gains(module):
+    module.gains.gains["a"] = 3.0
+
+
+READS = {
+    "a global": (lambda s, x: _get(s, s.which + "n")(x), weight),
+    "an import": (lambda s, x: x @ get_path(s.which + "n.weight")(s).T, weight),
+    "a default": (lambda s, x: child(s, s.which + "n")(x), weight),
+    "a class": (lambda s, x: s.fetch(s, s.which + "n")(x), weight),
+    "a list": (lambda s, x: [getattr, setattr][0](s, s.which + "n")(x), weight),
+    "a result": (lambda s, x: returned()(s, s.which + "n")(x), weight),
+    "statically": (lambda s, x: s.lin(x) * inspect.getattr_static(s, "sc" + "ale"), scale),
+    "as a dict": (lambda s, x: s.lin(x) * to_dict(s.gains)["ga" + "ins"]["a"], gains),
+    "as a copy": (lambda s, x: s.lin(x) * clone(s.gains).gains["a"], gains),
+}
+
+
+def agrees_after(module, change):
+    """Whether a change shows at the next call; nothing that is computed is compared before."""
+    torchcache.mark(module.eval(), freeze=True, audit=0.0)
+    x = torch.randn(8, 6)
+    for _ in range(6):
+        module(x)
+    change(module)
+    found = module(x)
+    with torchcache.bypass():
+        return torch.allclose(found, module(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_function_that_reads_by_name_counts_under_any_name(how):
+    forward, change = READS[how]
+    assert agrees_after(type("Reads", (Owner,), {"forward": forward})(), change)
+
+
+def value(text):
+    return float(text or 1)
+
+
+ENVIRONMENT = {
+    "format": lambda s, x: x * value(os.environ.get("TC_{}".format(s.kind.upper()))),  # noqa: UP032
+    "modulo": lambda s, x: x * value(os.environ.get("TC_%s" % s.kind.upper())),  # noqa: UP031
+    "text": lambda s, x: x * value(os.environ.get(f"{s.space}_{s.keys[1]}")),
+    "join": lambda s, x: x * value(os.getenv("_".join(s.keys))),
+    "upper": lambda s, x: x * value(os.environ.get("tc_gain".upper())),
+    "items": lambda s, x: x * value(next((v for k, v in os.environ.items() if k.startswith("TC_")), None)),
+    "subscript": lambda s, x: x * value(os.environ["TC_" + "GAIN"[: len(s.kind)]] if len(os.environ) else None),
+    "within": lambda s, x: x * (3 if "TC_" + s.kind.upper() in os.environ else 1),
+    "expanded": lambda s, x: x * len(os.path.expandvars("$TC_GAIN")),
+    "bytes": lambda s, x: x * value(os.getenvb(b"TC_GAIN")),
+    "passed on": lambda s, x: x * value(next(iter(map(os.getenv, [f"{s.space}_GAIN"])))),
+}
+
+
+@pytest.mark.parametrize("how", ENVIRONMENT)
+def test_an_environment_variable_counts_however_it_is_named(how, monkeypatch):
+    monkeypatch.setenv("TC_GAIN", "2") if how == "subscript" else monkeypatch.delenv("TC_GAIN", raising=False)
+    module = type("Reads", (Base,), {"forward": ENVIRONMENT[how]})()
+    assert agrees_after(module, lambda _: monkeypatch.setenv("TC_GAIN", "3"))
+
+
+def test_a_variable_that_is_named_is_the_only_one_that_counts(monkeypatch):
+    class Reads(Base):
+        def forward(self, x):
+            return self.lin(x) * float(os.environ.get("TC_NAMED", "1"))
+
+    module = torchcache.mark(Reads().eval(), freeze=True, audit=0.0)
+    x = torch.randn(8, 6)
+    for _ in range(3):
+        module(x)
+        monkeypatch.setenv("TC_OTHER", str(torch.rand(1).item()))
+    assert torchcache.stats(module).misses == 8
+
+
+class Gain:
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, x):
+        return x * self.gain
+
+
+@dataclasses.dataclass
+class Tanh:
+    k: float = 1.0
+
+
+@dataclasses.dataclass
+class Relu:
+    k: float = 1.0
+
+
+class Configured(Base):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+
+class Calls(Configured):
+    def forward(self, x):
+        return self.config.act(self.lin(x))
+
+
+class Typed(Configured):
+    def forward(self, x):
+        return torch.tanh(self.lin(x)) if OmegaConf.get_type(self.config) is Tanh else torch.relu(self.lin(x))
+
+
+def test_objects_and_classes_in_a_configuration_count():
+    gain = Gain(1.0)
+    module = Calls(OmegaConf.create({"act": gain}, flags={"allow_objects": True}))
+    assert agrees_after(module, lambda _: setattr(gain, "gain", 3.0))
+    assert agrees_after(
+        Typed(OmegaConf.structured(Tanh)), lambda module: setattr(module, "config", OmegaConf.structured(Relu))
+    )
+
+
+KERNEL = """
+import torch
+library = torch.library.Library("tc_early", "FRAGMENT")
+library.define("scaled(Tensor x) -> Tensor")
+gain = [1.0]
+library.impl("scaled", lambda x: x * gain[0], "CPU")
+import torchcache
+from torch import nn
+class Early(nn.Module):
+    def forward(self, x):
+        return torch.ops.tc_early.scaled(x)
+module = torchcache.mark(Early(), freeze=True, audit=0.0)
+x = torch.randn(8, 4)
+for _ in range(4):
+    module(x)
+gain[0] = 3.0
+assert torch.equal(module(x), x * 3), "stale"
+assert "before torchcache was imported" in str(torchcache.stats(module).regions[0].reasons), torchcache.stats(module)
+"""
+
+
+def test_a_kernel_from_before_the_import_is_computed_with_a_reason():
+    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+inside, proceed = threading.Event(), threading.Event()
+
+
+class Waits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.first(x)
+        inside.set()
+        proceed.wait(20)
+        return self.second(x)
+
+
+def test_weights_that_another_thread_swaps_and_puts_back_leave_no_rows():
+    module = torchcache.mark(Waits(), freeze=True, audit=0.0)
+    batches = [torch.randn(4, 6) for _ in range(3)]
+    proceed.set()
+    expected = []
+    with torchcache.bypass():
+        expected = [module(x) for x in batches]
+    for _ in range(3):
+        module(batches[0])
+    own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for x in batches:
+        inside.clear()
+        proceed.clear()
+        thread = threading.Thread(target=module, args=(x,))
+        thread.start()
+        inside.wait(1)  # a batch that hits does not get there
+        module.load_state_dict({name: tensor * -2 for name, tensor in own.items()})
+        proceed.set()
+        thread.join()
+        module.load_state_dict(own)
+    for x, wanted in zip(batches, expected, strict=True):
+        assert torch.allclose(module(x), wanted, atol=1e-5)
