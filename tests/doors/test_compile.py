@@ -576,3 +576,54 @@ def test_what_a_mark_returns_of_an_empty_batch_is_not_its_input(backend):
         warnings.filterwarnings("error", message=".*must not also be an input")
         for rows in (3, 0, 2):
             assert compiled(torch.randn(rows, 4)).shape == (rows, 2)
+
+
+class Shared(nn.Module):
+    """One layer under two names, and one tensor in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.layers = nn.ModuleList([self.stem, nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.layers[2].weight = self.layers[1].weight
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.stem(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_layer_under_two_names_keeps_its_weights(backend):
+    plain = nn.Sequential(Shared(), nn.Linear(6, 2))
+    model = copy.deepcopy(plain)
+    torchcache.mark(model[0], freeze=True)
+    x, run = torch.randn(8, 6), torch.compile(model, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), plain(x))
+    assert {type(leaf) for leaf in model[0].parameters()} == {nn.Parameter}
+    assert torchcache.stats(model).hits
+
+
+class TwoViews(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x, y):
+        return self.head(torch.cat([self.encoder(x + self.shift), self.encoder(y)], 1))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "torchcache"])
+def test_calls_within_sample_keys_that_a_graph_holds_are_not_taken_for_others(backend):
+    plain = TwoViews()
+    model = copy.deepcopy(plain)
+    torchcache.mark(model.encoder, freeze=True, audit=0.0)
+    options = {"options": {"inner": "eager"}} if backend == "torchcache" else {}
+    run = torch.compile(model, backend=backend, **options)
+    x, y = torch.randn(16, 6), torch.randn(16, 6)
+    for call in range(8):
+        with torchcache.sample_keys(range(16)), torch.set_grad_enabled(call > 4):
+            torch.testing.assert_close(run(x, y), plain(x, y))

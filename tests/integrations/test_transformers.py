@@ -129,3 +129,28 @@ def test_a_language_models_backbone_is_served_in_every_later_epoch(tmp_path, che
     trainer.train()
     stats = torchcache.stats(model)
     assert (stats.hits, stats.misses, stats.bypasses) == (48, 24, 0)
+
+
+def test_the_number_of_items_is_left_to_code_that_reads_it():
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
+        vocab_size=100,
+    )  # fmt: skip
+
+    class Reads(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            return self.model(input_ids, use_cache=False).last_hidden_state / kwargs.get("num_items_in_batch", 1)
+
+    plain = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    plain.model.layers[-1].requires_grad_(True)
+    own = Reads(config).eval().requires_grad_(False)
+    ids = torch.randint(5, 100, (4, 8))
+    mask = torch.ones_like(ids)
+    marked, marked_own = (torchcache.mark(copy.deepcopy(model)) for model in (plain, own))
+    for step in range(3):
+        given = {"num_items_in_batch": torch.tensor(50 + 20 * step)}
+        one, other = (
+            model(ids, mask, None, None, None, ids, use_cache=False, **given).loss for model in (plain, marked)
+        )
+        assert torch.allclose(one, other, rtol=1e-4)
+        assert torch.allclose(own(ids, **given), marked_own(ids, **given), rtol=1e-4)
