@@ -38,7 +38,7 @@ def endure(folder, seed):
     model, counts = encoder(audit=0.0), collections.Counter()
     for epoch in range(EPOCHS):
         change(files, chance)
-        loader.remembered._began -= 3600  # as after an hour: all samples are checked
+        loader.remembered._checked_at -= 3600  # as after an hour: all samples are checked
         used = False
         for (x, y), (expected, labels) in zip(loader, plain, strict=True):
             # What is read in every batch would be loaded from then on.

@@ -175,7 +175,7 @@ def test_a_changed_file_shows_and_all_is_loaded_anew(files, workers, caplog):
     train(loader, model, 2)
     for index in range(40):
         files.write(index, np.ones(SHAPE, np.float32) * index)
-    loader.remembered._began -= 3600  # as if an hour had passed: a check may take its share of that
+    loader.remembered._checked_at -= 3600  # as if an hour had passed: a check may take its share of that
     got = [x + 0 for x, _ in loader]
     assert equal(got, [x for x, _ in data.DataLoader(files, batch_size=8)])
     assert "is not what it was" in caplog.text
@@ -341,7 +341,7 @@ def test_planted_bugs_are_found(files, bug, monkeypatch):
     wrong = 0
     for epoch in range(4):
         files.factor = 1.0 + epoch // 3
-        loader.remembered._began -= 3600
+        loader.remembered._checked_at -= 3600
         pairs = zip(loader, data.DataLoader(files, batch_size=8), strict=True)
         for number, ((x, y), (plain, label)) in enumerate(pairs):
             wrong += not torch.equal(y, label)

@@ -92,7 +92,7 @@ class Remembered:
         self._foreign: set[int] = set()
         self._streak: dict[int, int] = {}
         self._seconds, self._timed = 0.0, 0
-        self._began = time.perf_counter()
+        self._checked_at = time.perf_counter()
         self._spent = 0.0
         self._checks = 0
         register(self.number, self)
@@ -259,8 +259,8 @@ class Remembered:
         unknown = not self._described  # structures, which only samples themselves show
         wanted = min(len(known), max(FEWEST_CHECKED, int(self._share * len(known)))) if self._share or unknown else 0
         if self._checks:
-            cost = self._spent / self._checks
-            wanted = min(wanted, int((MOST_TIME * (time.perf_counter() - self._began) - self._spent) / cost))
+            since, cost = time.perf_counter() - self._checked_at, self._spent / self._checks
+            wanted = min(wanted, int(MOST_TIME * since / cost))
         if wanted <= 0:
             return
         start = time.perf_counter()
@@ -272,7 +272,8 @@ class Remembered:
             if old is None or sample._replace(values=old.values) != old or not same_values(sample.values, old.values):
                 self._changed(index)
                 break
-        self._spent += time.perf_counter() - start
+        self._checked_at = time.perf_counter()
+        self._spent += self._checked_at - start
         self._checks += wanted
         self.loaded += wanted
 
