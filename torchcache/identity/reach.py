@@ -27,7 +27,7 @@ from torchcache.identity.homes import (
 from torchcache.identity.modules import CONTAINERS, GlobalHooks, describe_hooks, describe_module, describe_tensor
 from torchcache.identity.node import Node, Space
 from torchcache.identity.objects import member_space
-from torchcache.identity.reads import Chain, Reads, is_reader
+from torchcache.identity.reads import Chain, Reads, closed_over, is_reader
 from torchcache.identity.values import ATOMS, describe_value
 
 __all__ = ["Reach"]
@@ -54,7 +54,7 @@ class Reach:
     Parameters
     ----------
     without : frozenset of str
-        Names of attributes that are no part, whatever reads them.
+        Names of attributes and variables that are no part, whatever reads them.
     """
 
     def __init__(self, without: frozenset[str] = frozenset()) -> None:
@@ -163,6 +163,10 @@ class Reach:
                 self._name(name)
             for text in node.texts:
                 self._text(text)
+        if node.kind == "function" and self._without:
+            variables = zip(node.value.__code__.co_freevars, node.value.__closure__ or (), strict=False)
+            left = [cell for name, cell in variables if closed_over(name) in self._without]
+            node.parts = [part for part in node.parts if not any(part[1] is cell for cell in left)]
         inner = node.level if node.kind == "group" or node.level > 1 else 0
         typed = node.kind in ("module", "object", "tensor")
         for label, value in node.parts:

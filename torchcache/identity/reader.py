@@ -17,9 +17,10 @@ from torchcache.identity.reads import (
     READERS_OF_GLOBALS,
     Chain,
     Reads,
+    closed_over,
     modules_named,
 )
-from torchcache.identity.symbols import NOTHING, UNKNOWN, Symbol, Value, chains, is_modulo, items_of
+from torchcache.identity.symbols import NOTHING, UNKNOWN, Symbol, Value, chains, is_modulo, items_of, mutated
 
 __all__ = ["reads_of"]
 
@@ -49,6 +50,8 @@ class _Reader:
         arguments = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
         for name in code.co_varnames[:arguments]:
             self.variables.setdefault(name, frozenset({("local", name)}))
+        for name in code.co_freevars:
+            self.variables.setdefault(name, frozenset({("free", name)}))
         self.names: set[str] = set()
         self.written: set[str] = set()
         self.texts: set[str] = set()
@@ -159,6 +162,8 @@ class _Reader:
         elif name.startswith("STORE_FAST") or name == "STORE_DEREF":
             for variable in value if isinstance(value, tuple) else (value,):
                 self._store(variable, self._pop()[0])
+                if variable in self.code.co_freevars:
+                    self.written.add(closed_over(variable))
         elif name in ("LOAD_CONST", "LOAD_SMALL_INT"):
             stack.append(frozenset({("const", value)}) if type(value) in (str, int, tuple) else UNKNOWN)
         elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -188,7 +193,7 @@ class _Reader:
             self._pop(0 if name == "DELETE_GLOBAL" else 1)
         elif name == "STORE_SUBSCR":
             _, container, _ = self._pop(3)
-            self._mutate(container)
+            self.written |= mutated(container)
         elif name.startswith("CALL"):
             self._called(at)
         elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and value == 26):
@@ -322,7 +327,7 @@ class _Reader:
             if symbol[0] == "attr" and symbol[1] in GETTERS and self.code.co_name not in GETTERS:
                 return self._named_access(symbol[1], [receiver or UNKNOWN, *given])
             if symbol[0] == "attr" and symbol[1] in MUTATORS:
-                self._mutate(receiver)
+                self.written |= mutated(receiver)
             if symbol[0] == "attr" and symbol[1] in ("format", "format_map"):
                 for value in given:
                     self._read_whole(value, deep=False, display=True)
@@ -411,10 +416,3 @@ class _Reader:
                 self.whole_first = self.dynamic = True
             elif symbol[0] != "const" and not display:
                 self.anything = self.dynamic = True
-
-    def _mutate(self, container: Value) -> None:
-        for symbol in container:
-            if symbol[0] == "attr":
-                self.written.add(symbol[1])
-            elif symbol[0] == "global" and symbol[2]:
-                self.written.add(symbol[2][-1])

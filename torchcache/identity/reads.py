@@ -18,6 +18,7 @@ __all__ = [
     "READERS_OF_GLOBALS",
     "Chain",
     "Reads",
+    "closed_over",
     "is_reader",
     "modules_named",
 ]
@@ -101,7 +102,7 @@ class Reads:
     handed : tuple of (Chain, frozenset of str, bool)
         Calls, the attributes passed to them, and whether the first argument is.
     written : frozenset of str
-        Attributes and globals that it sets or mutates.
+        Attributes and globals that it sets or mutates, and variables that it closes over (``closed_over``).
     texts : frozenset of str
         Its constants that may be names of environment variables, or begin or end one.
     """
@@ -119,6 +120,11 @@ class Reads:
     handed: tuple[tuple[Chain, frozenset[str], bool], ...]
     written: frozenset[str]
     texts: frozenset[str]
+
+
+def closed_over(variable: str) -> str:
+    """What a variable of a function around is called among what code writes: no attribute has such a name."""
+    return f"nonlocal {variable}"
 
 
 def modules_named(name: frozenset[tuple[Any, ...]], top: bool = False) -> frozenset[tuple[Any, ...]]:
