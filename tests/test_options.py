@@ -32,7 +32,7 @@ WRONG = [
     ("zstd_compression_level", "fast", TypeError),
     ("zstd_compression_level", True, TypeError),
     ("zstd_compression_level", 23, ValueError),
-    ("zstd_compression_level", -8, ValueError),
+    ("zstd_compression_level", -101, ValueError),
     ("digest", "md5", ValueError),
     ("pure", None, TypeError),
     ("audit", True, TypeError),
@@ -53,7 +53,7 @@ def test_wrong_values_are_refused_by_name(name, value, error):
     ("name", "value"),
     [
         ("max_memory_cache_size", 0),
-        ("zstd_compression_level", -7),
+        ("zstd_compression_level", -100),
         ("zstd_compression_level", 22),
         ("zstd_compression_level", None),
         ("memory_cache_device", torch.device("cpu")),
@@ -64,18 +64,6 @@ def test_wrong_values_are_refused_by_name(name, value, error):
 )
 def test_values_at_the_edge_are_taken(name, value):
     assert getattr(CacheOptions(**{name: value}), name) == value
-
-
-@pytest.mark.parametrize(
-    "name", ["subsample_count", "zstd_compression", "zstd_compression_threads", "use_mmap_on_load"]
-)
-@pytest.mark.parametrize("door", [lambda **o: cached(**o), lambda **o: torchcache.mark(nn.Linear(2, 2), **o)])
-def test_options_of_the_older_package_say_what_to_do_instead(name, door):
-    with pytest.raises(TypeError) as error:
-        door(**{name: 1})
-    assert name in str(error.value)
-    assert "does not exist here" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_misspelt_option_is_corrected():
@@ -129,20 +117,6 @@ def test_blake3_serves_where_it_is_installed():
     x = torch.randn(4, 3)
     torch.testing.assert_close(module(x), module(x))
     assert torchcache.stats(module).hits == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("subsample_count", "every byte"),
-        ("zstd_compression", "zstd_compression_level"),
-        ("zstd_compression_threads", "leave it out"),
-        ("use_mmap_on_load", "leave it out"),
-    ],
-)
-def test_each_removed_option_has_its_own_advice(name, advice):
-    with pytest.raises(TypeError, match=advice):
-        CacheOptions.of({name: 1})
 
 
 def test_replacing_options_checks_names_and_values_and_leaves_the_old_ones():

@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from torchcache.options import NAMES, CacheOptions
+from torchcache.switching import FORMER
 
 __all__ = ["Mark", "original_of"]
 
-_OVERRIDES = {name: f"torchcache_{name}" for name in NAMES}
+_OVERRIDES = {name: f"torchcache_{name}" for name in (*NAMES, *FORMER)}
 _OVERRIDING = frozenset(_OVERRIDES.values())
 _PLAIN = (type(None), bool, int, float, str)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -45,13 +46,16 @@ class Mark:
     base: type[nn.Module] | None = None
 
     def options_for(self, module: nn.Module | None) -> CacheOptions:
-        """The options, with the instance's own ``torchcache_<option>`` attributes applied."""
+        """The options, with the ``torchcache_<option>`` attributes of the instance and its class applied."""
         if module is None:
             return self.options
-        members = vars(module)
-        if _OVERRIDING.isdisjoint(members):  # almost always
+        members, kind = vars(module), type(module)
+        of_class = _of_classes.get(kind)
+        if of_class is None:
+            of_class = _of_classes[kind] = frozenset(key for key in _OVERRIDING if hasattr(kind, key))
+        if not of_class and _OVERRIDING.isdisjoint(members):  # almost always
             return self.options
-        changes = {name: members[key] for name, key in _OVERRIDES.items() if key in members}
+        changes = {name: getattr(module, key) for name, key in _OVERRIDES.items() if key in members or key in of_class}
         chosen = _chosen.setdefault(module, weakref.WeakKeyDictionary())
         known = chosen.get(self)
         if known is None or known[0] != changes:
@@ -177,6 +181,9 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     # No keyword can have the name of one that is positional only.
     return tuple(f"{p.name}{'/' * (p.kind is only)}" for p in parameters if p.kind in _POSITIONAL)
 
+
+# Those of the attributes that a class has when it is seen first: to look them all up takes a microsecond.
+_of_classes: weakref.WeakKeyDictionary[type[nn.Module], frozenset[str]] = weakref.WeakKeyDictionary()
 
 # What the attributes of a module said, and the options that they make: a relative directory stays where it was.
 _Chosen = tuple[dict[str, Any], CacheOptions]

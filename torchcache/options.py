@@ -16,19 +16,11 @@ import torch
 from torchcache.address import check_remote, default_remote
 from torchcache.errors import NoDirectoryError
 from torchcache.logging import warn_once
+from torchcache.switching import FORMER, translated
 
 __all__ = ["CacheOptions", "absolute", "default_cache_dir"]
 
 DIGESTS = ("xxh3_128", "blake3")
-
-# Options of the older PyPI package that are deliberately absent, each with what to do instead.
-REMOVED = {
-    "subsample_count": "every byte of an input is hashed, since a sampled hash returns wrong rows; leave it out",
-    "zstd_compression": "compression is chosen per row; set zstd_compression_level (an int, or None for none)",
-    "zstd_compression_threads": "rows are compressed behind the step by the store's own thread; leave it out",
-    "verify": "rows are always checked before they are stored; audit=0 turns later checks off",
-    "use_mmap_on_load": "rows are read straight into the batch, nothing is mapped; leave it out",
-}
 
 
 def _working_directory() -> Path | None:
@@ -121,7 +113,7 @@ class CacheOptions:
     cache_dtype : torch.dtype or None
         Store floating-point outputs in this floating dtype and give them back in their own.
     zstd_compression_level : int or None
-        Level for rows on disk that gain from compression (-7 to 22); ``None`` stores all as they are.
+        Level for rows on disk that gain from compression (-100 to 22); ``None`` stores all as they are.
     digest : {"xxh3_128", "blake3"}
         Hash of the inputs; "blake3" (extra ``torchcache[blake3]``) where inputs come from adversaries.
     audit : float
@@ -184,7 +176,7 @@ class CacheOptions:
         level = self.zstd_compression_level
         number = level is None or (isinstance(level, int) and not isinstance(level, bool))
         _require(number, "zstd_compression_level", "an int or None", level)
-        _require(level is None or -7 <= level <= 22, "zstd_compression_level", "from -7 to 22", level, ValueError)
+        _require(level is None or -100 <= level <= 22, "zstd_compression_level", "from -100 to 22", level, ValueError)
         share, dim = self.audit, self.batch_dim
         number = isinstance(share, (int, float)) and not isinstance(share, bool)
         _require(number, "audit", "a share of time", share)
@@ -249,25 +241,24 @@ class CacheOptions:
         if not changes:
             return self
         check_names(changes)
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **translated(changes, self.zstd_compression_level, _LEVEL))
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> CacheOptions:
-        """Options from keyword arguments; unknown and removed names are a ``TypeError``."""
+        """Options from keyword arguments, those of torchcache 0.6.0 too; unknown names are a ``TypeError``."""
         check_names(options)
-        return cls(**options)
+        return cls(**translated(options, _LEVEL, _LEVEL))
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(CacheOptions))
+_LEVEL = CacheOptions.zstd_compression_level
 
 
 def check_names(options: Mapping[str, Any]) -> None:
     """Raise a ``TypeError`` for a name that is no option, saying what to do instead."""
     for name in options:
-        if name in NAMES:
+        if name in NAMES or name in FORMER:
             continue
-        if name in REMOVED:
-            raise TypeError(f"torchcache: the option {name!r} does not exist here: {REMOVED[name]}")
         close = difflib.get_close_matches(name, NAMES, n=2)
         advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the options are {', '.join(NAMES)}"
         raise TypeError(f"torchcache: {name!r} is not an option: {advice}")
