@@ -14,7 +14,7 @@ PACKAGE = Path(torchcache.__file__).parent
 LAYERS = [
     {"printable", "forks", "version", "threads", "dynamo", "kernels", "counters"},
     {"errors", "logging", "history"},
-    {"address", "switching"},
+    {"address", "namesake", "switching"},
     {"options"},
     {"context", "mark", "modes", "store"},
     {"lazy"},

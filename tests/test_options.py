@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import torchcache
-from torchcache import CacheOptions
-from torchcache import torchcache as cached
+from torchcache import CacheOptions, cached
 from torchcache.options import default_cache_dir
 
 WRONG = [

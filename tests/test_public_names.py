@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchcache
-from torchcache import torchcache as cached
+from torchcache import cached
 
 PAGES = ("reports.stats", "reports.summary", "reports.explain", "loading.warm", "loading.prefetch", "options")
 INTEGRATIONS = ("lightning", "transformers")
@@ -85,7 +85,8 @@ def test_completion_shows_the_public_names_and_no_others():
     assert [name for name in dir(torchcache) if not name.startswith("_")] == sorted(torchcache.__all__)
     assert "__version__" in dir(torchcache)
     for name in torchcache.__all__:
-        assert getattr(torchcache, name).__name__ in (name, "torchcache_backend")
+        assert getattr(torchcache, name).__name__ in (name, "torchcache_backend", "torchcache")
+    assert torchcache.cached is torchcache.torchcache
 
 
 class Plain(nn.Module):

@@ -17,7 +17,8 @@ from torchcache.errors import (
 from torchcache.loading.loader import DataLoader
 from torchcache.loading.prefetch import prefetch
 from torchcache.loading.warm import warm
-from torchcache.marks import mark, torchcache, unmark
+from torchcache.marks import cached, mark, torchcache, unmark
+from torchcache.namesake import warn_of_namesake
 from torchcache.options import CacheOptions
 from torchcache.reports.audit import audit
 from torchcache.reports.explain import explain
@@ -45,6 +46,7 @@ __all__ = [
     "TorchcacheError",
     "audit",
     "bypass",
+    "cached",
     "explain",
     "flush",
     "graphs",
@@ -64,3 +66,6 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__", "__all__", "__doc__"]
+
+
+warn_of_namesake()

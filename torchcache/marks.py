@@ -1,4 +1,4 @@
-"""``@torchcache``, ``mark`` and ``unmark``: which modules, methods and functions are cached, with which options."""
+"""``@cached``, ``mark`` and ``unmark``: which modules, methods and functions are cached, with which options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchcache.modes import train
 from torchcache.options import CacheOptions
 from torchcache.usefulness import forget_mark, note_call, note_mark
 
-__all__ = ["mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
+__all__ = ["cached", "mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
 
 T = TypeVar("T", bound=Callable[..., Any])
 M = TypeVar("M")
@@ -68,6 +68,10 @@ def torchcache(target: Any = None, /, **options: Any) -> Any:
     if target is None:
         return lambda decorated: _decorate(decorated, chosen)
     return _decorate(target, chosen)
+
+
+# The decorator under a name that is not the package's.
+cached = torchcache
 
 
 @_with_options

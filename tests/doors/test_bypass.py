@@ -11,7 +11,7 @@ from marked import assert_same, counts, frozen, reasons, unmarked
 from torch import nn
 
 import torchcache
-from torchcache import torchcache as cached
+from torchcache import cached
 from torchcache.store import connect
 
 

@@ -16,7 +16,7 @@ from marked import assert_same, counts, frozen, reasons, unmarked
 from torch import nn
 
 import torchcache
-from torchcache import torchcache as cached
+from torchcache import cached
 
 
 class Kind(enum.Enum):

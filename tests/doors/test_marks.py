@@ -13,7 +13,7 @@ from marked import counts, reasons, unmarked
 from torch import nn
 
 import torchcache
-from torchcache import torchcache as cached
+from torchcache import cached
 
 
 @cached(audit=0)

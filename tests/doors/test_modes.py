@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import torchcache
-from torchcache import torchcache as cached
+from torchcache import cached
 
 DOORS = {
     "eager": lambda model: model,

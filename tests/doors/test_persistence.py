@@ -16,7 +16,7 @@ import torchcache
 RUN = """
     import sys, torch, torchcache
     from torch import nn
-    from torchcache import torchcache as cached
+    from torchcache import cached
 
     directory, door, seed, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 

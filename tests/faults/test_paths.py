@@ -15,8 +15,7 @@ from torch import nn
 from trained import Run
 
 import torchcache
-from torchcache import CacheOptions
-from torchcache import torchcache as cached
+from torchcache import CacheOptions, cached
 from torchcache.cli.main import main
 from torchcache.options import default_cache_dir
 
