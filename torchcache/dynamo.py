@@ -28,9 +28,9 @@ __all__ = [
     "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of", "fake_state",
     "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
     "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "leave_graph", "names_parts",
-    "no_mode", "no_torch_function", "nonstrict", "origin_of", "passes_structures", "pending_writes", "retrace",
-    "retrace_later", "source_of", "storage_of", "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary",
-    "vary_rows", "written",
+    "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures", "pending_writes",
+    "retrace", "retrace_later", "source_of", "storage_of", "takes_rows", "traced_shapes", "tracing_failed", "untraced",
+    "vary", "vary_rows", "written",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -323,6 +323,36 @@ def passes_structures() -> bool:
 def no_mode() -> contextlib.AbstractContextManager[Any]:
     """Compute with real tensors while a graph is traced."""
     return unset_fake_temporarily()
+
+
+@contextlib.contextmanager
+def outside_dispatch() -> Iterator[None]:
+    """Run a user's code as a thread that has just begun runs it, from wherever an operator called us.
+
+    In an operator of a subclass this thread dispatches without autograd, functorch, conjugation and other subclasses,
+    under the caller's modes.
+    """
+    with (
+        unset_fake_temporarily(),
+        torch._C._ForceDispatchKeyGuard(*_keys_of_a_thread()),
+        torch._C._EnableTorchFunction(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@functools.cache
+def _keys_of_a_thread() -> tuple[Any, Any]:
+    found: list[Any] = []
+
+    def look() -> None:
+        found.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0], found[1]
 
 
 def pending_writes() -> tuple[set[int], set[str]]:

@@ -111,7 +111,8 @@ class Held:
             if row.data is None:
                 missing.setdefault(id(row.source), []).append(row)
         for some in missing.values():
-            some[0].source.load(some, foreign=not inside_region())
+            with dynamo.outside_dispatch():
+                some[0].source.load(some, foreign=not inside_region())
         data = [row.data for row in rows if row.data is not None]
         made = torch.stack(data) if data else torch.empty((0, *self.kind.shape), dtype=self.kind.dtype)
         made = made.to(self.device)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -18,9 +16,10 @@ from torchcache.errors import Bypass
 from torchcache.lazy.rows import Row, Source
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import one_row, reduced, stack_rows
-from torchcache.loading.samples import Sample, build, same_values, take_sample
+from torchcache.loading.chance import Chance, other_chance
+from torchcache.loading.samples import Sample, build, differ, name_of, take_sample
 
-__all__ = ["Arrived", "Fetcher", "Learnt", "Task", "assemble", "load_rows", "pinned"]
+__all__ = ["Arrived", "ChangedError", "Fetcher", "Learnt", "Task", "is_default", "load_rows", "pinned"]
 
 # Samples that each of the first tasks loads twice.
 TWICE = 4
@@ -36,29 +35,35 @@ class Task(NamedTuple):
     indices : list
         Of its samples.
     known : list of Sample or None
-        Those samples that need not be loaded, by what is remembered of them; ``None`` where nothing is.
+        Those samples that need not be loaded, by what is remembered of them; ``None`` where one is loaded.
+    rows : bool
+        Whether the batch consists of rows that may be loaded; else it is what PyTorch's loader makes.
     source : int
         The number of the data set's source.
     learn : bool
-        Whether what is loaded is to be remembered.
+        Whether what is loaded is to be remembered, or compared with what is.
     twice : bool
         Whether some samples are loaded twice, with other random numbers, to see whether they differ.
     forgotten : int
         How often what was remembered had been dropped by then: what is known is true as long as it is not again.
+    here : bool
+        Whether the process that trains makes it: nothing is loaded, and no code of the user's runs.
     """
 
     number: int
     indices: list[Any]
-    known: list[Sample | None] | None
+    known: list[Sample | None]
+    rows: bool
     source: int
     learn: bool
     twice: bool
     forgotten: int
+    here: bool
 
 
 @dataclasses.dataclass
 class Learnt:
-    """What came out of loading for the first time.
+    """What came out of loading.
 
     Parameters
     ----------
@@ -77,15 +82,35 @@ class Learnt:
 
 @dataclasses.dataclass
 class Arrived:
-    """One batch."""
+    """One batch.
+
+    Parameters
+    ----------
+    number : int
+        Of its task.
+    batch : object
+        As the user gets it; ``None`` where it is made elsewhere.
+    learnt : Learnt or None
+        What the task was to learn.
+    read : set of int
+        Which leaves ``collate_fn`` read of samples that had not been loaded.
+    changed : list
+        Indices of samples that turned out to be others than those remembered: the batch is not to be used.
+    """
 
     number: int
     batch: Any
-    learnt: Learnt | None
+    learnt: Learnt | None = None
+    read: set[int] = dataclasses.field(default_factory=set)
+    changed: list[Any] = dataclasses.field(default_factory=list)
 
     def pin_memory(self, device: Any = None) -> Arrived:
         """The batch in pinned memory, as PyTorch's loader asks for it."""
         return dataclasses.replace(self, batch=pinned(self.batch, device))
+
+
+class ChangedError(RuntimeError):
+    """A sample is not what it was, and what stands for it cannot become what it is."""
 
 
 class Fetcher(Dataset[Any]):
@@ -103,63 +128,88 @@ class Fetcher(Dataset[Any]):
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], digest: str) -> None:
         self.dataset, self.collate, self.digest = dataset, collate, digest
-        self.collated = collate is default_collate
+        self.collated = is_default(collate)
+        self._chance: Chance | None = None
 
     def __getitem__(self, task: Task) -> Arrived:
-        if task.known == []:  # made where all that it needs is
-            return Arrived(task.number, None, None)
-        known = task.known or [None] * len(task.indices)
-        wanted = [index for index, sample in zip(task.indices, known, strict=True) if sample is None]
-        before = _states() if task.learn else None
-        start = time.perf_counter()
-        samples = self.load(wanted) if wanted else []
-        seconds = time.perf_counter() - start
-        drew = before is not None and before != _states()
-        learnt = None
-        taken: list[tuple[Sample, list[torch.Tensor]]] | None = None
-        if task.learn or (task.known is not None and samples):
-            taken, refused = self._take(samples)
-            if drew:
-                refused = "loading them draws random numbers, as augmentation does"
-            elif not refused and task.twice and taken is not None:
-                refused = self._differs(wanted[:TWICE], taken)
-            if task.learn:
-                found = [] if refused or taken is None else list(zip(wanted, [one for one, _ in taken], strict=True))
-                learnt = Learnt(found, refused, seconds)
-        if task.known is not None and taken is not None:
-            source = _Here(task.source, self)
-            parts = iter(zip(wanted, taken, strict=True))
-            samples = []
-            for index, sample in zip(task.indices, known, strict=True):
-                if sample is None:
-                    index, (described, large) = next(parts)
-                    samples.append(_row_sample(source, index, described, large, self.collated))
-                else:
-                    samples.append(_row_sample(source, index, sample, None, self.collated))
-        elif task.known is not None:  # a loaded sample is not understood: nothing is left out
-            samples = self.load(task.indices)
-        return Arrived(task.number, self.collate(samples), learnt)
+        """What a worker makes."""
+        if task.here:
+            return Arrived(task.number, None)
+        source = _Away(task.source, self)
+        arrived = self.make(task, source)
+        arrived.read = source.read
+        arrived.changed += source.changed
+        return arrived
 
-    def load(self, indices: Sequence[Any]) -> list[Any]:
+    def make(self, task: Task, source: Source) -> Arrived:
+        """The batch of ``task``, in which rows of ``source`` stand for what is not loaded."""
+        wanted = [index for index, sample in zip(task.indices, task.known, strict=True) if sample is None]
+        samples, learnt, taken = self._learn(wanted, task) if wanted else ([], None, [])
+        if not task.rows:
+            return Arrived(task.number, self.collate(samples), learnt)
+        if taken is None:  # a loaded sample is not understood: nothing is left out
+            return Arrived(task.number, self.collate(self.load(task.indices)), learnt)
+        parts = iter(taken)
+        mixed = []
+        for index, sample in zip(task.indices, task.known, strict=True):
+            described, large = (sample, None) if sample is not None else next(parts)
+            mixed.append(_row_sample(source, index, described, large, self.collated))
+        try:
+            return Arrived(task.number, self.collate(mixed), learnt)
+        except ChangedError as error:
+            return Arrived(task.number, None, learnt, changed=[error.args[1]])
+
+    def load(self, indices: Sequence[Any]) -> Any:
         """The samples, from the data set, as PyTorch's loader takes them."""
         together = getattr(self.dataset, "__getitems__", None)
-        return list(together([*indices])) if together else [self.dataset[index] for index in indices]
+        return together([*indices]) if together else [self.dataset[index] for index in indices]
 
-    def _take(self, samples: Sequence[Any]) -> tuple[list[tuple[Sample, list[torch.Tensor]]] | None, str]:
+    def load_each(self, indices: Sequence[Any]) -> list[Any]:
+        """The samples, each loaded alone."""
+        return [one for index in indices for one in _listed(self.load([index]), 1)]
+
+    def _learn(
+        self, wanted: list[Any], task: Task
+    ) -> tuple[Any, Learnt | None, list[tuple[Sample, list[torch.Tensor]]] | None]:
+        """Samples, what is to be remembered of them, and how they are taken apart; ``None`` where they cannot be."""
+        if not task.learn:
+            return self.load(wanted), None, None
+        if self._chance is None:
+            self._chance = Chance(self.dataset)
+        before = self._chance.states()
+        start = time.perf_counter()
+        samples = self.load(wanted)
+        seconds = time.perf_counter() - start
+        drew = before != self._chance.states()
+        taken, refused = self._take(samples, len(wanted))
+        if drew:
+            refused = "loading them draws random numbers, as augmentation does"
+        elif not refused and task.twice and taken is not None:
+            refused = self._differs(wanted[:TWICE], taken)
+        found = [] if refused or taken is None else list(zip(wanted, [one for one, _ in taken], strict=True))
+        return samples, Learnt(found, refused, seconds), taken
+
+    def _take(self, samples: Any, count: int) -> tuple[list[tuple[Sample, list[torch.Tensor]]] | None, str]:
         try:
-            return [take_sample(sample, self.digest, self.collated) for sample in samples], ""
+            return [take_sample(sample, self.digest, self.collated) for sample in _listed(samples, count)], ""
         except Bypass as bypass:
             return None, bypass.reason
 
     def _differs(self, indices: Sequence[Any], taken: Sequence[tuple[Sample, Any]]) -> str:
-        with _other_chance():
-            again, refused = self._take(self.load(indices))
-        if again is None or any(
-            one != other._replace(values=one.values) or not same_values(one.values, other.values)
-            for (one, _), (other, _) in zip(taken, again, strict=False)
-        ):
-            return refused or "a sample that was loaded twice differed, as it does under augmentation"
+        try:
+            with other_chance():
+                again = [take_sample(sample, self.digest, self.collated) for sample in self.load_each(indices)]
+        except Bypass as bypass:
+            return bypass.reason
+        if any(differ(one, other) for (one, _), (other, _) in zip(taken, again, strict=False)):
+            return "a sample that was loaded twice differed, as it does under augmentation"
         return ""
+
+
+def _listed(samples: Any, count: int) -> list[Any]:
+    if type(samples) is not list or len(samples) != count:
+        raise Bypass("__getitems__ returns something other than a list of samples")
+    return samples
 
 
 def pinned(batch: Any, device: Any = None) -> Any:
@@ -167,60 +217,64 @@ def pinned(batch: Any, device: Any = None) -> Any:
     return torch.utils.data._utils.pin_memory.pin_memory(batch, device)  # type: ignore[no-untyped-call]
 
 
-class _Here:
-    """Where rows are loaded in the process that makes a batch; elsewhere the source of the same number does it."""
+class _Away:
+    """Where rows are loaded in a worker; in the process that trains, the source of the same number does it."""
 
     def __init__(self, number: int, fetcher: Fetcher) -> None:
         self.number, self.digest, self._fetcher = number, fetcher.digest, fetcher
+        self.read: set[int] = set()
+        self.changed: list[Any] = []
 
     def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
-        load_rows(rows, self._fetcher)
+        self.read.update(row.leaf for row in rows)
+        self.changed += load_rows(rows, self._fetcher)
 
     def learn(self, owner: Any, leaf: int, foresee: Any) -> None:
         """Nothing is planned here."""
 
 
-def load_rows(rows: Sequence[Row], fetcher: Fetcher, load: Callable[[Sequence[Any]], list[Any]] | None = None) -> bool:
-    """Load the samples of ``rows``. Whether they are what is remembered of them.
+def load_rows(
+    rows: Sequence[Row], fetcher: Fetcher, load: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+) -> list[Any]:
+    """Load the samples of ``rows``: indices of those that are not what is remembered of them.
 
     Raises
     ------
-    RuntimeError
-        Where a sample has another shape or dtype by now.
+    ChangedError
+        Where a sample has another shape or dtype by now, with its index.
     """
-    indices = list(dict.fromkeys(row.index for row in rows))
-    samples = (load or fetcher.load)(indices)
-    taken = dict(zip(indices, [take_sample(one, fetcher.digest, fetcher.collated) for one in samples], strict=True))
-    same = True
+    by_name = {name_of(row.index): row.index for row in rows}
+    samples = (load or fetcher.load_each)([*by_name.values()])
+    taken = dict(zip(by_name, [_taken_or_none(one, fetcher) for one in samples], strict=True))
+    changed = []
     for row in rows:
-        sample, large = taken[row.index]
-        if row.leaf >= len(large) or sample.kinds[row.leaf] != row.kind:
-            raise RuntimeError(
+        sample, large = taken[name_of(row.index)]
+        if sample is None or row.leaf >= len(large) or sample.kinds[row.leaf] != row.kind:
+            raise ChangedError(
                 f"torchcache.DataLoader: sample {row.index!r} was {row.kind.dtype} of shape {row.kind.shape} when it "
-                "was loaded first, and it has changed: make the loader anew"
+                "was loaded first, and it has changed: begin another pass over the loader",
+                row.index,
             )
         row.data = large[row.leaf]
         digest = sample.digests[16 * row.leaf : 16 * row.leaf + 16]
-        same = same and digest == row.digest
+        if digest != row.digest:
+            changed.append(row.index)
         row.digest = digest
-    return same
+    return changed
 
 
-def assemble(task: Task, source: Source, collate: Callable[[list[Any]], Any]) -> Any:
-    """A batch of which no sample is loaded."""
-    assert task.known is not None
-    collated = collate is default_collate
-    pairs = zip(task.indices, task.known, strict=True)
-    return collate(
-        [_row_sample(source, index, sample, None, collated) for index, sample in pairs if sample is not None]
-    )
+def _taken_or_none(sample: Any, fetcher: Fetcher) -> tuple[Sample | None, list[torch.Tensor]]:
+    try:
+        return take_sample(sample, fetcher.digest, fetcher.collated)
+    except Bypass:
+        return None, []
 
 
 def _row_sample(source: Any, index: Any, sample: Sample, large: list[torch.Tensor] | None, collated: bool) -> Any:
-    kinds, digests = sample.kinds, sample.digests
+    digests = sample.digests
     rows = [
         Row(source, index, leaf, kind, digests[16 * leaf : 16 * leaf + 16], None if large is None else large[leaf])
-        for leaf, kind in enumerate(kinds)
+        for leaf, kind in enumerate(sample.kinds)
     ]
     return build(sample.structure, sample.values, rows if collated else [*map(one_row, rows)])
 
@@ -229,30 +283,16 @@ def _row_sample(source: Any, index: Any, sample: Sample, large: list[torch.Tenso
 torch.utils.data._utils.collate.default_collate_fn_map[Row] = lambda batch, *, collate_fn_map=None: stack_rows(batch)
 
 
+def is_default(collate: Any) -> bool:
+    """Whether batches of tensors are made as PyTorch makes them."""
+    made_by = torch.utils.data._utils.collate.default_collate_fn_map
+    module = default_collate.__module__
+    return collate is default_collate and all(made_by[kind].__module__ == module for kind in (torch.Tensor, np.ndarray))
+
+
 def _reduce(tensor: LazyTensor) -> Any:
     """How a lazy tensor goes from a worker to the process that trains: without data; from anywhere else, loaded."""
-    return reduced(tensor, _Here)
+    return reduced(tensor, _Away)
 
 
 ForkingPickler.register(LazyTensor, _reduce)
-
-
-def _states() -> list[Any]:
-    name, key, *rest = np.random.get_state()
-    return [torch.get_rng_state().numpy().tobytes(), random.getstate(), name, bytes(key), rest]  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _other_chance() -> Iterator[None]:
-    """Other random numbers than those of training, whose generators are put back."""
-    held = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    seed = random.Random().getrandbits(32)
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(held[0])
-        random.setstate(held[1])
-        np.random.set_state(held[2])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils import data
 
 from torchcache.errors import ArgumentError
-from torchcache.loading.fetch import Arrived, Fetcher, Task, assemble, pinned
+from torchcache.loading.fetch import Arrived, Fetcher, Task, is_default, pinned
+from torchcache.loading.reader import Reader, Workers, as_it_is, initialised
 from torchcache.loading.remembered import Remembered
 from torchcache.options import CacheOptions
 from torchcache.reports.stats import LoaderStats
@@ -81,21 +82,32 @@ class DataLoader(data.DataLoader[Any]):
                 "they could be remembered: make it a map-style data set, with __getitem__ and __len__"
             )
         super().__init__(dataset, *args, **kwargs)
-        self.dataset_id, self.check = dataset_id, check
-        self.options = CacheOptions(digest=digest, persistent=persistent, persistent_cache_dir=persistent_cache_dir)
+        # Trainers make a loader anew of the attributes that have the names of its arguments.
+        self.dataset_id, self.check, self.digest = dataset_id, check, digest
+        self.persistent, self.persistent_cache_dir = persistent, persistent_cache_dir
+        self.options  # noqa: B018 - wrong values are told here
+        self._iterator: Any = None
         self._remembered: Remembered | None = None
-        self._tasks: _Tasks | None = None
-        self._workers: data.DataLoader[Any] | None = None
-        self._passes = 0
+
+    @property
+    def options(self) -> CacheOptions:
+        """Where and how samples are remembered."""
+        return CacheOptions(
+            digest=self.digest, persistent=self.persistent, persistent_cache_dir=self.persistent_cache_dir
+        )
 
     @property
     def remembered(self) -> Remembered:
         """What is known of the samples."""
-        if self._remembered is None:
-            fetcher = Fetcher(self.dataset, self.collate_fn, self.options.digest)
-            kept = self.options if self.options.persistent else None
-            self._remembered = Remembered(fetcher, self.load_now, self.dataset_id, self.check, kept)
-        return self._remembered
+        known = self._remembered
+        if known is None or known.collate is not self.collate_fn or known.collated != is_default(self.collate_fn):
+            fetcher = Fetcher(self.dataset, self.collate_fn, self.digest)
+            kept = self.options if self.persistent else None
+            known = Remembered(fetcher, Reader(fetcher), self.dataset_id, self.check, kept)
+            self._remembered = known
+            if self.batch_sampler is None:
+                known.refuse("the loader makes no batches (batch_size=None)")
+        return known
 
     def counted(self) -> LoaderStats:
         """What ``torchcache.stats`` shows."""
@@ -103,216 +115,164 @@ class DataLoader(data.DataLoader[Any]):
         return LoaderStats(known.name, len(known), known.loaded, known.skipped, known.reason)
 
     def __iter__(self) -> Any:
-        if self._remembered is not None and self._remembered.collate is not self.collate_fn:
-            self._remembered = self._workers = None  # the user gave it another one
-        if self.batch_sampler is None or self.remembered.reason:
-            return super().__iter__()
+        self.remembered.reader.workers = Workers(
+            self.num_workers, self.timeout, self.worker_init_fn, self.multiprocessing_context
+        )
         self.remembered.begin()
-        if self.remembered.reason:
+        if self.batch_sampler is None:
             return super().__iter__()
-        self._passes += 1
-        return _Pass(self, self._passes == 1)
+        if not (self.persistent_workers and self.num_workers):
+            return _Pass(self)
+        if self._iterator is None:
+            self._iterator = _Pass(self)
+        else:
+            self._iterator.begin(self)
+        return self._iterator
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {**self.__dict__, "_remembered": None, "_tasks": None, "_workers": None, "_passes": 0}
-        return _unpickled, (type(self), state)
+        return _unpickled, (type(self), {**self.__dict__, "_iterator": None, "_remembered": None})
 
-    def batches(self, tasks: Iterator[Task], generator: torch.Generator) -> Iterator[Arrived]:
-        """What comes of ``tasks``, in the processes that the user asked for."""
-        if self._workers is None:
-            self._tasks = _Tasks()
-            fetcher = Fetcher(self.dataset, self.collate_fn, self.options.digest)
-            self._workers = data.DataLoader(
-                fetcher,
-                batch_size=None,
-                sampler=self._tasks,
-                num_workers=self.num_workers,
-                collate_fn=_as_it_is,
-                pin_memory=self.pin_memory,
-                timeout=self.timeout,
-                worker_init_fn=_initialised(self.worker_init_fn),
-                multiprocessing_context=self.multiprocessing_context,
-                prefetch_factor=self.prefetch_factor,
-                persistent_workers=self.persistent_workers,
-                pin_memory_device=self.pin_memory_device,
-                in_order=self.in_order,
-            )
-        assert self._tasks is not None
-        self._tasks.tasks = tasks
-        self._workers.generator = generator
-        return iter(self._workers)
 
-    def load_now(self, indices: Sequence[Any]) -> list[Any]:
-        """Samples at once; by workers where the user wants workers: what the data set opens may live there only."""
-        fetcher = self.remembered._fetcher
-        if not self.num_workers:
-            return fetcher.load(indices)
-        once = data.DataLoader(
-            _Alone(fetcher),
-            batch_size=None,
-            sampler=[*indices],
-            num_workers=min(self.num_workers, len(indices)),
-            collate_fn=_as_it_is,
-            worker_init_fn=_initialised(self.worker_init_fn),
-            multiprocessing_context=self.multiprocessing_context,
-            timeout=self.timeout,
-            generator=torch.Generator(),
-        )
-        return list(once)
+class _Plan:
+    """Asks the sampler for batches when PyTorch's loader asks it, and sees what of them is to be loaded."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._remembered = loader.remembered
+        # A collate_fn of the user's runs where PyTorch's loader runs it: it may draw, or use what workers have.
+        self._here = not loader.num_workers or self._remembered.collated
+        self._indices = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        self._number, self._twice = 0, TWICE
+        self.planned: collections.deque[Task] = collections.deque()
+        self.waiting: dict[int, Task] = {}
+
+    def ask(self) -> bool:
+        """One batch more; ``False`` at the end."""
+        indices = next(self._indices, None)
+        if indices is None:
+            return False
+        known, indices = self._remembered, [*indices]
+        found, rows = known.known(indices)
+        lacking = None in found
+        learn = lacking and not known.reason
+        twice = learn and self._twice > 0
+        self._twice -= twice
+        here = not lacking and self._here
+        self.planned.append(Task(self._number, indices, found, rows, known.number, learn, twice, known.forgotten, here))
+        self._number += 1
+        return True
+
+    def tasks(self) -> Iterator[Task]:
+        """What is planned, as it is sent to workers."""
+        while self.planned or self.ask():
+            task = self.planned.popleft()
+            self.waiting[task.number] = task
+            yield task._replace(indices=[], known=[]) if task.here else task
 
 
 class _Pass:
-    """One pass over the samples, batch by batch.
+    """One pass over the samples, batch by batch. Random numbers are drawn as PyTorch's loader draws them.
 
-    The sampler is asked when PyTorch's loader asks it, and random numbers are drawn as there.
+    Workers begin with the first batch that needs one. Where they persist they are those of the pass before.
     """
 
-    def __init__(self, loader: DataLoader, first: bool) -> None:
-        self._loader = loader
+    def __init__(self, loader: DataLoader) -> None:
+        self._seed: torch.Generator | None = None
+        self._workers: data.DataLoader[Any] | None = None
         self._remembered = loader.remembered
-        self._learns = not loader.remembered.reason
-        self._indices = iter(loader.batch_sampler)  # type: ignore[arg-type]
-        self._seeds = torch.Generator()
-        drawn = loader.generator if loader.generator is not None else torch.default_generator
-        if first or not (loader.persistent_workers and loader.num_workers):
-            if drawn.device.type == "cpu":
-                self._seeds.set_state(drawn.get_state())
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # PyTorch's loader draws it too
-        self._planned: collections.deque[Task] = collections.deque()
-        self._waiting: dict[int, Task] = {}
+        self.begin(loader)
+
+    def begin(self, loader: DataLoader) -> None:
+        """Start from the first batch. The loader is not held: where workers persist, it holds its pass."""
+        self._remembered, self._sampler = loader.remembered, loader.batch_sampler
+        self._ahead = loader.num_workers * (loader.prefetch_factor or 1)
+        self._pins = loader.pin_memory and torch.accelerator.is_available()
         self._arriving: Iterator[Arrived] | None = None
-        self._number = self._given = 0
-        self._twice = TWICE
-        if loader.num_workers:
-            for _ in range(loader.num_workers * (loader.prefetch_factor or 1)):
-                if not self._plan():
-                    break
-            if any(None in (task.known or ()) for task in self._planned):
-                self._start()
+        self._plan = _Plan(loader)
+        if self._seed is None:
+            drawn = loader.generator if loader.generator is not None else torch.default_generator
+            self._seed = torch.Generator()
+            self._seed.set_state(drawn.get_state())
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # PyTorch's loader draws it too
+        if self._workers is None and self._ahead:
+            self._workers = data.DataLoader(
+                self._remembered.fetcher,
+                batch_size=None,
+                sampler=_Tasks(),
+                num_workers=loader.num_workers,
+                collate_fn=as_it_is,
+                pin_memory=loader.pin_memory,
+                timeout=loader.timeout,
+                worker_init_fn=initialised(loader.worker_init_fn),
+                multiprocessing_context=loader.multiprocessing_context,
+                generator=self._seed,
+                prefetch_factor=loader.prefetch_factor,
+                persistent_workers=loader.persistent_workers,
+                pin_memory_device=loader.pin_memory_device,
+                in_order=loader.in_order,
+            )
+        for _ in range(self._ahead):
+            if not self._plan.ask():
+                break
+        if self._ahead and not all(task.here for task in self._plan.planned):
+            self._start()
 
     def __iter__(self) -> _Pass:
         return self
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._sampler)  # type: ignore[arg-type]
+
+    def __del__(self) -> None:
+        self._remembered.reader.close()
 
     def __next__(self) -> Any:
-        if self._given:
-            self._remembered.passed()
+        self._remembered.passed()
         if self._arriving is None:
-            if not self._planned and not self._plan():
-                self._remembered.write()
-                raise StopIteration
-            task = self._planned[0]
-            if None not in (task.known or ()):
-                self._planned.popleft()
-                if self._loader.num_workers:
-                    self._plan()
-                self._given += 1
-                return self._assembled(task)
-            self._start()
-        assert self._arriving is not None
+            if not self._plan.planned and not self._plan.ask():
+                return self._end()
+            if self._ahead and not self._plan.planned[0].here:
+                self._start()
+        if self._arriving is None:
+            task = self._plan.planned.popleft()
+            if self._ahead:
+                self._plan.ask()
+            return self._accepted(task, self._remembered.make(task), pin=True)
         arrived = next(self._arriving, None)
         if arrived is None:
-            self._remembered.write()
-            raise StopIteration
-        self._given += 1
-        task = self._waiting.pop(arrived.number)
-        if arrived.learnt is not None:
-            self._remembered.add(arrived.learnt)
-        missing = sum(sample is None for sample in task.known or ())
-        if not missing:
-            return self._assembled(task)
-        self._remembered.loaded += missing
-        self._remembered.skipped += len(task.indices) - missing
-        return arrived.batch
-
-    def _plan(self) -> bool:
-        """Ask the sampler for one batch more, and see what of it is to be loaded; ``False`` at the end."""
-        indices = next(self._indices, None)
-        if indices is None:
-            return False
-        indices = list(indices)
-        known = self._remembered.known(indices)
-        learn = self._learns and not self._remembered.reason and None in known
-        twice = learn and self._twice > 0
-        self._twice -= twice
-        source, forgotten = self._remembered.number, self._remembered.forgotten
-        self._planned.append(Task(self._number, indices, known, source, learn, twice, forgotten))
-        self._number += 1
-        return True
+            return self._end()
+        task = self._plan.waiting.pop(arrived.number)
+        if task.here:
+            arrived = self._remembered.make(task)
+        return self._accepted(task, arrived, pin=task.here)
 
     def _start(self) -> None:
         """Begin to load, as PyTorch's loader does, in its processes."""
-        self._arriving = self._loader.batches(self._tasks(), self._seeds)
+        assert self._workers is not None
+        sampler: Any = self._workers.sampler
+        sampler.tasks = self._plan.tasks()
+        self._arriving = iter(self._workers)
 
-    def _tasks(self) -> Iterator[Task]:
-        while self._planned or self._plan():
-            task = self._planned.popleft()
-            self._waiting[task.number] = task
-            known = task.known or []
-            if None not in known:  # made here
-                yield task._replace(indices=[], known=[])
-            elif not any(map(self._remembered.get, task.indices)):  # a first time, as PyTorch's loader does it
-                yield task._replace(known=None)
-            else:
-                yield task
+    def _accepted(self, task: Task, arrived: Arrived, pin: bool) -> Any:
+        """The batch that arrived, or one made anew where what is remembered of its samples turned out to be wrong."""
+        self._remembered.add(arrived)
+        batch = arrived.batch
+        if not self._remembered.holds(task):
+            batch, pin = self._remembered.reader.batch(task.indices), True
+        return pinned(batch) if pin and self._pins else batch
 
-    def _assembled(self, task: Task) -> Any:
-        if task.forgotten == self._remembered.forgotten:
-            self._remembered.skipped += len(task.indices)
-            batch = assemble(task, self._remembered, self._loader.collate_fn)
-        else:  # what it was planned with turned out to be out of date
-            self._remembered.loaded += len(task.indices)
-            batch = self._loader.collate_fn(self._loader.load_now(task.indices))
-        if self._loader.pin_memory and torch.accelerator.is_available():
-            batch = pinned(batch)
-        return batch
+    def _end(self) -> Any:
+        self._remembered.write()
+        self._remembered.reader.close()
+        raise StopIteration
 
 
-class _Tasks:
-    """A sampler that hands tasks out."""
+class _Tasks(data.Sampler[Task]):
+    """Hands out the tasks of a pass, which it is given as the pass begins."""
 
     tasks: Iterator[Task] = iter(())
 
     def __iter__(self) -> Iterator[Task]:
         return self.tasks
-
-    def __len__(self) -> int:
-        return 0
-
-
-class _Alone(data.Dataset[Any]):
-    """Samples by index, for those that are loaded at once."""
-
-    def __init__(self, fetcher: Fetcher) -> None:
-        self.fetcher = fetcher
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.fetcher.load([index])[0]
-
-
-class _Initialised:
-    """The user's ``worker_init_fn``, which finds its own data set in ``get_worker_info``."""
-
-    def __init__(self, function: Callable[[int], None] | None) -> None:
-        self.function = function
-
-    def __call__(self, number: int) -> None:
-        info: Any = data.get_worker_info()
-        inner = info.dataset
-        # It lets nobody change it; the user's function is to find what the user made.
-        object.__setattr__(info, "dataset", inner.fetcher.dataset if isinstance(inner, _Alone) else inner.dataset)
-        if self.function is not None:
-            self.function(number)
-
-
-def _initialised(function: Callable[[int], None] | None) -> _Initialised:
-    return _Initialised(function)
-
-
-def _as_it_is(arrived: Any) -> Any:
-    return arrived
 
 
 def _unpickled(kind: type[DataLoader], state: dict[str, Any]) -> DataLoader:

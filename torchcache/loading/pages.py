@@ -36,7 +36,7 @@ SAMPLES = 1024
 LONGEST = 1024 * 1024
 # Pages that are asked for at once.
 TOGETHER = 64
-_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+_DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
 
 
 class Pages:
@@ -130,7 +130,7 @@ def _decoded(key: bytes, blob: Any) -> Iterator[tuple[Any, Sample]]:
     for index, number, digests, values in page["samples"]:
         if type(index) not in (int, str) or type(number) is not int or number < 0:
             raise ValueError("no sample")
-        yield index, Sample((structures[number],), tuple(map(_read, values)), bytes.fromhex(digests))
+        yield index, Sample(structures[number], tuple(map(_read, values)), bytes.fromhex(digests))
 
 
 def _written(value: Any) -> Any:
@@ -165,9 +165,8 @@ def _read(value: Any) -> Any:
         return _bytes(parts[0])
     data = bytearray(_bytes(parts[-1]))
     if tag == "t" and parts[0] in _DTYPES:
-        dtype = getattr(torch, parts[0])
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.reshape(parts[1]).clone()
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return flat.view(_DTYPES[parts[0]]).reshape(parts[1]).clone()
     dtype = np.dtype(parts[0])
     if dtype.kind not in "biufc" or tag not in ("a", "g"):
         raise ValueError("no value")

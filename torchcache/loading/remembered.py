@@ -14,9 +14,10 @@ from torchcache.identity.program import Program
 from torchcache.identity.state import State
 from torchcache.lazy.rows import Foresee, Row
 from torchcache.lazy.use import register, stack_rows
-from torchcache.loading.fetch import Fetcher, Learnt, load_rows
+from torchcache.loading.fetch import Arrived, Fetcher, Learnt, Task, load_rows
 from torchcache.loading.pages import SAMPLES, Pages
-from torchcache.loading.samples import Sample, describe, same_values, take_sample
+from torchcache.loading.reader import Reader, Surroundings
+from torchcache.loading.samples import Sample, alike, describe, differ, name_of, take_sample
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
 
@@ -26,6 +27,10 @@ __all__ = ["Remembered"]
 CHEAP = 20e-6
 # So many batches in a row of which something other than a region read a tensor: it is loaded from then on.
 READ_OFTEN = 3
+# After so many changes in a row, of samples or of what the data set's code reads, nothing is remembered any more.
+RESTLESS = 3
+# So many batches in a row that were read when it was too late to load them ahead: the rest of the pass is.
+READ_LATE = 8
 # A region that looked nothing up for so many batches is not asked any more.
 LATE = 16
 # Samples that are loaded again at the start of a pass, at least; and the share of the time that this may take.
@@ -43,8 +48,8 @@ class Remembered:
     ----------
     fetcher : Fetcher
         Loads and takes apart.
-    load : callable
-        From indices to samples, at once, from where this process may.
+    reader : Reader
+        Loads samples at once, from where this process may.
     name : str or None
         The user's name for the data set, in place of its program.
     share : float
@@ -65,7 +70,7 @@ class Remembered:
     def __init__(
         self,
         fetcher: Fetcher,
-        load: Callable[[Sequence[Any]], list[Any]],
+        reader: Reader,
         name: str | None,
         share: float,
         options: CacheOptions | None = None,
@@ -75,22 +80,25 @@ class Remembered:
         self.loaded = self.skipped = 0
         self.reason = ""
         self.forgotten = 0
-        self._fetcher, self._load, self._share = fetcher, load, share
+        self.fetcher, self.reader, self._share = fetcher, reader, share
         self._name, self._options = name, options
         self._program: Program | None = None
         self._state = State()
         self._pages: Pages | None = None
-        self._identity = b""
+        self._identity = self._who = b""
         self._new: list[tuple[Any, Sample]] = []
         # Structures by their texts, which is what pages have of them.
         self._described: dict[str, Any] = {}
         self._by_number: list[Sample | None] = []
-        self._by_name: dict[Any, Sample] = {}
+        self._by_name: dict[Any, tuple[Any, Sample]] = {}
         self._structures: dict[Any, Any] = {}
         self._routes: weakref.WeakKeyDictionary[Any, dict[int, tuple[Foresee, int]]] = weakref.WeakKeyDictionary()
         self._passed = 0
         self._foreign: set[int] = set()
         self._streak: dict[int, int] = {}
+        self._late: set[Any] = set()
+        self._given, self._late_streak, self._ahead = 0, 0, False
+        self._renewed = self._restless = 0
         self._seconds, self._timed = 0.0, 0
         self._checked_at = time.perf_counter()
         self._spent = 0.0
@@ -101,32 +109,39 @@ class Remembered:
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         """What makes batches of samples."""
-        return self._fetcher.collate
+        return self.fetcher.collate
+
+    @property
+    def collated(self) -> bool:
+        """Whether PyTorch does."""
+        return self.fetcher.collated
 
     @property
     def name(self) -> str:
         """The data set's, for people."""
-        return type(self._fetcher.dataset).__name__
+        return type(self.fetcher.dataset).__name__
 
     def __len__(self) -> int:
         return len(self._by_name) + sum(sample is not None for sample in self._by_number)
 
     def _identify(self) -> None:
         """See which data set it is, and what earlier processes kept of it."""
-        dataset = self._fetcher.dataset
-        if self._name is None:
-            self._program = Program(dataset.__getitem__, "the data set")
-            if self._program.problem:
-                self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
-                return
-            who = self._program.digest + self._state.update(self._program.tensors)
-        else:
-            who = f"{type(dataset).__module__}.{type(dataset).__qualname__} {self._name}".encode()
-        if self._options is not None:
-            self._identity = digest_bytes(who + f" {self.digest} {self._fetcher.collated}".encode())
-            self._pages = Pages(self._identity, f"samples of {self.name}", self._options)
-            for index, sample in self._pages.read():
-                self._keep(index, sample)
+        self._who = self._read_program() if self._name is None else self._name.encode()
+        if self._options is None or self.reason:
+            return
+        kind = type(self.fetcher.dataset)
+        who = self._who + f" {kind.__module__}.{kind.__qualname__} {self.digest} {self.collated}".encode()
+        self._identity = digest_bytes(who)
+        self._pages = Pages(self._identity, f"samples of {self.name}", self._options)
+        for index, sample in self._pages.read():
+            self._keep(index, sample)
+
+    def _read_program(self) -> bytes:
+        self._program = Program(self.fetcher.dataset.__getitem__, "the data set")
+        if self._program.problem:
+            self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
+            return b""
+        return self._program.digest + self._state.update(self._program.tensors)
 
     def refuse(self, reason: str) -> None:
         """Load every sample in every epoch from here on."""
@@ -136,29 +151,74 @@ class Remembered:
 
     def begin(self) -> None:
         """Look whether what is remembered is still true, as a pass begins."""
-        if self.reason or not len(self):
-            return
-        program = self._program
-        if program is not None and not (program.unchanged() and self._state.unchanged(program.tensors)):
-            self._forget()
-            self._identify()
-        if not self.reason:
+        self._ahead = False
+        if not len(self):
+            self.reader.surroundings = Surroundings.now()
+        elif not self.reason and self.look():
+            self._renewed = 0
             self._check()
+
+    def look(self) -> bool:
+        """Whether what the data set's code reads is what it was; what is remembered is dropped otherwise."""
+        program, now = self._program, Surroundings.now()
+        if now != self.reader.surroundings:
+            self.reader.surroundings = now
+            self._forget()
+            return False
+        if self.reason or program is None or (program.unchanged() and self._state.unchanged(program.tensors)):
+            return not self.reason
+        names = ", ".join(name for name in program.changes()[:3] if name) or "its tensors"
+        if self._read_program() == self._who:
+            return True
+        self._forget()
+        self._renewed += 1
+        if self._renewed >= RESTLESS:
+            self.refuse(
+                f"what its code reads changed {RESTLESS} times ({names}): name the data set and all that it does with "
+                "dataset_id=... if its samples do not depend on that"
+            )
+        elif not self.reason:
+            self._identify()
+        return False
 
     def get(self, index: Any) -> Sample | None:
         """What is remembered of a sample."""
         if type(index) is int and 0 <= index < len(self._by_number):
             found = self._by_number[index]
         else:
-            found = self._by_name.get(index)
-        if found is None or len(found.structure) > 1 or found.structure[0] not in self._described:
-            return found if found is not None and len(found.structure) > 1 else None
-        found = found._replace(structure=self._described[found.structure[0]])
+            _, found = self._by_name.get(name_of(index), (None, None))
+        if found is None or isinstance(found.structure, tuple):
+            return found
+        known = self._described.get(found.structure)
+        if known is None:
+            return None
+        found = found._replace(structure=known)
         self._keep(index, found)
         return found
 
-    def add(self, learnt: Learnt) -> None:
-        """Remember what was loaded for the first time."""
+    def make(self, task: Task) -> Arrived:
+        """The batch of ``task``, made in this process."""
+        return self.fetcher.make(task, self)
+
+    def add(self, arrived: Arrived) -> None:
+        """Take in what a batch brought: samples that were loaded, what was read, and what turned out to be wrong."""
+        self._foreign |= arrived.read
+        if arrived.learnt is not None:
+            self._learn(arrived.learnt)
+        for index in arrived.changed[:1]:
+            self._changed(index)
+
+    def holds(self, task: Task) -> bool:
+        """Whether the batch that was made of ``task`` is right by what is known now; counts its samples."""
+        lacking = sum(sample is None for sample in task.known)
+        stood = len(task.indices) - lacking
+        self._given = len(task.indices)
+        holds = not stood or task.forgotten == self.forgotten
+        self.loaded += lacking if holds else len(task.indices)
+        self.skipped += stood if holds else 0
+        return holds
+
+    def _learn(self, learnt: Learnt) -> None:
         if learnt.refused:
             self.refuse(learnt.refused)
         if self.reason:
@@ -167,17 +227,34 @@ class Remembered:
         self._timed += len(learnt.samples)
         for index, sample in learnt.samples:
             sample = sample._replace(structure=self._known_structure(sample.structure))
-            self._keep(index, sample)
-            if self._pages is not None:
+            old = self.get(index)
+            if old is not None and differ(old, sample):
+                self._changed(index)
+            if self.reason:
+                return
+            if old is None or self._pages is None:
+                self._keep(index, sample)
+            if old is None and self._pages is not None:
                 self._new.append((index, sample))
         if len(self._new) >= SAMPLES:
             self.write()
         if self._timed >= 256 and self._seconds < CHEAP * self._timed:
-            self._forget()
-            self.reason = "loading one takes no longer than to leave it out"
+            self.give_up("loading one takes no longer than to leave it out")
         elif learnt.samples and not any(sample.digests for _, sample in learnt.samples):
-            self._forget()
-            self.reason = "there are no large tensors in it"
+            self.give_up("there are no large tensors in it")
+        elif len(self._by_name) > 2 * self._size() + 1000:
+            self.refuse("its sampler gives other indices in every epoch")
+
+    def give_up(self, reason: str) -> None:
+        """Load every sample in every epoch, where nothing would be gained."""
+        self._forget()
+        self.reason = reason
+
+    def _size(self) -> int:
+        try:
+            return len(self.fetcher.dataset)
+        except (TypeError, NotImplementedError):
+            return 1_000_000
 
     def write(self) -> None:
         """Keep what is new for other processes."""
@@ -193,11 +270,19 @@ class Remembered:
             self._described[describe(structure)] = structure
         return known
 
-    def known(self, indices: Sequence[Any]) -> list[Sample | None]:
-        """Of which samples of a batch nothing is to be loaded, as far as can be foreseen."""
-        if self.reason:
-            return [None] * len(indices)
+    def known(self, indices: Sequence[Any]) -> tuple[list[Sample | None], bool]:
+        """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether any is remembered."""
+        if not self.reason and any(name_of(index) is None for index in indices):
+            self.refuse(f"its sampler gives indices of class {type(indices[0]).__qualname__}")
+        nothing: list[Sample | None] = [None] * len(indices)
+        if self.reason or self._ahead:
+            return nothing, False
+        if not self.reader.workers.processes and self._passed and not self.look():  # its code runs here, now
+            return nothing, False
         found = [self.get(index) for index in indices]
+        remembered = [one for one in found if one is not None]
+        if not remembered or (hasattr(self.fetcher.dataset, "__getitems__") and not alike(remembered)):
+            return nothing, False
         for leaf, foresee in self._current():
             places = [place for place, sample in enumerate(found) if sample is not None]
             rows = [self._row(indices[place], found[place], leaf) for place in places]
@@ -208,7 +293,7 @@ class Remembered:
                 for place, hit in zip(places, there, strict=True):
                     if not hit:
                         found[place] = None
-        return found
+        return found, True
 
     def _current(self) -> list[tuple[int, Foresee]]:
         """How to foresee what regions find that were called of late."""
@@ -231,13 +316,13 @@ class Remembered:
 
     def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
         """Load rows that were left out and are used all the same."""
-        self.loaded += len({row.index for row in rows})
+        names = {name_of(row.index) for row in rows}
+        self.loaded += len(names)
+        self._late |= names
         if foreign:
             self._foreign.update(row.leaf for row in rows)
-        before = {row.index: row.digest for row in rows}
-        if not load_rows(rows, self._fetcher, self._load):
-            changed = next(row.index for row in rows if row.digest != before[row.index])
-            self._changed(changed)
+        for index in load_rows(rows, self.fetcher, self.reader.samples)[:1]:
+            self._changed(index)
 
     def passed(self) -> None:
         """Note that a batch was used up."""
@@ -250,12 +335,16 @@ class Remembered:
                     "what is done with a batch before a cached model, or take PyTorch's own loader"
                 )
                 break
+        # A model that is not cached any more reads in every batch too; it may be cached again in the next pass.
+        self._late_streak = self._late_streak + 1 if 2 * len(self._late) > self._given else 0
+        self._ahead = self._ahead or self._late_streak >= READ_LATE
         self._foreign.clear()
+        self._late.clear()
 
     def _check(self) -> None:
         """Load some samples again, and compare."""
         known = [index for index, sample in enumerate(self._by_number) if sample is not None]
-        known += list(self._by_name)
+        known += [index for index, _ in self._by_name.values()]
         unknown = not self._described  # structures, which only samples themselves show
         wanted = min(len(known), max(FEWEST_CHECKED, int(self._share * len(known)))) if self._share or unknown else 0
         if self._checks:
@@ -265,17 +354,28 @@ class Remembered:
             return
         start = time.perf_counter()
         indices = _random.sample(known, wanted)
-        for index, fresh in zip(indices, self._load(indices), strict=True):
-            sample = take_sample(fresh, self.digest, self._fetcher.collated)[0]
-            self._known_structure(sample.structure)
+        for index, fresh in zip(indices, self._read_again(indices), strict=True):
+            if fresh is not None:
+                self._known_structure(fresh.structure)
             old = self.get(index)
-            if old is None or sample._replace(values=old.values) != old or not same_values(sample.values, old.values):
+            if fresh is None or old is None or differ(old, fresh):
                 self._changed(index)
                 break
+        else:
+            self._restless = 0
         self._checked_at = time.perf_counter()
         self._spent += self._checked_at - start
         self._checks += wanted
         self.loaded += wanted
+
+    def _read_again(self, indices: Sequence[Any]) -> Sequence[Sample | None]:
+        """Samples as they are now; ``None`` where there is none that is understood."""
+        try:
+            samples = self.reader.samples(indices)
+            return [take_sample(sample, self.digest, self.collated)[0] for sample in samples]
+        except Exception:  # where a sampler asks for it, the user gets to see why it cannot be loaded
+            logger.debug("samples of %s could not be loaded again", self.name, exc_info=True)
+            return [None] * len(indices)
 
     def _changed(self, index: Any) -> None:
         logger.warning(
@@ -288,10 +388,13 @@ class Remembered:
             self._pages.remove()
             self._pages = Pages(self._identity, f"samples of {self.name}", self._options)
         self._forget()
+        self._restless += 1
+        if self._restless >= RESTLESS:
+            self.refuse(f"samples differed from what they were {RESTLESS} times")
 
     def _keep(self, index: Any, sample: Sample) -> None:
         if type(index) is not int or index < 0 or index > 2 * len(self._by_number) + 1_000_000:
-            self._by_name[index] = sample
+            self._by_name[name_of(index)] = index, sample
             return
         if index >= len(self._by_number):
             self._by_number.extend([None] * (index + 1 - len(self._by_number)))

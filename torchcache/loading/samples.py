@@ -14,7 +14,7 @@ from torchcache.digest.cpu import LARGE_ROW, digest_tensor
 from torchcache.errors import Bypass
 from torchcache.lazy.rows import Kind
 
-__all__ = ["Sample", "build", "describe", "same_values", "take_sample"]
+__all__ = ["Sample", "alike", "build", "describe", "differ", "name_of", "take_sample"]
 
 # Structures are nested tuples: a container's class, the names of its parts, and the parts; or a place.
 _LARGE, _SMALL = "large", "small"
@@ -28,22 +28,23 @@ class Sample(NamedTuple):
 
     Parameters
     ----------
-    structure : tuple
-        Containers, and where its values and its large tensors stand, with dtype and shape; can be hashed.
+    structure : tuple or str
+        Containers, and where its values and its large tensors stand, with dtype and shape; can be hashed. A text, as of
+        ``describe``, where only that was kept.
     values : tuple
         Numbers, strings and small tensors, in their order.
     digests : bytes
         16 bytes for each large tensor.
     """
 
-    structure: Structure
+    structure: Any
     values: tuple[Any, ...]
     digests: bytes
 
     @property
     def kinds(self) -> list[Kind]:
         """Of its large tensors."""
-        return _kinds(self.structure)
+        return _kinds(self.structure) if isinstance(self.structure, tuple) else []
 
 
 def take_sample(sample: Any, digest: str, collated: bool) -> tuple[Sample, list[torch.Tensor]]:
@@ -79,7 +80,7 @@ def _take(value: Any, values: list[Any], large: list[torch.Tensor], collated: bo
         issubclass(kind, tuple) and hasattr(kind, "_fields") and not hasattr(value, "__dict__")
     ):
         names: tuple[Any, ...] = tuple(range(len(value)))
-        parts = list(value)
+        parts = [*tuple.__iter__(value)] if isinstance(value, tuple) else list(value)
     elif kind is dict:
         names, parts = tuple(value), list(value.values())
         if not all(type(name) in (str, int) for name in names):
@@ -103,7 +104,9 @@ def _take_tensor(value: Any, values: list[Any], large: list[torch.Tensor], colla
     if kind is np.ndarray and value.dtype.kind in "biufc" and value.nbytes < LARGE_ROW:
         values.append(value.copy())
         return (_SMALL,)
-    if plain and value.is_contiguous():
+    if plain and not collated:
+        found = value.detach().contiguous()
+    elif plain and value.is_contiguous():
         found = value.detach()
     elif collated:
         found = _collated(value)
@@ -150,7 +153,7 @@ def _build(structure: Structure, values: Any, large: Any) -> Any:
         return dict(zip(structure[1], parts, strict=True))
     if kind is list:
         return parts
-    return tuple(parts) if kind is tuple else kind(*parts)
+    return tuple.__new__(kind, parts)  # what a class does to its arguments was done before
 
 
 def _copied(value: Any) -> Any:
@@ -174,9 +177,36 @@ def describe(structure: Structure) -> str:
     return f"{kind.__module__}.{kind.__qualname__}({inner})"
 
 
-def same_values(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether values are equal in class and in every bit."""
-    return len(one) == len(other) and all(map(_same, one, other))
+def name_of(index: Any) -> Any:
+    """By what a sample is found again, equal for equal indices of one class; ``None`` where there is nothing."""
+    kind = type(index)
+    if kind in (int, str, bytes):
+        return index
+    if kind in (bool, float) or isinstance(index, np.generic):
+        return kind, index.item() if isinstance(index, np.generic) else index
+    if kind is torch.Tensor and index.ndim == 0 and index.is_cpu:
+        return kind, index.dtype, index.item()
+    if kind is not tuple:
+        return None
+    names = [*map(name_of, index)]
+    return None if None in names else (kind, *names)
+
+
+def differ(one: Sample, other: Sample) -> bool:
+    """Whether anything of two samples is not the same in class and in every bit."""
+    return (
+        one.structure != other.structure
+        or one.digests != other.digests
+        or len(one.values) != len(other.values)
+        or not all(map(_same, one.values, other.values))
+    )
+
+
+def alike(samples: Sequence[Sample]) -> bool:
+    """Whether samples are equal in structure, and in the shapes of their small tensors."""
+    return (
+        len({(sample.structure, *(getattr(value, "shape", ()) for value in sample.values)) for sample in samples}) < 2
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
