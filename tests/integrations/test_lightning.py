@@ -145,3 +145,46 @@ def test_checkpoints_of_cached_training_are_those_of_plain_training(tmp_path, ca
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     loaded = Probe.load_from_checkpoint(tmp_path / "last.ckpt", marked=False)
     torch.testing.assert_close(loaded.state_dict(), trainer.lightning_module.state_dict())
+
+
+class Images(torch.utils.data.Dataset):
+    """Counts what is loaded."""
+
+    loaded = 0
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        type(self).loaded += 1
+        return torch.randn(400, generator=torch.Generator().manual_seed(index)), index % 3
+
+
+class ImageProbe(Probe):
+    def __init__(self):
+        super().__init__(marked=False)
+        self.backbone = torchcache.mark(nn.Linear(400, 16), freeze=True, audit=0.0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lightning_takes_our_loader_as_it_is(tmp_path, workers):
+    def trained(kind, **options):
+        torch.manual_seed(0)
+        probe, images = ImageProbe(), Images()
+        Images.loaded = 0
+        train, validation = (
+            kind(images, batch_size=8, shuffle=shuffle, num_workers=workers, **options) for shuffle in (True, False)
+        )
+        trainer = pl.Trainer(
+            max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(probe, train, validation)
+        return probe.head.weight, train
+
+    expected, _ = trained(DataLoader)
+    loaded = Images.loaded
+    got, loader = trained(torchcache.DataLoader, check=0.0, dataset_id="images")
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torchcache.stats(loader).skipped >= 80
+    assert workers or Images.loaded < loaded

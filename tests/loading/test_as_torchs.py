@@ -345,6 +345,34 @@ def test_passes_that_are_broken_off_leave_no_process():
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
+def test_workers_that_are_spawned():
+    options = {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True}
+    expected, got = (
+        run(kind, Plain(), collate_fn=mixed_up, shuffle=True, **options)
+        for kind in (data.DataLoader, torchcache.DataLoader)
+    )
+    assert equal(got, expected)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_share_of_the_samples(workers):
+    def labels(kind):
+        sampler = data.DistributedSampler(Plain(), 2, 1)
+        loader = kind(Plain(), batch_size=5, sampler=sampler, num_workers=workers)
+        got = []
+        for epoch in range(4):
+            sampler.set_epoch(epoch)
+            got += [y.tolist() for _, y in loader]
+        return got
+
+    assert labels(torchcache.DataLoader) == labels(data.DataLoader)
+
+
+def test_a_loader_that_nothing_was_taken_from_says_so():
+    assert "a trainer" in torchcache.stats(torchcache.DataLoader(Plain(), batch_size=5)).reason
+
+
 def write_to(path):
     def begin(number):
         with open(path, "a") as file:

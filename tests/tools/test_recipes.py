@@ -15,6 +15,8 @@ TINY = ["--width", "16", "--samples", "40"]
 ARGUMENTS = {
     "linear_probe": (["--model", "resnet10t", "--size", "32", "--samples", "40", "--epochs", "3"], 40),
     "image_files": (["--samples", "40", "--width", "8"], 40),
+    "trainers": (["--samples", "40", "--width", "8"], 40),
+    "trainers --trainer transformers": (["--samples", "40", "--width", "8"], 40),
     "last_blocks": (["--width", "24", "--samples", "40", "--layers", "4"], 40),
     "lora": ([*TINY, "--layers", "3", "--first-block", "2"], 40),
     "sentences": ([*TINY, "--layers", "2"], 40),
@@ -33,6 +35,8 @@ def recipe(name):
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_each_row_is_computed_once_and_training_is_as_without_a_cache(name, tmp_path, monkeypatch):
     arguments, computed = ARGUMENTS[name]
+    name, *chosen = name.split()
+    arguments = [*chosen, *arguments]
     if name == "latents":
         arguments = [*arguments, "--directory", str(tmp_path)]
     main = recipe(name).main
@@ -58,4 +62,4 @@ def test_every_recipe_is_listed():
     names = {path.name for path in RECIPES.glob("*.py")}
     assert names
     assert all(f"`{name}`" in listed for name in names)
-    assert {f"{name}.py" for name in ARGUMENTS} | {"sweep.py"} == names
+    assert {f"{name.split()[0]}.py" for name in ARGUMENTS} | {"sweep.py"} == names

@@ -112,7 +112,10 @@ class DataLoader(data.DataLoader[Any]):
     def counted(self) -> LoaderStats:
         """What ``torchcache.stats`` shows."""
         known = self.remembered
-        return LoaderStats(known.name, len(known), known.loaded, known.skipped, known.reason)
+        reason = known.reason
+        if not (reason or known.loaded or known.skipped):
+            reason = "no batch was taken from this loader; did a trainer make one of its own of it?"
+        return LoaderStats(known.name, len(known), known.loaded, known.skipped, reason)
 
     def __iter__(self) -> Any:
         self.remembered.reader.workers = Workers(
