@@ -113,7 +113,8 @@ def test_batches_are_equal_value_for_value_in_every_epoch(tmp_path, form):
     files = Shaped(tmp_path / "files", form)
     expected = list(data.DataLoader(files, batch_size=5))
     loader = torchcache.DataLoader(files, batch_size=5, check=0.0)
-    assert [*map(repr, loader)] == [*map(repr, expected)]
+    for _ in range(2):
+        assert [*map(repr, loader)] == [*map(repr, expected)]
     assert any(isinstance(leaf, LazyTensor) for leaf in pytree.tree_leaves(next(iter(loader))))
     assert [*map(repr, loader)] == [*map(repr, expected)]
 
@@ -312,8 +313,13 @@ def test_another_process_leaves_out_what_an_earlier_one_loaded(tmp_path):
 
 
 def neighbour(patch):
-    get = Remembered.get
-    patch.setattr(Remembered, "get", lambda self, index: get(self, (index + 1) % 40))
+    known = Remembered.known
+
+    def turned(self, indices):
+        found, rows = known(self, indices)
+        return found[1:] + found[:1], rows
+
+    patch.setattr(Remembered, "known", turned)
 
 
 def kept_when_changed(patch):
@@ -381,3 +387,20 @@ def test_breaking_off_and_nesting_and_pickling(files):
     assert len(outer) == 25
     again = pickle.loads(pickle.dumps(loader))
     assert equal([x + 0 for x, _ in again], [x for x, _ in data.DataLoader(files, batch_size=8)])
+
+
+def test_it_explains_which_leaves_are_loaded_and_why(files):
+    loader, model = torchcache.DataLoader(files, batch_size=8, check=0.0), Model(audit=0.0)
+    assert "no sample was loaded yet" in str(torchcache.explain(loader))
+    for epoch in range(3):
+        for number, (x, _) in enumerate(loader):
+            model(x)
+            if epoch == 2 and number % 2:
+                x.mean()
+    (image, what, how), (label, small, kept) = torchcache.explain(loader).leaves
+    assert (image, what, label, small) == ("[0]", "float32 (3, 20, 20)", "[1]", "a small value")
+    assert how == "not loaded where Sequential finds its rows; other code read it in 2 of 18 batches"
+    assert kept == "not loaded: remembered as it is"
+    for x, _ in loader:
+        x.mean()
+    assert torchcache.explain(loader).leaves[0][2].startswith("loaded: what comes of them is read by other code")

@@ -1,24 +1,26 @@
-"""Random numbers that loading draws: from the generators of the process, and from those that a data set holds."""
+"""Random numbers that loading draws: from the generators of the process, and from those that a data set reaches."""
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import gc
+import itertools
 import pickle
 import random
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Chance", "other_chance"]
+__all__ = ["Chance"]
 
-# Objects of a data set that are looked through for generators, at most.
-MOST = 100_000
+# Objects that are looked through for generators, at most, and entries of one container.
+MOST = 20_000
+ENTRIES = 64
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_ENDS = (types.ModuleType, type, torch.Tensor, np.ndarray, str, bytes, int, float)
+_ENDS = (torch.Tensor, np.ndarray, str, bytes, int, float)
 
 
 class Chance:
@@ -27,7 +29,8 @@ class Chance:
     Parameters
     ----------
     dataset : Dataset
-        Generators among its attributes, at any depth, are looked for once.
+        Generators that it holds, that its code names, or that are attributes of its classes, are looked for once. Not
+        all can be found: samples that differ when they are loaded again show the others.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -48,34 +51,47 @@ def _state(generator: Any) -> Any:
 
 
 def _generators(dataset: Any) -> list[Any]:
+    """Generators near the data set first."""
     seen: set[int] = set()
     found: list[Any] = []
-    left = [dataset]
+    left = collections.deque([dataset])
     while left and len(seen) < MOST:
-        value = left.pop()
+        value = left.popleft()
         if id(value) in seen or isinstance(value, _ENDS):
             continue
         seen.add(id(value))
         if isinstance(value, _GENERATORS):
             found.append(value)
-        elif isinstance(value, types.FunctionType):  # its globals are the whole program
-            left += [value.__closure__, value.__defaults__, value.__kwdefaults__]
         else:
-            left += gc.get_referents(value)
+            left.extend(_within(value))
     return found
 
 
-@contextlib.contextmanager
-def other_chance() -> Iterator[None]:
-    """Other random numbers than those of training, whose generators are put back."""
-    held = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    seed = random.Random().getrandbits(32)
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(held[0])
-        random.setstate(held[1])
-        np.random.set_state(held[2])
+def _within(value: Any) -> Iterable[Any]:
+    if isinstance(value, types.ModuleType):
+        return ()
+    if isinstance(value, types.FunctionType):
+        closed = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return [*closed, value.__defaults__, value.__kwdefaults__, *_named(value)]
+    if isinstance(value, type):
+        return [] if value.__module__.partition(".")[0] in ("builtins", "torch", "numpy") else [*vars(value).values()]
+    if isinstance(value, dict):
+        return itertools.islice(value.values(), ENTRIES)
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return itertools.islice(value, ENTRIES)
+    return gc.get_referents(value)
+
+
+def _named(function: types.FunctionType) -> Iterator[Any]:
+    """What a function's code names among its globals, and in modules that it names."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    names = dict.fromkeys(name for code in codes for name in code.co_names)
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.ModuleType):
+            members = (vars(value).get(inner) for inner in names)
+            yield from (member for member in members if isinstance(member, _GENERATORS))
+        else:
+            yield value

@@ -13,16 +13,17 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from torchcache.errors import Bypass
-from torchcache.lazy.rows import Row, Source
+from torchcache.lazy.rows import Kind, Row, Source
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import one_row, reduced, stack_rows
-from torchcache.loading.chance import Chance, other_chance
-from torchcache.loading.samples import Sample, build, differ, name_of, take_sample
+from torchcache.loading.chance import Chance
+from torchcache.loading.samples import Sample, alike, build, kept_index, name_of, take_sample
 
-__all__ = ["Arrived", "ChangedError", "Fetcher", "Learnt", "Task", "is_default", "load_rows", "pinned"]
+__all__ = ["Arrived", "ChangedError", "Fetcher", "Learnt", "Taken", "Task", "is_default", "load_rows", "pinned"]
 
-# Samples that each of the first tasks loads twice.
-TWICE = 4
+
+# A sample taken apart, and its large tensors.
+Taken = tuple["Sample | None", "list[torch.Tensor]"]
 
 
 class Task(NamedTuple):
@@ -32,8 +33,8 @@ class Task(NamedTuple):
     ----------
     number : int
         Which batch of the pass it is.
-    indices : list
-        Of its samples.
+    indices : object
+        Of its samples, as the sampler gave them where the data set loads a batch at once; else a list.
     known : list of Sample or None
         Those samples that need not be loaded, by what is remembered of them; ``None`` where one is loaded.
     rows : bool
@@ -42,8 +43,6 @@ class Task(NamedTuple):
         The number of the data set's source.
     learn : bool
         Whether what is loaded is to be remembered, or compared with what is.
-    twice : bool
-        Whether some samples are loaded twice, with other random numbers, to see whether they differ.
     forgotten : int
         How often what was remembered had been dropped by then: what is known is true as long as it is not again.
     here : bool
@@ -51,12 +50,11 @@ class Task(NamedTuple):
     """
 
     number: int
-    indices: list[Any]
+    indices: Any
     known: list[Sample | None]
     rows: bool
     source: int
     learn: bool
-    twice: bool
     forgotten: int
     here: bool
 
@@ -110,7 +108,22 @@ class Arrived:
 
 
 class ChangedError(RuntimeError):
-    """A sample is not what it was, and what stands for it cannot become what it is."""
+    """A sample is not what it was, and what stands for it cannot become what it is.
+
+    Parameters
+    ----------
+    index : object
+        Of the sample.
+    kind : Kind
+        What it was.
+    """
+
+    def __init__(self, index: Any, kind: Kind) -> None:
+        super().__init__(
+            f"torchcache.DataLoader: sample {index!r} was {kind.dtype} of shape {kind.shape} when it was loaded first, "
+            "and it has changed: begin another pass over the loader"
+        )
+        self.index = index
 
 
 class Fetcher(Dataset[Any]):
@@ -143,33 +156,42 @@ class Fetcher(Dataset[Any]):
 
     def make(self, task: Task, source: Source) -> Arrived:
         """The batch of ``task``, in which rows of ``source`` stand for what is not loaded."""
-        wanted = [index for index, sample in zip(task.indices, task.known, strict=True) if sample is None]
-        samples, learnt, taken = self._learn(wanted, task) if wanted else ([], None, [])
+        wanted = task.indices
+        if task.rows:
+            wanted = [index for index, sample in zip(task.indices, task.known, strict=True) if sample is None]
+        samples, learnt, taken = self._learn(wanted, task) if len(wanted) else ([], None, [])
         if not task.rows:
             return Arrived(task.number, self.collate(samples), learnt)
         if taken is None:  # a loaded sample is not understood: nothing is left out
             return Arrived(task.number, self.collate(self.load(task.indices)), learnt)
         parts = iter(taken)
-        mixed = []
-        for index, sample in zip(task.indices, task.known, strict=True):
-            described, large = (sample, None) if sample is not None else next(parts)
-            mixed.append(_row_sample(source, index, described, large, self.collated))
+        described = [(sample, None) if sample is not None else next(parts) for sample in task.known]
+        if self.collated and not alike([sample for sample, _ in described]):  # as PyTorch mixes dtypes, or refuses to
+            return Arrived(task.number, self.collate(self.load(task.indices)), learnt)
+        mixed = [
+            _row_sample(source, index, sample, large, self.collated)
+            for index, (sample, large) in zip(task.indices, described, strict=True)
+        ]
         try:
             return Arrived(task.number, self.collate(mixed), learnt)
         except ChangedError as error:
-            return Arrived(task.number, None, learnt, changed=[error.args[1]])
+            return Arrived(task.number, None, learnt, changed=[error.index])
 
     def load(self, indices: Sequence[Any]) -> Any:
         """The samples, from the data set, as PyTorch's loader takes them."""
         together = getattr(self.dataset, "__getitems__", None)
-        return together([*indices]) if together else [self.dataset[index] for index in indices]
+        return together(indices) if together else [self.dataset[index] for index in indices]
 
-    def load_each(self, indices: Sequence[Any]) -> list[Any]:
-        """The samples, each loaded alone."""
-        return [one for index in indices for one in _listed(self.load([index]), 1)]
+    def take_each(self, indices: Sequence[Any]) -> list[Taken]:
+        """The samples, each loaded alone, and taken apart; ``None`` for one that is not understood."""
+        return [self._take_one(self.load([index])) for index in indices]
+
+    def _take_one(self, samples: Any) -> Taken:
+        taken, _ = self._take(samples, 1)
+        return (None, []) if taken is None else taken[0]
 
     def _learn(
-        self, wanted: list[Any], task: Task
+        self, wanted: Any, task: Task
     ) -> tuple[Any, Learnt | None, list[tuple[Sample, list[torch.Tensor]]] | None]:
         """Samples, what is to be remembered of them, and how they are taken apart; ``None`` where they cannot be."""
         if not task.learn:
@@ -184,9 +206,11 @@ class Fetcher(Dataset[Any]):
         taken, refused = self._take(samples, len(wanted))
         if drew:
             refused = "loading them draws random numbers, as augmentation does"
-        elif not refused and task.twice and taken is not None:
-            refused = self._differs(wanted[:TWICE], taken)
-        found = [] if refused or taken is None else list(zip(wanted, [one for one, _ in taken], strict=True))
+        found = (
+            []
+            if refused or taken is None
+            else list(zip(map(kept_index, wanted), [one for one, _ in taken], strict=True))
+        )
         return samples, Learnt(found, refused, seconds), taken
 
     def _take(self, samples: Any, count: int) -> tuple[list[tuple[Sample, list[torch.Tensor]]] | None, str]:
@@ -194,16 +218,6 @@ class Fetcher(Dataset[Any]):
             return [take_sample(sample, self.digest, self.collated) for sample in _listed(samples, count)], ""
         except Bypass as bypass:
             return None, bypass.reason
-
-    def _differs(self, indices: Sequence[Any], taken: Sequence[tuple[Sample, Any]]) -> str:
-        try:
-            with other_chance():
-                again = [take_sample(sample, self.digest, self.collated) for sample in self.load_each(indices)]
-        except Bypass as bypass:
-            return bypass.reason
-        if any(differ(one, other) for (one, _), (other, _) in zip(taken, again, strict=False)):
-            return "a sample that was loaded twice differed, as it does under augmentation"
-        return ""
 
 
 def _listed(samples: Any, count: int) -> list[Any]:
@@ -227,16 +241,14 @@ class _Away:
 
     def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
         self.read.update(row.leaf for row in rows)
-        self.changed += load_rows(rows, self._fetcher)
+        self.changed += load_rows(rows, self._fetcher.take_each)
 
     def learn(self, owner: Any, leaf: int, foresee: Any) -> None:
         """Nothing is planned here."""
 
 
-def load_rows(
-    rows: Sequence[Row], fetcher: Fetcher, load: Callable[[Sequence[Any]], Sequence[Any]] | None = None
-) -> list[Any]:
-    """Load the samples of ``rows``: indices of those that are not what is remembered of them.
+def load_rows(rows: Sequence[Row], load: Callable[[Sequence[Any]], Sequence[Taken]]) -> list[Any]:
+    """Have ``load`` load the samples of ``rows``: indices of those that are not what is remembered of them.
 
     Raises
     ------
@@ -244,17 +256,12 @@ def load_rows(
         Where a sample has another shape or dtype by now, with its index.
     """
     by_name = {name_of(row.index): row.index for row in rows}
-    samples = (load or fetcher.load_each)([*by_name.values()])
-    taken = dict(zip(by_name, [_taken_or_none(one, fetcher) for one in samples], strict=True))
+    taken = dict(zip(by_name, load([*by_name.values()]), strict=True))
     changed = []
     for row in rows:
         sample, large = taken[name_of(row.index)]
         if sample is None or row.leaf >= len(large) or sample.kinds[row.leaf] != row.kind:
-            raise ChangedError(
-                f"torchcache.DataLoader: sample {row.index!r} was {row.kind.dtype} of shape {row.kind.shape} when it "
-                "was loaded first, and it has changed: begin another pass over the loader",
-                row.index,
-            )
+            raise ChangedError(row.index, row.kind)
         row.data = large[row.leaf]
         digest = sample.digests[16 * row.leaf : 16 * row.leaf + 16]
         if digest != row.digest:
@@ -263,15 +270,9 @@ def load_rows(
     return changed
 
 
-def _taken_or_none(sample: Any, fetcher: Fetcher) -> tuple[Sample | None, list[torch.Tensor]]:
-    try:
-        return take_sample(sample, fetcher.digest, fetcher.collated)
-    except Bypass:
-        return None, []
-
-
 def _row_sample(source: Any, index: Any, sample: Sample, large: list[torch.Tensor] | None, collated: bool) -> Any:
     digests = sample.digests
+    index = kept_index(index)
     rows = [
         Row(source, index, leaf, kind, digests[16 * leaf : 16 * leaf + 16], None if large is None else large[leaf])
         for leaf, kind in enumerate(sample.kinds)

@@ -19,9 +19,6 @@ from torchcache.reports.stats import LoaderStats
 
 __all__ = ["DataLoader"]
 
-# Tasks of a first pass that load some samples twice.
-TWICE = 2
-
 
 class DataLoader(data.DataLoader[Any]):
     """PyTorch's ``DataLoader``, that loads a sample only where something other than a cached model looks at it.
@@ -117,6 +114,10 @@ class DataLoader(data.DataLoader[Any]):
             reason = "no batch was taken from this loader; did a trainer make one of its own of it?"
         return LoaderStats(known.name, len(known), known.loaded, known.skipped, reason)
 
+    def explained(self) -> tuple[str, list[tuple[str, str, str]]]:
+        """What ``torchcache.explain`` shows."""
+        return self.remembered.name, self.remembered.leaves()
+
     def __iter__(self) -> Any:
         self.remembered.reader.workers = Workers(
             self.num_workers, self.timeout, self.worker_init_fn, self.multiprocessing_context
@@ -144,7 +145,7 @@ class _Plan:
         # A collate_fn of the user's runs where PyTorch's loader runs it: it may draw, or use what workers have.
         self._here = not loader.num_workers or self._remembered.collated
         self._indices = iter(loader.batch_sampler)  # type: ignore[arg-type]
-        self._number, self._twice = 0, TWICE
+        self._number = 0
         self.planned: collections.deque[Task] = collections.deque()
         self.waiting: dict[int, Task] = {}
 
@@ -153,14 +154,14 @@ class _Plan:
         indices = next(self._indices, None)
         if indices is None:
             return False
-        known, indices = self._remembered, [*indices]
+        known = self._remembered
+        if not known.at_once:
+            indices = [*indices]
         found, rows = known.known(indices)
         lacking = None in found
         learn = lacking and not known.reason
-        twice = learn and self._twice > 0
-        self._twice -= twice
         here = not lacking and self._here
-        self.planned.append(Task(self._number, indices, found, rows, known.number, learn, twice, known.forgotten, here))
+        self.planned.append(Task(self._number, indices, found, rows, known.number, learn, known.forgotten, here))
         self._number += 1
         return True
 
@@ -226,6 +227,7 @@ class _Pass:
         return len(self._sampler)  # type: ignore[arg-type]
 
     def __del__(self) -> None:
+        self._remembered.write()
         self._remembered.reader.close()
 
     def __next__(self) -> Any:

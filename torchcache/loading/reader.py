@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch.utils import data
 
 from torchcache import dynamo
-from torchcache.loading.fetch import Fetcher
+from torchcache.loading.fetch import Fetcher, Taken
 
 __all__ = ["Reader", "Surroundings", "Workers", "as_it_is", "initialised"]
 
@@ -67,16 +68,21 @@ class Reader:
         self._wanted: list[tuple[list[Any], bool]] = []
         self._running: data.DataLoader[Any] | None = None
 
-    def samples(self, indices: Sequence[Any]) -> list[Any]:
-        """Samples, each loaded alone."""
-        if not self.workers.processes:
+    @property
+    def apart(self) -> bool:
+        """Whether it loads in processes of its own."""
+        return self.workers.processes > 0 and not multiprocessing.current_process().daemon
+
+    def samples(self, indices: Sequence[Any]) -> list[Taken]:
+        """Samples, each loaded alone, and taken apart where that is done."""
+        if not self.apart:
             with self.surroundings.entered():
-                return self._fetcher.load_each(indices)
+                return self._fetcher.take_each(indices)
         return [one for some in self._loaded([([index], False) for index in indices]) for one in some]
 
     def batch(self, indices: Sequence[Any]) -> Any:
         """One batch, as PyTorch's loader makes it."""
-        if not self.workers.processes:
+        if not self.apart:
             return self._fetcher.collate(self._fetcher.load(indices))
         return self._loaded([([*indices], True)])[0]
 
@@ -127,7 +133,7 @@ class _Alone(data.Dataset[Any]):
 
     def __getitem__(self, wanted: tuple[list[Any], bool]) -> Any:
         indices, whole = wanted
-        return self._fetcher.collate(self._fetcher.load(indices)) if whole else self._fetcher.load_each(indices)
+        return self._fetcher.collate(self._fetcher.load(indices)) if whole else self._fetcher.take_each(indices)
 
 
 class _Initialised:

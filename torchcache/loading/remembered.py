@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +13,11 @@ from torchcache.identity.program import Program
 from torchcache.identity.state import State
 from torchcache.lazy.rows import Foresee, Row
 from torchcache.lazy.use import register, stack_rows
-from torchcache.loading.fetch import Arrived, Fetcher, Learnt, Task, load_rows
+from torchcache.loading.fetch import Arrived, ChangedError, Fetcher, Learnt, Task, load_rows
 from torchcache.loading.pages import SAMPLES, Pages
 from torchcache.loading.reader import Reader, Surroundings
-from torchcache.loading.samples import Sample, alike, describe, differ, name_of, take_sample
+from torchcache.loading.samples import Sample, alike, describe, differ, name_of, places
+from torchcache.loading.uses import Uses
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
 
@@ -25,16 +25,11 @@ __all__ = ["Remembered"]
 
 # Samples that take less to load, in seconds, are not worth remembering.
 CHEAP = 20e-6
-# So many batches in a row of which something other than a region read a tensor: it is loaded from then on.
-READ_OFTEN = 3
 # After so many changes in a row, of samples or of what the data set's code reads, nothing is remembered any more.
 RESTLESS = 3
-# So many batches in a row that were read when it was too late to load them ahead: the rest of the pass is.
-READ_LATE = 8
-# A region that looked nothing up for so many batches is not asked any more.
-LATE = 16
-# Samples that are loaded again at the start of a pass, at least; and the share of the time that this may take.
-FEWEST_CHECKED = 8
+# Nothing is left out before so many samples were loaded again and were the same; so many are in later passes.
+ENOUGH = 8
+# The share of the time that loading samples again may take.
 MOST_TIME = 0.02
 # Apart from the generators that training draws from.
 _random = random.Random()
@@ -92,12 +87,9 @@ class Remembered:
         self._by_number: list[Sample | None] = []
         self._by_name: dict[Any, tuple[Any, Sample]] = {}
         self._structures: dict[Any, Any] = {}
-        self._routes: weakref.WeakKeyDictionary[Any, dict[int, tuple[Foresee, int]]] = weakref.WeakKeyDictionary()
-        self._passed = 0
-        self._foreign: set[int] = set()
-        self._streak: dict[int, int] = {}
-        self._late: set[Any] = set()
-        self._given, self._late_streak, self._ahead = 0, 0, False
+        self.uses = Uses()
+        self._count = self._given = self._since = self._agreed = 0
+        self._alone = False
         self._renewed = self._restless = 0
         self._seconds, self._timed = 0.0, 0
         self._checked_at = time.perf_counter()
@@ -117,12 +109,17 @@ class Remembered:
         return self.fetcher.collated
 
     @property
+    def at_once(self) -> bool:
+        """Whether the data set loads a batch at once."""
+        return hasattr(self.fetcher.dataset, "__getitems__")
+
+    @property
     def name(self) -> str:
         """The data set's, for people."""
         return type(self.fetcher.dataset).__name__
 
     def __len__(self) -> int:
-        return len(self._by_name) + sum(sample is not None for sample in self._by_number)
+        return self._count
 
     def _identify(self) -> None:
         """See which data set it is, and what earlier processes kept of it."""
@@ -137,7 +134,8 @@ class Remembered:
             self._keep(index, sample)
 
     def _read_program(self) -> bytes:
-        self._program = Program(self.fetcher.dataset.__getitem__, "the data set")
+        dataset = self.fetcher.dataset
+        self._program = Program(dataset.__getitems__ if self.at_once else dataset.__getitem__, "the data set")
         if self._program.problem:
             self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
             return b""
@@ -145,13 +143,29 @@ class Remembered:
 
     def refuse(self, reason: str) -> None:
         """Load every sample in every epoch from here on."""
+        if self._pages is not None:
+            self._pages.remove()
         self._forget()
         self.reason = reason
         warn_once(f"samples of {self.name} are loaded in every epoch: {reason}")
 
+    def leaves(self) -> list[tuple[str, str, str]]:
+        """Where each leaf stands in a sample, what it is, and whether it is loaded in later epochs, with the reason."""
+        structure = next(iter(self._structures), None)
+        told = []
+        for place, kind, leaf in [] if structure is None else places(structure):
+            if self.reason:
+                how = f"loaded: {self.reason}"
+            elif leaf is None:
+                how = "not loaded: remembered as it is"
+            else:
+                how = self.uses.describe(leaf)
+            told.append((place, kind, how))
+        return told
+
     def begin(self) -> None:
         """Look whether what is remembered is still true, as a pass begins."""
-        self._ahead = False
+        self.uses.ahead = False
         if not len(self):
             self.reader.surroundings = Surroundings.now()
         elif not self.reason and self.look():
@@ -202,7 +216,7 @@ class Remembered:
 
     def add(self, arrived: Arrived) -> None:
         """Take in what a batch brought: samples that were loaded, what was read, and what turned out to be wrong."""
-        self._foreign |= arrived.read
+        self.uses.read(arrived.read)
         if arrived.learnt is not None:
             self._learn(arrived.learnt)
         for index in arrived.changed[:1]:
@@ -230,22 +244,24 @@ class Remembered:
             old = self.get(index)
             if old is not None and differ(old, sample):
                 self._changed(index)
+                old = None
+            self._agreed += old is not None
             if self.reason:
                 return
-            if old is None or self._pages is None:
+            if old is None:
                 self._keep(index, sample)
-            if old is None and self._pages is not None:
-                self._new.append((index, sample))
+                if self._pages is not None:
+                    self._new.append((index, sample))
         if len(self._new) >= SAMPLES:
             self.write()
         if self._timed >= 256 and self._seconds < CHEAP * self._timed:
-            self.give_up("loading one takes no longer than to leave it out")
+            self._give_up("loading one takes no longer than to leave it out")
         elif learnt.samples and not any(sample.digests for _, sample in learnt.samples):
-            self.give_up("there are no large tensors in it")
-        elif len(self._by_name) > 2 * self._size() + 1000:
+            self._give_up("there are no large tensors in it")
+        elif len(self._by_name) > 1000 and len(self._by_name) > 2 * self._size():
             self.refuse("its sampler gives other indices in every epoch")
 
-    def give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> None:
         """Load every sample in every epoch, where nothing would be gained."""
         self._forget()
         self.reason = reason
@@ -253,7 +269,7 @@ class Remembered:
     def _size(self) -> int:
         try:
             return len(self.fetcher.dataset)
-        except (TypeError, NotImplementedError):
+        except Exception:  # the user's, and nobody asked for it
             return 1_000_000
 
     def write(self) -> None:
@@ -274,16 +290,23 @@ class Remembered:
         """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether any is remembered."""
         if not self.reason and any(name_of(index) is None for index in indices):
             self.refuse(f"its sampler gives indices of class {type(indices[0]).__qualname__}")
+        if not self.reason and self.at_once and type(indices) is not list:
+            self.refuse(f"it loads batches at once, whose indices come as a {type(indices).__qualname__}")
         nothing: list[Sample | None] = [None] * len(indices)
-        if self.reason or self._ahead:
+        if self.reason or self.uses.ahead:
             return nothing, False
-        if not self.reader.workers.processes and self._passed and not self.look():  # its code runs here, now
+        if not self.reader.workers.processes and self.uses.batches and not self.look():  # its code runs here, now
             return nothing, False
+        self._since += len(indices)
+        if self._since > max(self._count, ENOUGH):  # a pass that has no end is checked too
+            self._check()
         found = [self.get(index) for index in indices]
         remembered = [one for one in found if one is not None]
-        if not remembered or (hasattr(self.fetcher.dataset, "__getitems__") and not alike(remembered)):
+        if not (remembered and self._believed()):
             return nothing, False
-        for leaf, foresee in self._current():
+        if (self.collated or self.at_once) and not alike(remembered):  # PyTorch makes of them what it makes of them
+            return nothing, False
+        for leaf, foresee in self.uses.foreseen():
             places = [place for place, sample in enumerate(found) if sample is not None]
             rows = [self._row(indices[place], found[place], leaf) for place in places]
             if not rows or None in rows or len({row.kind for row in rows if row is not None}) > 1:
@@ -295,15 +318,6 @@ class Remembered:
                         found[place] = None
         return found, True
 
-    def _current(self) -> list[tuple[int, Foresee]]:
-        """How to foresee what regions find that were called of late."""
-        return [
-            (leaf, foresee)
-            for routes in list(self._routes.values())
-            for leaf, (foresee, passed) in routes.items()
-            if self._passed - passed < LATE
-        ]
-
     def _row(self, index: Any, sample: Sample | None, leaf: int) -> Row | None:
         kinds = sample.kinds if sample is not None else []
         if sample is None or leaf >= len(kinds):
@@ -312,55 +326,61 @@ class Remembered:
 
     def learn(self, owner: Any, leaf: int, foresee: Foresee) -> None:
         """Note that a region looks rows of ``leaf`` up, and how to tell whether it will find them."""
-        self._routes.setdefault(owner, {})[leaf] = foresee, self._passed
+        self.uses.looked_up(owner, leaf, foresee)
 
     def load(self, rows: Sequence[Row], *, foreign: bool) -> None:
         """Load rows that were left out and are used all the same."""
         names = {name_of(row.index) for row in rows}
         self.loaded += len(names)
-        self._late |= names
+        self.uses.late(names)
         if foreign:
-            self._foreign.update(row.leaf for row in rows)
-        for index in load_rows(rows, self.fetcher, self.reader.samples)[:1]:
+            self.uses.read(row.leaf for row in rows)
+        try:
+            changed = load_rows(rows, self.reader.samples)
+        except ChangedError as error:
+            self._changed(error.index)
+            raise
+        for index in changed[:1]:
             self._changed(index)
 
     def passed(self) -> None:
         """Note that a batch was used up."""
-        self._passed += 1
-        for leaf in self._foreign | set(self._streak):
-            self._streak[leaf] = self._streak.get(leaf, 0) + 1 if leaf in self._foreign else 0
-            if self._streak[leaf] >= READ_OFTEN:
-                self.refuse(
-                    "what comes of them is read by other code than cached models in every batch: let the data set do "
-                    "what is done with a batch before a cached model, or take PyTorch's own loader"
-                )
-                break
-        # A model that is not cached any more reads in every batch too; it may be cached again in the next pass.
-        self._late_streak = self._late_streak + 1 if 2 * len(self._late) > self._given else 0
-        self._ahead = self._ahead or self._late_streak >= READ_LATE
-        self._foreign.clear()
-        self._late.clear()
+        if self.uses.taken(self._given):
+            self.refuse(
+                "what comes of them is read by other code than cached models in every batch: let the data set do what "
+                "is done with a batch before a cached model, or take PyTorch's own loader"
+            )
+
+    def _believed(self) -> bool:
+        """Whether enough samples were the same when they were loaded again, in passes like those before."""
+        if self._agreed < min(ENOUGH, self._count):
+            return False
+        if self.at_once and not self._alone:  # it is asked for single ones when they are loaded late
+            self._alone = True
+            indices = self._some(ENOUGH)
+            if any(fresh is None or self._differs(index, fresh) for index, fresh in self._read_again(indices)):
+                self.refuse("its __getitems__ gives a sample alone otherwise than in a batch, or not at all")
+                return False
+        return True
 
     def _check(self) -> None:
         """Load some samples again, and compare."""
-        known = [index for index, sample in enumerate(self._by_number) if sample is not None]
-        known += [index for index, _ in self._by_name.values()]
-        unknown = not self._described  # structures, which only samples themselves show
-        wanted = min(len(known), max(FEWEST_CHECKED, int(self._share * len(known)))) if self._share or unknown else 0
-        if self._checks:
+        self._since = 0
+        believed = self._believed()
+        if not (self._count and (believed or self.reader.apart)):
+            return
+        wanted = min(self._count, max(ENOUGH, int(self._share * self._count))) if self._share or not believed else 0
+        if self._checks and believed:
             since, cost = time.perf_counter() - self._checked_at, self._spent / self._checks
             wanted = min(wanted, int(MOST_TIME * since / cost))
         if wanted <= 0:
             return
         start = time.perf_counter()
-        indices = _random.sample(known, wanted)
-        for index, fresh in zip(indices, self._read_again(indices), strict=True):
-            if fresh is not None:
-                self._known_structure(fresh.structure)
-            old = self.get(index)
-            if fresh is None or old is None or differ(old, fresh):
+        for index, fresh in self._read_again(self._some(wanted)):
+            if fresh is None or self._differs(index, fresh):
                 self._changed(index)
                 break
+            self._agreed += 1
         else:
             self._restless = 0
         self._checked_at = time.perf_counter()
@@ -368,14 +388,24 @@ class Remembered:
         self._checks += wanted
         self.loaded += wanted
 
-    def _read_again(self, indices: Sequence[Any]) -> Sequence[Sample | None]:
+    def _some(self, count: int) -> list[Any]:
+        """Indices of remembered samples, by chance."""
+        known = [index for index, sample in enumerate(self._by_number) if sample is not None]
+        known += [index for index, _ in self._by_name.values()]
+        return _random.sample(known, min(count, len(known)))
+
+    def _differs(self, index: Any, fresh: Sample) -> bool:
+        self._known_structure(fresh.structure)
+        old = self.get(index)
+        return old is None or differ(old, fresh)
+
+    def _read_again(self, indices: Sequence[Any]) -> list[tuple[Any, Sample | None]]:
         """Samples as they are now; ``None`` where there is none that is understood."""
         try:
-            samples = self.reader.samples(indices)
-            return [take_sample(sample, self.digest, self.collated)[0] for sample in samples]
+            return [(index, one) for index, (one, _) in zip(indices, self.reader.samples(indices), strict=True)]
         except Exception:  # where a sampler asks for it, the user gets to see why it cannot be loaded
             logger.debug("samples of %s could not be loaded again", self.name, exc_info=True)
-            return [None] * len(indices)
+            return [(index, None) for index in indices]
 
     def _changed(self, index: Any) -> None:
         logger.warning(
@@ -394,12 +424,17 @@ class Remembered:
 
     def _keep(self, index: Any, sample: Sample) -> None:
         if type(index) is not int or index < 0 or index > 2 * len(self._by_number) + 1_000_000:
-            self._by_name[name_of(index)] = index, sample
+            name = name_of(index)
+            self._count += name not in self._by_name
+            self._by_name[name] = index, sample
             return
         if index >= len(self._by_number):
             self._by_number.extend([None] * (index + 1 - len(self._by_number)))
+        self._count += self._by_number[index] is None
         self._by_number[index] = sample
 
     def _forget(self) -> None:
         self._by_number, self._by_name, self._new = [], {}, []
+        self._count = self._agreed = 0
+        self._alone = False
         self.forgotten += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchcache.digest.cpu import LARGE_ROW, digest_tensor
 from torchcache.errors import Bypass
 from torchcache.lazy.rows import Kind
 
-__all__ = ["Sample", "alike", "build", "describe", "differ", "name_of", "take_sample"]
+__all__ = ["Sample", "alike", "build", "describe", "differ", "kept_index", "name_of", "places", "take_sample"]
 
 # Structures are nested tuples: a container's class, the names of its parts, and the parts; or a place.
 _LARGE, _SMALL = "large", "small"
@@ -67,6 +68,8 @@ def take_sample(sample: Any, digest: str, collated: bool) -> tuple[Sample, list[
     values: list[Any] = []
     large: list[torch.Tensor] = []
     structure = _take(sample, values, large, collated, "")
+    if not collated and _shares_memory(sample):
+        raise Bypass("parts of a sample share memory, so that what is written to one shows in the other")
     digests = b"".join([digest_tensor(tensor, digest) for tensor in large])
     return Sample(structure, tuple(values), digests), large
 
@@ -100,10 +103,10 @@ def _take_tensor(value: Any, values: list[Any], large: list[torch.Tensor], colla
     plain = kind is torch.Tensor and _is_plain(value)
     if plain and value.nbytes < LARGE_ROW:
         values.append(value.detach().clone())
-        return (_SMALL,)
+        return (_SMALL, value.dtype, tuple(value.shape))
     if kind is np.ndarray and value.dtype.kind in "biufc" and value.nbytes < LARGE_ROW:
         values.append(value.copy())
-        return (_SMALL,)
+        return (_SMALL, value.dtype.str, value.shape)
     if plain and not collated:
         found = value.detach().contiguous()
     elif plain and value.is_contiguous():
@@ -134,6 +137,36 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not (tensor.is_quantized or tensor.is_nested or tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
         and not tensor.__dict__
     )
+
+
+def _shares_memory(sample: Any) -> bool:
+    seen: set[int] = set()
+    left = [sample]
+    for value in left:
+        if isinstance(value, (tuple, list, dict)):
+            left += (
+                value.values()
+                if isinstance(value, dict)
+                else tuple.__iter__(value)
+                if isinstance(value, tuple)
+                else value
+            )
+        memory = _memory(value)
+        if memory in seen:
+            return True
+        seen.update([memory] if memory else [])
+    return False
+
+
+def _memory(value: Any) -> int:
+    """Where what can be written to in ``value`` lies; 0 where nothing can."""
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().data_ptr()
+    if isinstance(value, np.ndarray):
+        while isinstance(value.base, np.ndarray):
+            value = value.base
+        return int(value.__array_interface__["data"][0])
+    return id(value) if isinstance(value, (list, dict)) else 0
 
 
 def build(structure: Structure, values: Sequence[Any], large: Sequence[Any]) -> Any:
@@ -169,12 +202,35 @@ def _kinds(structure: Structure) -> list[Kind]:
 def describe(structure: Structure) -> str:
     """A structure as text, equal for equal ones in every process."""
     if structure[0] == _SMALL:
-        return "."
+        return f".{''.join(map(str, structure[1:]))}"
     if structure[0] == _LARGE:
         return f"{structure[1].dtype}{[*structure[1].shape]}"
     kind, names, parts = structure[0], structure[1], structure[2:]
     inner = ",".join(f"{name!r}:{describe(part)}" for name, part in zip(names, parts, strict=True))
     return f"{kind.__module__}.{kind.__qualname__}({inner})"
+
+
+def places(structure: Structure) -> Iterator[tuple[str, str, int | None]]:
+    """The leaves of a structure: where they stand, what they are, and which of the large tensors each is."""
+    numbers = itertools.count()
+
+    def walk(part: Structure, place: str) -> Iterator[tuple[str, str, int | None]]:
+        if part[0] == _LARGE:
+            yield place or "sample", f"{str(part[1].dtype).removeprefix('torch.')} {part[1].shape}", next(numbers)
+        elif part[0] == _SMALL:
+            yield place or "sample", "a small value", None
+        else:
+            for name, inner in zip(part[1], part[2:], strict=True):
+                yield from walk(inner, f"{place}[{name!r}]")
+
+    return walk(structure, "")
+
+
+def kept_index(index: Any) -> Any:
+    """An index that stays what it is, where a sampler writes to the memory of one that it gave."""
+    if type(index) is tuple:
+        return tuple(map(kept_index, index))
+    return index.clone() if isinstance(index, torch.Tensor) else index
 
 
 def name_of(index: Any) -> Any:
@@ -203,10 +259,9 @@ def differ(one: Sample, other: Sample) -> bool:
 
 
 def alike(samples: Sequence[Sample]) -> bool:
-    """Whether samples are equal in structure, and in the shapes of their small tensors."""
-    return (
-        len({(sample.structure, *(getattr(value, "shape", ()) for value in sample.values)) for sample in samples}) < 2
-    )
+    """Whether samples are equal in structure, and all their tensors in dtype and shape."""
+    first = samples[0].structure
+    return all(sample.structure is first or sample.structure == first for sample in samples)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -8,12 +8,13 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from rich.console import Console, Group
-from rich.table import Table
+from rich.table import Table as RichTable
 from torch import nn
+from torch.utils.data import DataLoader
 
 from torchcache.batch import Batch, Given
 from torchcache.call import Region
@@ -24,10 +25,10 @@ from torchcache.mark import Mark, original_of
 from torchcache.marks import marks_of
 from torchcache.modes import differs_in_training
 from torchcache.regions import Called, name_module
-from torchcache.reports.table import shown
+from torchcache.reports.table import Table, Tabular, shown
 from torchcache.store.blob import RowSpec
 
-__all__ = ["Explanation", "LeftOut", "RegionPlanned", "explain"]
+__all__ = ["Explanation", "LeftOut", "LoaderExplanation", "RegionPlanned", "explain"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +94,14 @@ class Explanation:
     left_out: list[LeftOut]
 
     def __rich__(self) -> Group:
-        cached = Table("region", "reads", "stores", title="cached")
+        cached = RichTable("region", "reads", "stores", title="cached")
         for name in ("bytes a row", "state bytes"):
             cached.add_column(name, justify="right")
         cached.add_column("mode")
         for region in self.regions:
             texts = (region.name, "\n".join(region.inputs), "\n".join(region.outputs))
             cached.add_row(*map(shown, (*texts, f"{region.row_bytes:,}", f"{region.state_bytes:,}", region.mode)))
-        left = Table("mark", "kind", "reason", title="not cached")
+        left = RichTable("mark", "kind", "reason", title="not cached")
         for part in self.left_out:
             left.add_row(*map(shown, (part.name, part.kind, part.reason)))
         return Group(cached, left)
@@ -111,23 +112,51 @@ class Explanation:
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``model`` once on example inputs and say what would be cached; nothing is stored or counted.
-
-    Everything is computed, compiled models eagerly. Frozen parts of marks are put in eval mode, as a first call does.
+@dataclasses.dataclass(frozen=True)
+class LoaderExplanation(Tabular):
+    """What becomes of each leaf of a data set's samples in a ``torchcache.DataLoader``.
 
     Parameters
     ----------
-    model : nn.Module or function
-        A model with marks in it, transformed or compiled or neither, or a decorated function.
+    name : str
+        The data set's class.
+    leaves : list of (str, str, str)
+        Where it stands in a sample, what it is, and whether it is loaded in later epochs, with the reason.
+    """
+
+    name: str
+    leaves: list[tuple[str, str, str]]
+
+    def table(self) -> Table:
+        """One row a leaf."""
+        note = "" if self.leaves else "no sample was loaded yet"
+        return Table(f"samples of {self.name}", ("leaf", "what it is", "in later epochs"), self.leaves, note)
+
+
+@overload
+def explain(model: DataLoader[Any]) -> LoaderExplanation: ...
+@overload
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation: ...
+def explain(model: Callable[..., Any] | DataLoader[Any], *args: Any, **kwargs: Any) -> Explanation | LoaderExplanation:
+    """Run ``model`` once on example inputs and say what would be cached; nothing is stored or counted.
+
+    Everything is computed, compiled models eagerly. Frozen parts of marks are put in eval mode, as a first call does.
+    Of a ``torchcache.DataLoader`` it says which leaves of its samples are loaded, and why, as far as training went.
+
+    Parameters
+    ----------
+    model : nn.Module, function or DataLoader
+        A model with marks in it, transformed or compiled or neither, or a decorated function; or a loader of ours.
     *args, **kwargs
         Example inputs; two rows or more that differ tell most.
 
     Returns
     -------
-    Explanation
-        With ``regions`` and ``left_out``; prints as tables.
+    Explanation or LoaderExplanation
+        With ``regions`` and ``left_out``, or with ``leaves``; prints as tables.
     """
+    if isinstance(model, DataLoader):
+        return LoaderExplanation(*model.explained())  # type: ignore[attr-defined]
     model = getattr(model, "_orig_mod", model)
     marks = _Marks(model if isinstance(model, nn.Module) else None)
     explainer = _Explainer(marks)
