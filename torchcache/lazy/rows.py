@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -132,5 +133,15 @@ def held_of(number: int) -> Held | None:
 
 
 _lock = threading.RLock()
+
+
+def _open_in_child() -> None:
+    """Another thread may have been loading when this one forked."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open_in_child)
 _numbers = itertools.count()
 _numbered: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()

@@ -142,8 +142,23 @@ def _through(name: str) -> Callable[..., Any]:
 
 
 # What reads memory without an operator.
-for _name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_memory_"):
+for _name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_memory_", "as_subclass"):
     setattr(LazyTensor, _name, _through(_name))
+
+
+def _written_by(name: str) -> Callable[..., Any]:
+    def method(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+        others = [other.load() if isinstance(other, LazyTensor) else other for other in args]
+        getattr(self.load(), name)(*others, **kwargs)
+        return self
+
+    method.__name__ = name
+    return method
+
+
+# What calls a function for each element, in memory.
+for _name in ("apply_", "map_", "map2_"):
+    setattr(LazyTensor, _name, _written_by(_name))
 
 
 def _become(tensor: LazyTensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torchcache.lazy import graph, stays
 from torchcache.lazy.rows import Foresee, Held, Kind, Row, Source
 from torchcache.lazy.tensor import LazyTensor
+from torchcache.logging import warn_once
 
 __all__ = [
     "digests_of",
@@ -50,7 +51,14 @@ def digests_of(tensor: torch.Tensor, algorithm: str) -> list[bytes] | None:
     if type(tensor) is not LazyTensor or tensor.single:
         return None
     rows = tensor.rows
-    if rows is None or any(row.source.digest != algorithm for row in rows):
+    if rows is None:
+        return None
+    others = {row.source.digest for row in rows} - {algorithm}
+    if others:
+        warn_once(
+            f"samples are loaded for a mark with digest={algorithm!r}, since their loader has digest={others.pop()!r}: "
+            f"torchcache.DataLoader(..., digest={algorithm!r})"
+        )
         return None
     return [row.digest for row in rows]
 

@@ -57,10 +57,10 @@ def _generators(dataset: Any) -> list[Any]:
     left = collections.deque([dataset])
     while left and len(seen) < MOST:
         value = left.popleft()
-        if id(value) in seen or isinstance(value, _ENDS):
+        if id(value) in seen or issubclass(type(value), _ENDS):  # what an object says of its class is its own code
             continue
         seen.add(id(value))
-        if isinstance(value, _GENERATORS):
+        if issubclass(type(value), _GENERATORS):
             found.append(value)
         else:
             left.extend(_within(value))
@@ -68,16 +68,17 @@ def _generators(dataset: Any) -> list[Any]:
 
 
 def _within(value: Any) -> Iterable[Any]:
-    if isinstance(value, types.ModuleType):
+    kind = type(value)
+    if issubclass(kind, types.ModuleType):
         return ()
-    if isinstance(value, types.FunctionType):
+    if kind is types.FunctionType:
         closed = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
         return [*closed, value.__defaults__, value.__kwdefaults__, *_named(value)]
-    if isinstance(value, type):
+    if issubclass(kind, type):
         return [] if value.__module__.partition(".")[0] in ("builtins", "torch", "numpy") else [*vars(value).values()]
-    if isinstance(value, dict):
+    if kind is dict:
         return itertools.islice(value.values(), ENTRIES)
-    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+    if kind in (list, tuple, set, frozenset, collections.deque):
         return itertools.islice(value, ENTRIES)
     return gc.get_referents(value)
 
@@ -90,8 +91,8 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
     names = dict.fromkeys(name for code in codes for name in code.co_names)
     for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType):
+        if type(value) is types.ModuleType:
             members = (vars(value).get(inner) for inner in names)
-            yield from (member for member in members if isinstance(member, _GENERATORS))
+            yield from (member for member in members if issubclass(type(member), _GENERATORS))
         else:
             yield value

@@ -110,7 +110,9 @@ class DataLoader(data.DataLoader[Any]):
         """What ``torchcache.stats`` shows."""
         known = self.remembered
         reason = known.reason
-        if not (reason or known.loaded or known.skipped):
+        if not reason and known.uses.ahead:
+            reason = "batches are loaded ahead, since most of each is read: what reads them is not served from a cache"
+        elif not (reason or known.loaded or known.skipped):
             reason = "no batch was taken from this loader; did a trainer make one of its own of it?"
         return LoaderStats(known.name, len(known), known.loaded, known.skipped, reason)
 
@@ -214,10 +216,13 @@ class _Pass:
                 pin_memory_device=loader.pin_memory_device,
                 in_order=loader.in_order,
             )
+        if self._ahead and not self._remembered.leaves_out:
+            self._start()  # before the sampler is asked, as PyTorch's loader does it
+            return
         for _ in range(self._ahead):
             if not self._plan.ask():
                 break
-        if self._ahead and not all(task.here for task in self._plan.planned):
+        if not all(task.here for task in self._plan.planned):
             self._start()
 
     def __iter__(self) -> _Pass:

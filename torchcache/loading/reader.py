@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,21 +28,32 @@ class Workers(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What code in this process may compute by, wherever it is called from."""
+    """What code in this process may compute by, wherever it is called from. Values do not depend on the last two."""
 
     default: torch.dtype
     autocast: bool
     lower: torch.dtype
+    gradients: bool
+    inference: bool
 
     @classmethod
     def now(cls) -> Surroundings:
         """Those of the caller."""
-        return cls(torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        default, gradients, inference = (
+            torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        )  # fmt: skip
+        autocast, lower = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return cls(default, autocast, lower, gradients, inference)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Compute as there, whatever called us."""
-        with dynamo.outside_dispatch(), torch.autocast("cpu", self.lower, self.autocast):
+        with (
+            dynamo.outside_dispatch(),
+            torch.autocast("cpu", self.lower, self.autocast),
+            torch.inference_mode(self.inference),
+            torch.set_grad_enabled(self.gradients),
+        ):
             yield
 
 
@@ -64,9 +76,12 @@ class Reader:
     def __init__(self, fetcher: Fetcher) -> None:
         self._fetcher = fetcher
         self.workers, self.surroundings = Workers(), Surroundings.now()
-        self._lock = threading.Lock()
+        # The collector may close it in the middle of a load, in the thread that loads.
+        self._lock = threading.RLock()
         self._wanted: list[tuple[list[Any], bool]] = []
         self._running: data.DataLoader[Any] | None = None
+        self._process = os.getpid()
+        self._inherited: Any = None
 
     @property
     def apart(self) -> bool:
@@ -88,16 +103,19 @@ class Reader:
 
     def close(self) -> None:
         """End its processes. They come back when something is wanted."""
-        with self._lock:
-            self._running = None
+        self._running = None
 
     def _loaded(self, wanted: list[tuple[list[Any], bool]]) -> list[Any]:
         if not wanted:
             return []
+        if self._process != os.getpid():  # a fork of the process that made it, whose lock and workers are not ours
+            self._process, self._lock = os.getpid(), threading.RLock()
+            self._inherited, self._running = self._running, None
         with self._lock, self.surroundings.entered():
-            if self._running is None:
+            running = self._running
+            if running is None:
                 workers = self.workers
-                self._running = data.DataLoader(
+                running = self._running = data.DataLoader(
                     _Alone(self._fetcher),
                     batch_size=None,
                     sampler=_Wanted(self._wanted),
@@ -111,7 +129,7 @@ class Reader:
                 )
             self._wanted[:] = wanted
             try:
-                return list(self._running)
+                return list(running)
             except BaseException:
                 self._running = None
                 raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchcache.digest.cpu import digest_bytes
+from torchcache.errors import Bypass
 from torchcache.identity.program import Program
 from torchcache.identity.state import State
 from torchcache.lazy.rows import Foresee, Row
@@ -59,7 +60,7 @@ class Remembered:
     reason : str
         Why samples are loaded in every epoch; empty where they are not.
     forgotten : int
-        How often all that was remembered was dropped.
+        How often all that was remembered was dropped since it may be wrong.
     """
 
     def __init__(
@@ -114,6 +115,11 @@ class Remembered:
         return hasattr(self.fetcher.dataset, "__getitems__")
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether a batch can be expected that needs no worker."""
+        return self.collated and not self.reason and bool(self._count) and self._believed()
+
+    @property
     def name(self) -> str:
         """The data set's, for people."""
         return type(self.fetcher.dataset).__name__
@@ -136,16 +142,27 @@ class Remembered:
     def _read_program(self) -> bytes:
         dataset = self.fetcher.dataset
         self._program = Program(dataset.__getitems__ if self.at_once else dataset.__getitem__, "the data set")
-        if self._program.problem:
-            self.refuse(f"{self._program.problem}: name the data set and all that it does with dataset_id=...")
-            return b""
-        return self._program.digest + self._state.update(self._program.tensors)
+        problem = self._program.problem
+        if not problem:
+            try:
+                return self._program.digest + self._state.update(self._program.tensors)
+            except Bypass as bypass:
+                problem = bypass.reason
+        self.refuse(f"{problem}: name the data set and all that it does with dataset_id=...")
+        return b""
 
-    def refuse(self, reason: str) -> None:
-        """Load every sample in every epoch from here on."""
-        if self._pages is not None:
+    def _program_holds(self) -> bool:
+        program = self._program
+        try:
+            return program is None or (program.unchanged() and self._state.unchanged(program.tensors))
+        except Bypass:
+            return False
+
+    def refuse(self, reason: str, wrong: bool = False) -> None:
+        """Load every sample in every epoch from here on. ``wrong`` says that what is remembered may be wrong."""
+        if wrong and self._pages is not None:
             self._pages.remove()
-        self._forget()
+        self._forget(wrong)
         self.reason = reason
         warn_once(f"samples of {self.name} are loaded in every epoch: {reason}")
 
@@ -166,20 +183,16 @@ class Remembered:
     def begin(self) -> None:
         """Look whether what is remembered is still true, as a pass begins."""
         self.uses.ahead = False
-        if not len(self):
-            self.reader.surroundings = Surroundings.now()
-        elif not self.reason and self.look():
+        if self.reader.apart:  # workers begin under what the pass begins under; without them each batch has its own
+            self._take_surroundings()
+        if self._count and not self.reason and self.look():
             self._renewed = 0
             self._check()
 
     def look(self) -> bool:
         """Whether what the data set's code reads is what it was; what is remembered is dropped otherwise."""
-        program, now = self._program, Surroundings.now()
-        if now != self.reader.surroundings:
-            self.reader.surroundings = now
-            self._forget()
-            return False
-        if self.reason or program is None or (program.unchanged() and self._state.unchanged(program.tensors)):
+        program = self._program
+        if self.reason or program is None or self._program_holds():
             return not self.reason
         names = ", ".join(name for name in program.changes()[:3] if name) or "its tensors"
         if self._read_program() == self._who:
@@ -194,6 +207,12 @@ class Remembered:
         elif not self.reason:
             self._identify()
         return False
+
+    def _take_surroundings(self) -> None:
+        before, now = self.reader.surroundings, Surroundings.now()
+        self.reader.surroundings = now
+        if before[:3] != now[:3]:
+            self._forget()
 
     def get(self, index: Any) -> Sample | None:
         """What is remembered of a sample."""
@@ -234,7 +253,7 @@ class Remembered:
 
     def _learn(self, learnt: Learnt) -> None:
         if learnt.refused:
-            self.refuse(learnt.refused)
+            self.refuse(learnt.refused, wrong=True)
         if self.reason:
             return
         self._seconds += learnt.seconds
@@ -263,7 +282,7 @@ class Remembered:
 
     def _give_up(self, reason: str) -> None:
         """Load every sample in every epoch, where nothing would be gained."""
-        self._forget()
+        self._forget(wrong=False)
         self.reason = reason
 
     def _size(self) -> int:
@@ -295,8 +314,10 @@ class Remembered:
         nothing: list[Sample | None] = [None] * len(indices)
         if self.reason or self.uses.ahead:
             return nothing, False
-        if not self.reader.workers.processes and self.uses.batches and not self.look():  # its code runs here, now
-            return nothing, False
+        if not self.reader.apart:  # its code runs here, now
+            self._take_surroundings()
+            if self.uses.batches and not self.look():
+                return nothing, False
         self._since += len(indices)
         if self._since > max(self._count, ENOUGH):  # a pass that has no end is checked too
             self._check()
@@ -359,7 +380,9 @@ class Remembered:
             self._alone = True
             indices = self._some(ENOUGH)
             if any(fresh is None or self._differs(index, fresh) for index, fresh in self._read_again(indices)):
-                self.refuse("its __getitems__ gives a sample alone otherwise than in a batch, or not at all")
+                self.refuse(
+                    "its __getitems__ gives a sample alone otherwise than in a batch, or not at all", wrong=True
+                )
                 return False
         return True
 
@@ -433,8 +456,8 @@ class Remembered:
         self._count += self._by_number[index] is None
         self._by_number[index] = sample
 
-    def _forget(self) -> None:
+    def _forget(self, wrong: bool = True) -> None:
         self._by_number, self._by_name, self._new = [], {}, []
         self._count = self._agreed = 0
         self._alone = False
-        self.forgotten += 1
+        self.forgotten += wrong
