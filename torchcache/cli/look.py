@@ -101,7 +101,7 @@ def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
         with screen.progress("checking", None) as progress:
             return _report(server.verify(arguments.repair, progress), arguments, screen)
     try:
-        with Records(directory_of(arguments)) as records:
+        with Records(directory_of(arguments), any_log=arguments.long_log) as records:
             found = records.sql("SELECT count(*) FROM Cache")
             with screen.progress("checking", found[0][0] if found else 0) as progress:
                 verdict = verify(records, repair=arguments.repair, progress=progress)
@@ -143,6 +143,12 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="drop damaged rows and files that no row names (default: --repair)",
+    )
+    parser.add_argument(
+        "--long-log",
+        action="store_true",
+        help="take a write-ahead log of any length and put it into the database, however long that takes: for a "
+        "directory that nobody else may write to",
     )
 
 

@@ -27,14 +27,14 @@ from torchcache.store.gate import DATABASE, is_over_budget
 from torchcache.store.in_use import InUse
 from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
-from torchcache.store.room import Room, cost
+from torchcache.store.room import Room, cost, portions
 from torchcache.store.tier import Blob, Tier
 
 __all__ = ["DiskTier", "Places", "disk_tier"]
 
 KEYS_PER_QUERY = 500
 LOCK_SECONDS = 10.0
-# A batch is stored in so many parts, if room is made for each.
+# A portion is stored in so many parts, if room is made for each.
 PARTS = 4
 
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
@@ -202,13 +202,19 @@ class DiskTier(Tier):
 
         def store() -> None:
             nonlocal stored, size
-            rest = entries
-            for _ in range(PARTS):
-                done, taken, rest = self._store(rest, region)
-                stored, size = stored + done, size + taken
-                costs = [cost(blob) for _, blob in rest]
-                if not (rest and self._room.make(cache, self._transact, region.tag, costs, region.limit)):
+            for rest in portions(entries):
+                if not cache.fold():
+                    self._writing.begin()
+                    self.complain("has a long log that a long read keeps open: no more rows are stored for a while")
                     return
+                for _ in range(PARTS):
+                    done, taken, rest = self._store(rest, region)
+                    stored, size = stored + done, size + taken
+                    if not rest:
+                        break
+                    costs = [cost(blob) for _, blob in rest]
+                    if not self._room.make(cache, self._transact, region.tag, costs, region.limit):
+                        return
 
         self._guard("written to", store, None)
         return stored, size

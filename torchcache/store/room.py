@@ -6,20 +6,22 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from torchcache.errors import StoreDamagedError
 from torchcache.logging import logger, warn_once
 from torchcache.store.catalogue import Catalogue, last_used
-from torchcache.store.connect import MIN_FILE_SIZE, Rows
+from torchcache.store.connect import MIN_FILE_SIZE, PAGE_SIZE, Rows
 from torchcache.store.in_use import InUse
 from torchcache.store.pause import Pause
 
-__all__ = ["ROW_OVERHEAD", "Room", "cost"]
+__all__ = ["ROW_OVERHEAD", "Room", "cost", "portions"]
 
 # What one row costs in the database beside its blob: key, columns and index entries.
 ROW_OVERHEAD = 160
+# Of pages that one transaction adds to the log. A row writes its own, and one of each of two indices.
+PORTION_BYTES = 32_000_000
 # Of the limit, at a time: finding out what is in use costs as much for one row.
 PORTION = 0.02
 # A directory that holds more than the limit by this share of it, and more than a few batches can have added, was filled
@@ -44,6 +46,18 @@ Transact = Callable[[], AbstractContextManager[Rows]]
 def cost(blob: bytes) -> int:
     """Bytes that a row takes."""
     return len(blob) + ROW_OVERHEAD
+
+
+def portions(entries: Sequence[tuple[bytes, bytes]]) -> Iterator[Sequence[tuple[bytes, bytes]]]:
+    """Pairs of key and blob in portions, none of which makes the log long."""
+    start = written = 0
+    for place, (_, blob) in enumerate(entries):
+        written += 3 * PAGE_SIZE + (len(blob) if len(blob) < MIN_FILE_SIZE else 0)
+        if written > PORTION_BYTES:
+            yield entries[start : place + 1]
+            start, written = place + 1, 0
+    if start < len(entries):
+        yield entries[start:]
 
 
 class Room:
