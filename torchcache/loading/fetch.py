@@ -197,7 +197,7 @@ def load_rows(rows: Sequence[Row], fetcher: Fetcher, load: Callable[[Sequence[An
         if row.leaf >= len(large) or sample.kinds[row.leaf] != row.kind:
             raise RuntimeError(
                 f"torchcache.DataLoader: sample {row.index!r} was {row.kind.dtype} of shape {row.kind.shape} when it "
-                "was loaded first, and it has changed: make the loader anew"
+                "was loaded first, and it has changed: make a new loader"
             )
         row.data = large[row.leaf]
         digest = sample.digests[16 * row.leaf : 16 * row.leaf + 16]

@@ -274,7 +274,7 @@ class DiskTier(Tier):
         if self._writing.over and self.writable:
             count = self._guard("repaired", delete, count)
         if count:
-            self.complain("held damaged rows, which were dropped and are computed anew", count)
+            self.complain("held damaged rows, which were removed and are computed again", count)
         return True
 
     @without_forks

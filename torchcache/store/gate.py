@@ -165,7 +165,7 @@ def check_names(rows: Path, *, own: bool = False, any_log: bool = False) -> None
             continue
         # What has another name as well, elsewhere, would be written there.
         if name == JOURNAL or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise ForeignDatabaseError(f"{path} is not the store's: torchcache clear starts the directory anew")
+            raise ForeignDatabaseError(f"{path} is not the store's: torchcache clear makes it a new, empty directory")
         if own:
             _close_to_others(path, found.st_mode, rows.parent)
     length = _log_bytes(rows)
@@ -209,7 +209,7 @@ def open_database(rows: Path, mode: str, timeout: float, *, any_log: bool = Fals
         connection.restrict(path)
         logged = connection.fetch("PRAGMA journal_mode") == [("wal",)]
         if schema_of(connection) != _OBJECTS or not (logged or "immutable" in mode):
-            raise ForeignDatabaseError(f"{path} has another schema: torchcache clear starts the directory anew")
+            raise ForeignDatabaseError(f"{path} has another schema: torchcache clear makes it a new, empty directory")
     except BaseException:
         _refuse(connection, f"{uri}?mode=ro")
         raise

@@ -29,7 +29,7 @@ __all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
 
 BATCH = 500
 UNKNOWN = "unknown"
-START_ANEW = "torchcache clear starts the directory anew"
+START_ANEW = "torchcache clear makes it a new, empty directory"
 _RAW, _BINARY = 1, 2
 # The tag of a row where it is one.
 TAG = "CASE WHEN typeof(tag) = 'text' AND length(tag) = 32 AND tag NOT GLOB '*[^0-9a-f]*' THEN tag END"

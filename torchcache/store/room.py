@@ -135,7 +135,7 @@ class Room:
             if not helped:
                 return self._refuse(f"{full}{' of rows in use' if self._evicts else ''}: no more rows are stored there")
             if not self._said:
-                logger.info("%s: rows of what no process uses give way to new ones", full)
+                logger.info("%s: rows that no process uses are removed to make room for new ones", full)
             self._said = True
             return True
 
@@ -173,7 +173,7 @@ class Room:
         while found := cache.fetch(query, (self._seen,), ROWS_AT_ONCE):
             for place, tag, stored in found:
                 if place <= self._seen:
-                    raise StoreDamagedError("pages are out of order: torchcache clear starts the directory anew")
+                    raise StoreDamagedError("pages are out of order: torchcache clear makes it a new, empty directory")
                 self._note(place, tag, stored or 0.0)
             if time.monotonic() > end:
                 return False
