@@ -382,7 +382,7 @@ class DiskTier(Tier):
         reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
         if is_over_budget(error):  # the next query could take as long
             self._failed, self._cache = True, None
-            reason = "a query took too long for its size, or met too large a value; torchcache clear starts it anew"
+            reason = "a query took too long for its size, or met too large a value; torchcache clear empties it"
         elif isinstance(error, PermissionError):
             reason += "; torchcache doctor tells who may"
         self.complain(f"cannot be {done} ({reason}); {rest}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcache.errors import StoreDamagedError, StoreError
+from torchcache.quantity import size_text
 from torchcache.store.access import OWNER, allowed
 
 __all__ = [
@@ -171,7 +172,7 @@ def check_names(rows: Path, *, own: bool = False, any_log: bool = False) -> None
     length = _log_bytes(rows)
     if not any_log and length > LONGEST_LOG:
         raise LongLogError(
-            f"{rows / LOG} has {length:,} bytes, more than {LONGEST_LOG:,}: "
+            f"{rows / LOG} has {size_text(length)}, more than {size_text(LONGEST_LOG)}: "
             "torchcache verify --long-log reads it if you trust it; torchcache clear makes the directory empty"
         )
 

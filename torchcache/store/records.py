@@ -127,7 +127,7 @@ class Records:
     directory : Path
         The cache directory.
     any_log : bool
-        Take a log of any length, however long reading it takes.
+        Take a log of any length.
 
     Raises
     ------
