@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 
 import hostile
+import loaded
 import xxhash
 from sqlite_bytes import interior, log_of, long_rows
 
@@ -332,6 +333,13 @@ def value_files(directory, outside, chance):
     put_strange(chance.choice(sorted(directory.rglob("*.val"))), outside, chance)
 
 
+def sample_pages(directory, outside, chance):
+    """What the loader remembers of samples, forged."""
+    page = chance.choice([None, *loaded.FORGED.values()])
+    with opened(directory) as connection:
+        loaded.forge(directory, connection, lambda old: loaded.change(old, chance) if page is None else page)
+
+
 def catalogue(directory, outside, chance):
     """Records with names for terminals, without end, or something strange."""
     for path in sorted((directory / "regions").iterdir()):
@@ -367,5 +375,6 @@ def in_use(directory, outside, chance):
 
 RULES = [
     schema_object, schema_replaced, schema_text, planted, claims, many_regions, large_texts, journal, log_frames,
-    log_frames, long_log, sides, pages, pages, pages, marker, modes, folders, value_files, catalogue, in_use, in_use,
+    log_frames, long_log, sides, pages, pages, pages, marker, modes, folders, value_files, sample_pages, catalogue,
+    in_use, in_use,
 ]  # fmt: skip
