@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 
 import endurance
+import grammar
 import pytest
 from trained import Run
 
@@ -85,6 +86,19 @@ def test_a_log_of_gigabytes_is_long(tmp_path):
     with open(cache / "rows-1" / "cache.db-wal", "r+b") as file:
         file.truncate(2_000_000_000)
     assert main(["info", str(cache)]) == 2
+
+
+def test_a_log_with_a_copy_of_its_database_is_read(tmp_path, monkeypatch):
+    Run(tmp_path / "open").steps(300, 1)
+    with grammar.opened(tmp_path / "open"):
+        pass
+    with connected(tmp_path / "open") as connection:
+        connection.execute("VACUUM")
+        shutil.copytree(tmp_path / "open", tmp_path / "cache")
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(gate, "LONGEST_LOG", 30_000)
+    assert (cache / "rows-1" / "cache.db-wal").stat().st_size > 100_000
+    assert found(cache) == 301
 
 
 def test_a_long_log_of_ones_own_is_put_into_the_database_on_request(tmp_path, monkeypatch):
