@@ -1,6 +1,7 @@
 """A small cached run, for a process of its own, where torchcache finds a system like Windows.
 
-What it imports lacks the names that are given, and no file that is open is removed or replaced.
+What it imports lacks the names that are given, no file that is open is removed or replaced, and no file is made under a
+name that Windows refuses.
 """
 
 import errno
@@ -10,6 +11,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 import shutil
 import sqlite3
 import sys
@@ -70,6 +72,21 @@ def move_there(lacking):
     shutil.rmtree = careful(shutil.rmtree)
 
 
+def refuse_names(directory):
+    """Have the process end where a file below ``directory`` gets a name that Windows does not allow."""
+
+    def watch(event, arguments):
+        if event in ("open", "os.rename", "os.mkdir", "sqlite3.connect"):
+            for path in arguments[:2]:
+                name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+                inner = name.removeprefix("file://").partition("?mode=")[0].partition(str(directory))[2]
+                if re.search(r'[<>:"|?*\\\0-\x1f]|[. ](/|$)|/(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)', inner.lower()):
+                    print("no name for Windows:", name, file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    sys.addaudithook(watch)
+
+
 class Samples(data.Dataset):
     def __len__(self):
         return 40
@@ -101,6 +118,7 @@ def main(directory):
     from torchcache.cli.main import main as command
     from torchcache.store import disk
 
+    refuse_names(directory)
     assert train(directory) == (40, 0)
     disk._tiers.clear()
     gc.collect()
