@@ -12,7 +12,7 @@ import pytest
 from trained import Run
 
 from torchcache.cli.main import main
-from torchcache.store import gate, pause, room
+from torchcache.store import disk, gate, pause, room
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tries in a child that is ended where it hangs")
 
@@ -79,6 +79,19 @@ def test_a_long_log_is_not_read(tmp_path, monkeypatch, warnings, capsys):
     assert "torchcache clear" in capsys.readouterr().err
     assert found(cache) == 0
     assert found(cache) == 301
+
+
+def test_a_long_log_is_not_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    cache = copy_with_log(tmp_path)
+    monkeypatch.setattr(disk, "connect", refuse)
+    assert found(cache) == 301
+    monkeypatch.setattr(gate, "LONGEST_LOG", 100_000)
+    before = database(cache)
+    assert found(cache) == 0
+    assert database(cache) == before
 
 
 def test_a_log_of_gigabytes_is_long(tmp_path):
