@@ -87,7 +87,7 @@ def check_remote(url: str) -> None:
     """Raise ``ValueError``, whose text says what is wanted, where ``url`` cannot be used."""
     Address(url)
     if importlib.util.find_spec("redis") is None:
-        raise ValueError("left out, or the client be there: pip install 'torchcache[redis]'")
+        raise ValueError("left out, or its client installed: pip install redis")
 
 
 def _number(text: str, name: str) -> float:

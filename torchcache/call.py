@@ -408,11 +408,11 @@ class Region:
         self.schedule.forget()
         if alarm.stale and self.counters.alarms < MOST_ALARMS:
             what = (
-                "its program or its weights changed in a way that cannot be seen; its rows are computed anew, and "
+                "its program or its weights changed in a way that cannot be seen; its rows are computed again, and "
                 "kept in memory only"
             )
         else:
             what = "its rows depend on each other or on chance; it is computed from now on"
             self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count
-        logger.warning("%s was cached wrongly and its rows are dropped: %s: %s", self.name, alarm.found, what)
+        logger.warning("%s was cached wrongly and its rows are removed: %s: %s", self.name, alarm.found, what)

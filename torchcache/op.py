@@ -338,8 +338,8 @@ def _called(region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if region.writes:
         # The rest of the graph was compiled as if it wrote nothing, so what comes of it may be wrong.
         raise MarkError(
-            f"{region.name} was compiled when it wrote nothing but its output, and it does now, as a hook that was "
-            "added later may: make this call again, which compiles it anew"
+            f"{region.name} wrote nothing beside its output when it was compiled, and it does now (was a hook added?): "
+            "repeat this call, which compiles it again"
         )
     return outputs
 

@@ -115,7 +115,7 @@ class CacheOptions:
     zstd_compression_level : int or None
         Level for rows on disk that gain from compression (-100 to 22); ``None`` stores all as they are.
     digest : {"xxh3_128", "blake3"}
-        Hash of the inputs; "blake3" (extra ``torchcache[blake3]``) where inputs come from adversaries.
+        Hash of the inputs; "blake3" (of the package blake3) where inputs come from adversaries.
     audit : float
         Share of the run's time, 0 to 0.5, in which rows that were served are computed again and compared, beside the
         rows that are served first, which all are; 0 compares only the first rows that come from disk or a server.
@@ -127,7 +127,7 @@ class CacheOptions:
         A Redis or Valkey server beneath all of them, shared with all who name it: ``redis://host:6379/0``,
         ``rediss://``, ``unix:///path``, with ``?timeout=`` (seconds, 1), ``&ttl=`` (seconds) and ``&read_only=true``.
         ``None`` is ``$TORCHCACHE_REMOTE`` where ``persistent`` is true. User and password come from the URL, or from
-        ``$TORCHCACHE_REMOTE_USER`` and ``$TORCHCACHE_REMOTE_PASSWORD``. Needs the extra ``torchcache[redis]``.
+        ``$TORCHCACHE_REMOTE_USER`` and ``$TORCHCACHE_REMOTE_PASSWORD``. Needs the package redis.
     pure : bool
         Your promise that what the original writes beside its output (a counter, a log, a kept attention map) need not
         happen for rows that are served.
@@ -186,7 +186,7 @@ class CacheOptions:
         _require(dim >= 0, "batch_dim", "0 or a higher dimension", dim, ValueError)
         _require(self.digest in DIGESTS, "digest", f"one of {DIGESTS}", self.digest, ValueError)
         if self.digest == "blake3" and importlib.util.find_spec("blake3") is None:
-            raise ValueError("torchcache: digest='blake3' needs the blake3 package: pip install 'torchcache[blake3]'")
+            raise ValueError("torchcache: digest='blake3' needs the blake3 package: pip install blake3")
 
     def _check_tiers(self) -> None:
         tiers, remote = self.tiers, self.remote

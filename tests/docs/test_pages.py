@@ -80,6 +80,18 @@ def test_environments_of_tox_and_commands_exist(page):
         assert name in commands or name == "COMMAND" or page == "CHANGELOG.md", f"{page} names torchcache {name}"
 
 
+def test_every_promise_of_security_names_tests_that_exist():
+    defined = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        defined |= {path.name, *re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    named = {name.rpartition("/")[2] for name in re.findall(r"`((?:[\w/]+/)?test_\w+(?:\.py)?)`", text("SECURITY.md"))}
+    assert named
+    assert named <= defined
+    promises = re.findall(r"^\| [A-Z].*\|$", text("SECURITY.md"), re.MULTILINE)
+    assert promises
+    assert all("`test_" in promise or "`tests/" in promise for promise in promises)
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text(page), flags=re.DOTALL)):

@@ -15,6 +15,7 @@ import time
 import traceback
 
 import grammar
+import loaded
 from trained import Run
 
 import torchcache
@@ -35,12 +36,14 @@ class BrokenPromiseError(AssertionError):
 def honest(directory):
     """Fill the directory that others are made from."""
     Run(directory).steps(SMALL, LARGE)
+    loaded.epochs(directory)
     torchcache.flush()
 
 
 def steps(directory, work):
     """The steps in order, by name."""
     yield "training", lambda: _train(directory)
+    yield "training through the loader", lambda: loaded.epochs(directory) and None
     yield "training when it is full", lambda: _train_when_full(directory)
     for name, *more in (
         ["info"],

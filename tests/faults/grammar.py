@@ -8,21 +8,19 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import sqlite3
 import struct
 from pathlib import Path
 
 import hostile
+import loaded
 import xxhash
+from sqlite_bytes import interior, log_of, long_rows
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c WHERE x < 0"
 HUGE = "length(hex(zeroblob(400000000)))"
-# Bytes of a file that SQLite writes for a rule.
-LARGEST_WRITTEN = 200_000_000
 NAMES = ["more", "a\nall sound", "\x1b[2Jred", "‮gnp.exe", "[/]", "'; --", "x" * 3000]
 EVENTS = ["INSERT ON Cache", "UPDATE ON Cache", "DELETE ON Cache", "INSERT ON Settings", "UPDATE ON Settings"]
 
@@ -53,17 +51,12 @@ def victims(outside):
 @contextlib.contextmanager
 def opened(directory, fold=True):
     connection = sqlite3.connect(directory / "rows-1" / "cache.db", isolation_level=None)
-    # A trigger that another rule planted may write without end; reading real gigabytes takes its time, and may.
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_WRITTEN, limits[1]))
     try:
         yield connection
         if fold:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         connection.close()
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def put_strange(path, outside, chance):
@@ -236,28 +229,30 @@ def log_frames(directory, outside, chance):
     path.with_name("cache.db-wal").write_bytes(log_of(frames, size, len(after) // size, chance))
 
 
-def log_of(frames, size, pages_after, chance):
-    """The bytes of a write-ahead log with these pages and right checksums, sometimes with a wrong number."""
-    salt = chance.randbytes(8)
-    head = struct.pack(">IIII", 0x377F0682, 3007000, size, 0) + salt
-    sums = checksum(head, (0, 0))
-    parts = [head + struct.pack(">II", *sums)]
-    for number, (page, data) in enumerate(frames):
-        last = number == len(frames) - 1
-        end = chance.choice([pages_after] * 6 + [1, 2**31, 10**6]) if last else 0
-        start = struct.pack(">II", chance.choice([page] * 20 + [1, 2**31]), end)
-        sums = checksum(start + data, sums)
-        parts.append(start + salt + struct.pack(">II", *sums) + data)
-    return b"".join(parts)
-
-
-def checksum(data, sums):
-    """SQLite's checksum of a log, for words with the low byte first."""
-    one, two = sums
-    for low, high in struct.iter_unpack("<II", data):
-        one = (one + low + two) & 0xFFFFFFFF
-        two = (two + high + one) & 0xFFFFFFFF
-    return one, two
+def long_log(directory, outside, chance):
+    """A log that is whole, of tens or hundreds of megabytes, most of them the same few pages again and again."""
+    path = directory / "rows-1" / "cache.db"
+    log, kept = path.with_name("cache.db-wal"), directory / "kept"
+    small = chance.random() < 0.3
+    wanted = chance.choice([30_000_000, 100_000_000 if small else 300_000_000])
+    with opened(directory) as connection:
+        if small:
+            for statement in ("PRAGMA journal_mode = delete", "PRAGMA page_size = 512", "VACUUM"):
+                connection.execute(statement)
+            connection.execute("PRAGMA journal_mode = wal")
+    before = path.read_bytes()
+    with opened(directory, fold=False) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("UPDATE Settings SET value = value")
+        while log.stat().st_size < wanted:
+            if small:
+                connection.executemany("UPDATE Settings SET value = ? WHERE key = 'hits'", ((n,) for n in range(5000)))
+            else:
+                connection.execute("UPDATE Cache SET value = randomblob(1000000) WHERE rowid = 1")
+        os.link(log, kept)  # whoever closes it last puts it into the database and removes it
+    path.write_bytes(before)
+    os.replace(kept, log)
 
 
 def sides(directory, outside, chance):
@@ -299,53 +294,6 @@ def pages(directory, outside, chance):
     path.write_bytes(data)
 
 
-def interior(size, root, child, index, chance):
-    """An interior page all of whose children are one page."""
-    cells = chance.choice([1, 20, 200])
-    page = bytearray(size)
-    page[0] = 2 if index else 5
-    body = b"\x03\x01\x01\x01" if index else b"\x01"
-    at = size
-    for number in range(cells):
-        at -= 4 + len(body)
-        page[at : at + 4 + len(body)] = struct.pack(">I", child) + body
-        struct.pack_into(">H", page, 12 + 2 * number, at)
-    struct.pack_into(">HHHB", page, 1, 0, cells, at, 0)
-    struct.pack_into(">I", page, 8, chance.choice([child, root]))
-    return page
-
-
-def long_rows(size, chain, chance):
-    """A leaf of rows, each as long as SQLite has them, most of it on a page that names itself as the next."""
-    page = bytearray(size)
-    least = (size - 12) * 32 // 255 - 23
-    column = chance.choice(["key", "tag", "filename", "value"])
-    at, cells = size, 0
-    while at - least - 20 > 8 + 2 * (cells + 1):
-        claimed = least + chance.choice([1000, 50_000, 100_000]) * (size - 4)
-        kind = chance.choice([12, 13]) + 2 * (claimed - 200)
-        serials = [0, 76 if column != "key" else kind, 9, 7, 0, 0, 8, 77 if column != "tag" else kind, 8, 9]
-        serials += [0 if column != "filename" else kind, 12 if column != "value" else kind]
-        header = b"".join(map(varint, serials))
-        body = varint(len(header) + 1) + header + chance.randbytes(32) + bytes(8) + b"f" * 32
-        body = body.ljust(least, b"x")[:least]
-        cell = varint(claimed) + varint(cells + 1) + body + struct.pack(">I", chain)
-        at -= len(cell)
-        page[at : at + len(cell)] = cell
-        struct.pack_into(">H", page, 8 + 2 * cells, at)
-        cells += 1
-    struct.pack_into(">BHHHB", page, 0, 13, 0, cells, at, 0)
-    return page
-
-
-def varint(number):
-    """A number as SQLite writes it."""
-    groups = [number & 127]
-    while number := number >> 7:
-        groups.append(number & 127 | 128)
-    return bytes(reversed(groups))
-
-
 # markers, modes, files, the catalogue
 
 
@@ -385,6 +333,13 @@ def value_files(directory, outside, chance):
     put_strange(chance.choice(sorted(directory.rglob("*.val"))), outside, chance)
 
 
+def sample_pages(directory, outside, chance):
+    """What the loader remembers of samples, forged."""
+    page = chance.choice([None, *loaded.FORGED.values()])
+    with opened(directory) as connection:
+        loaded.forge(directory, connection, lambda old: loaded.change(old, chance) if page is None else page)
+
+
 def catalogue(directory, outside, chance):
     """Records with names for terminals, without end, or something strange."""
     for path in sorted((directory / "regions").iterdir()):
@@ -420,5 +375,6 @@ def in_use(directory, outside, chance):
 
 RULES = [
     schema_object, schema_replaced, schema_text, planted, claims, many_regions, large_texts, journal, log_frames,
-    log_frames, sides, pages, pages, pages, marker, modes, folders, value_files, catalogue, in_use, in_use,
+    log_frames, long_log, sides, pages, pages, pages, marker, modes, folders, value_files, sample_pages, catalogue,
+    in_use, in_use,
 ]  # fmt: skip

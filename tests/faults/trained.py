@@ -24,12 +24,16 @@ class WrongRowError(AssertionError):
     """A row that differs from the computed one."""
 
 
+def begin_anew(directory):
+    """Have the next tier of ``directory`` be as in a new process."""
+    disk._tiers.pop(Path(directory), None)
+
+
 class Run:
     """A training run on ``directory``: two cached models, and what they answer."""
 
     def __init__(self, directory, **options):
-        # What a new process starts with.
-        disk._tiers.pop(Path(directory), None)
+        begin_anew(directory)
         self.tier = disk.disk_tier(Path(directory))
         options = {
             "persistent": True,

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="how long; 0 is one round of each kind")
     parser.add_argument("--seed", type=int, help="of the first round; each next one has the next seed")
     parser.add_argument("--only", nargs="+", choices=ROUNDS, default=list(ROUNDS), help="kinds of rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well, after each round")
     parser.add_argument("--planted", action="store_true", help="how soon planted bugs are found")
     given = parser.parse_args()
     torch._logging.set_logs(dynamo=logging.CRITICAL)
@@ -52,14 +52,12 @@ def main() -> int:
     print(f"from seed {seed} on, for {given.minutes:g} minutes: {', '.join(given.only)}", flush=True)
     counts: collections.Counter[str] = collections.Counter()
     start = time.monotonic()
-    code = soak(given.minutes, seed, given.only, counts)
+    code = soak(given.minutes, seed, given.only, counts, given.json)
     report(counts, time.monotonic() - start)
-    if given.json is not None:
-        given.json.write_text(json.dumps(counts, indent=1, sort_keys=True))
     return code
 
 
-def soak(minutes: float, seed: int, kinds: list[str], counts: collections.Counter[str]) -> int:
+def soak(minutes: float, seed: int, kinds: list[str], counts: collections.Counter[str], file: Path | None) -> int:
     """Run rounds in turn until the time is over or one goes wrong; the exit code."""
     counts["wrong answers"] = 0
     end = time.monotonic() + 60 * minutes
@@ -74,15 +72,22 @@ def soak(minutes: float, seed: int, kinds: list[str], counts: collections.Counte
             except Exception as error:
                 counts["wrong answers" if isinstance(error, AssertionError) else "errors"] += 1
                 told = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+                _write(counts, file)
                 print(f"\n{told}\n\nagain: python tools/soak --minutes 0 --only {kind} --seed {seed}", flush=True)
                 return 1
             spent[kind] += time.monotonic() - started
             counts["rounds"] += 1
+            _write(counts, file)
             seed += 1
             if time.monotonic() >= end and all(spent.values()):
                 return 0
     except KeyboardInterrupt:
         return 130
+
+
+def _write(counts: collections.Counter[str], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(counts, indent=1, sort_keys=True))
 
 
 def hunt(seed: int) -> int:

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 
 from torchcache.cli.command import Command
-from torchcache.cli.quantity import size_text, span_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import ArgumentError
 from torchcache.loading.warm import warm
 from torchcache.marks import marked_modules
+from torchcache.quantity import seconds_text, size_text
 from torchcache.regions import regions_in
 from torchcache.transform import transform
 
@@ -54,8 +54,8 @@ def _warm(arguments: argparse.Namespace, screen: Screen) -> int:
         screen.result({**dataclasses.asdict(warmed), "directories": sorted(held)})
         rate = warmed.rows / warmed.seconds if warmed.seconds else 0.0
         screen.say(
-            f"{warmed.misses:,} rows computed and {warmed.hits:,} found, in {span_text(warmed.seconds)} ({rate:,.0f} a "
-            f"second); {size_text(warmed.bytes)} stored in {', '.join(sorted(held)) or 'memory alone'}"
+            f"{warmed.misses:,} rows computed and {warmed.hits:,} found, in {seconds_text(warmed.seconds)} ("
+            f"{rate:,.0f} a second); {size_text(warmed.bytes)} stored in {', '.join(sorted(held)) or 'memory alone'}"
         )
         if not held:
             screen.say("problem: nothing is on disk, so all of it is gone now: mark with persistent=True", "red")

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from torchcache.cli.command import Command, add_place, directory_of, server_of
-from torchcache.cli.quantity import ago, size_text
+from torchcache.cli.quantity import ago
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError
+from torchcache.quantity import size_text
 from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
 from torchcache.store.records import Records
@@ -101,7 +102,7 @@ def _verify(arguments: argparse.Namespace, screen: Screen) -> int:
         with screen.progress("checking", None) as progress:
             return _report(server.verify(arguments.repair, progress), arguments, screen)
     try:
-        with Records(directory_of(arguments)) as records:
+        with Records(directory_of(arguments), any_log=arguments.long_log) as records:
             found = records.sql("SELECT count(*) FROM Cache")
             with screen.progress("checking", found[0][0] if found else 0) as progress:
                 verdict = verify(records, repair=arguments.repair, progress=progress)
@@ -125,14 +126,14 @@ def _report(verdict: Verdict, arguments: argparse.Namespace, screen: Screen) -> 
         screen.say("all sound", "green")
         return 0
     if arguments.repair:
-        screen.say(f"{verdict.repaired:,} dropped; dropped rows are computed anew when next asked for")
+        screen.say(f"{verdict.repaired:,} dropped; dropped rows are computed again when they are needed")
     else:
         screen.say("nothing was changed; --repair drops what is damaged")
     if verdict.database:
-        again = "its indices were built anew, which repaired it" if verdict.reindexed else "not repaired"
+        again = "its indices were rebuilt, which repaired it" if verdict.reindexed else "not repaired"
         screen.say(f"the database was damaged: {again if arguments.repair else 'see above'}")
         if not verdict.reindexed:
-            screen.say("torchcache clear empties the directory, so that it can be filled anew")
+            screen.say("torchcache clear empties the directory, so that it can be filled again")
     return 1
 
 
@@ -143,6 +144,12 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="drop damaged rows and files that no row names (default: --repair)",
+    )
+    parser.add_argument(
+        "--long-log",
+        action="store_true",
+        help="take a write-ahead log of any length and put it into the database, however long that takes: for a "
+        "directory that nobody else may write to",
     )
 
 
@@ -170,7 +177,7 @@ COMMANDS = (
         _verify_arguments,
         _verify,
         "Checks keys, file names, headers, lengths, checksums and compressed frames of all rows, files that no row "
-        "names, and the database itself. Training may go on meanwhile. Dropped rows are computed anew when next asked "
+        "names, and the database itself. Training may continue. Dropped rows are computed again when next asked "
         "for.",
         ("torchcache verify ~/cache --no-repair --json",),
     ),

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from torchcache.cli.command import Command, add_directory, directory_of, why_directory
-from torchcache.cli.quantity import size_text, span_text
 from torchcache.cli.screen import Screen
 from torchcache.errors import TorchcacheError
+from torchcache.quantity import seconds_text, size_text
 from torchcache.speed import measure
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.connect import check_version
@@ -39,7 +39,7 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
             ("torch threads", str(speed.threads)),
             (
                 "hashing",
-                f"{size_text(speed.hash_bytes)}/s: a 3x224x224 float32 image takes {span_text(speed.image_seconds)}",
+                f"{size_text(speed.hash_bytes)}/s: a 3x224x224 float32 image takes {seconds_text(speed.image_seconds)}",
             ),
         ]
     )
@@ -56,7 +56,7 @@ def _bench(arguments: argparse.Namespace, screen: Screen) -> int:
     screen.say("")
     for row in speed.rows:
         cost = speed.image_seconds + 1 / row.served
-        screen.say(f"{row.name}: a hit from disk costs about {span_text(cost)} an image, hash included")
+        screen.say(f"{row.name}: a hit from disk costs about {seconds_text(cost)} an image, hash included")
     screen.say("Caching pays where the backbone takes longer than that for an image.")
     screen.say(
         "Reads came from the system's page cache; the first epoch after a restart also waits for the disk.", "dim"

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="torchcache",
-        description="Fill, look at, check and tend the directories in which torchcache keeps rows.",
+        description="Fill, inspect, check and clean up the directories in which torchcache stores rows.",
         epilog=_EXIT_CODES,
         formatter_class=form,
     )

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchcache.cli.command import Command, place
-from torchcache.cli.quantity import size, size_text
+from torchcache.cli.quantity import size
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreError
 from torchcache.options import absolute
+from torchcache.quantity import size_text
 from torchcache.reports.table import Cell
 from torchcache.store.catalogue import Region
 from torchcache.store.deposit import Deposit, DirectoryDeposit, merge, rows_of

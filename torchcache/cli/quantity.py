@@ -1,4 +1,4 @@
-"""Sizes, ages and dates: from what people type, and to what they read."""
+"""Sizes, ages and dates that people type, and how long ago something was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import re
 import time
 
-__all__ = ["age", "ago", "date", "size", "size_text", "span_text"]
+__all__ = ["age", "ago", "date", "size"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -37,23 +37,6 @@ def date(text: str) -> float:
         return datetime.datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError, OSError):
         raise argparse.ArgumentTypeError(f"{text!r} is no date: write 2026-11-01 or 2026-11-01T08:00") from None
-
-
-def size_text(count: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def span_text(seconds: float) -> str:
-    """A short time for people."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e9:.0f} ns"
 
 
 def ago(moment: float) -> str:

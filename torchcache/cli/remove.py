@@ -8,10 +8,11 @@ import sys
 import time
 
 from torchcache.cli.command import Command, add_directory, add_place, directory_of, server_of
-from torchcache.cli.quantity import age, date, size, size_text
+from torchcache.cli.quantity import age, date, size
 from torchcache.cli.screen import Screen
 from torchcache.errors import StoreDamagedError, StoreError
 from torchcache.printable import printable
+from torchcache.quantity import size_text
 from torchcache.store.prune import Removal, clear, discard_database, prune
 from torchcache.store.records import Records
 from torchcache.store.server import Server

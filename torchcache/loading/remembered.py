@@ -433,7 +433,7 @@ class Remembered:
     def _changed(self, index: Any) -> None:
         logger.warning(
             "sample %r of %s is not what it was when it was loaded first: a file, a transform or a label changed; "
-            "all samples are loaded anew",
+            "all samples are loaded again",
             index,
             self.name,
         )

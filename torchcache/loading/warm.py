@@ -26,8 +26,8 @@ from torchcache.loading.feeding import Feeder, as_given, moved
 from torchcache.loading.prefetch import prefetch
 from torchcache.logging import warn_once
 from torchcache.looked import Looked
+from torchcache.quantity import size_text
 from torchcache.regions import regions_in
-from torchcache.reports.table import size_text
 from torchcache.store.writer import flush
 
 __all__ = ["Warmed", "warm"]
@@ -238,8 +238,8 @@ class _Watch:
             held = region.tiers.memory.used
             if held == self._held.get(region):
                 warn_once(
-                    f"warm: the memory of {region.name} is full at {size_text(held)}, so further rows are computed in "
-                    "vain: set persistent=True, or a larger max_memory_cache_size"
+                    f"warm: the memory of {region.name} is full at {size_text(held)}, so further rows are computed and "
+                    "not kept: set persistent=True, or a larger max_memory_cache_size"
                 )
             self._held[region] = held
         if self._count == self._last:

@@ -10,8 +10,8 @@ import numpy as np
 
 from torchcache.errors import TorchcacheError
 from torchcache.history import Point
+from torchcache.quantity import size_text
 from torchcache.reports.stats import RegionStats, stats
-from torchcache.reports.table import size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ INCHES = (6.0, 7.5)
 
 
 def plot(target: Any, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw hits, time and bytes over the steps, one column a region; needs ``torchcache[plot]``.
+    """Draw hits, time and bytes over the steps, one column a region; needs matplotlib.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def plot(target: Any, path: str | os.PathLike[str] | None = None) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise TorchcacheError(
-            "torchcache.plot needs matplotlib, which is not installed: pip install 'torchcache[plot]'"
+            "torchcache.plot needs matplotlib, which is not installed: pip install matplotlib"
         ) from None
 
     class Picture(Figure):

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from torchcache.call import Region
 from torchcache.history import Point
+from torchcache.quantity import size_text
 from torchcache.regions import regions_in
-from torchcache.reports.table import Table, Tabular, size_text
+from torchcache.reports.table import Table, Tabular
 
 __all__ = ["LoaderStats", "RegionStats", "Stats", "stats"]
 

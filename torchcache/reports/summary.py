@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torchcache.quantity import seconds_text, size_text
 from torchcache.reports.stats import RegionStats, stats
-from torchcache.reports.table import Table, Tabular, seconds_text, size_text
+from torchcache.reports.table import Table, Tabular
 
 __all__ = ["Summary", "summary"]
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from torchcache.printable import printable
 
-__all__ = ["Cell", "Table", "Tabular", "seconds_text", "shown", "size_text"]
+__all__ = ["Cell", "Table", "Tabular", "shown"]
 
 # A text, or the lines of one.
 Cell = str | Sequence[str]
@@ -110,23 +110,3 @@ def shown(cell: Cell) -> Text:
 
 def _escaped(text: str) -> str:
     return html.escape(printable(text))
-
-
-def size_text(count: float) -> str:
-    """Bytes for people: ``1.5 MB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def seconds_text(seconds: float | None) -> str:
-    """Seconds for people: ``250 µs``, ``1.5 s``, ``2.5 h``; a dash where unknown."""
-    if seconds is None:
-        return "-"
-    size = abs(seconds)
-    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (7200.0, 1 / 60, "min")):
-        if size < limit:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds / 3600:.1f} h"

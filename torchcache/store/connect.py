@@ -35,7 +35,9 @@ from torchcache.store.gate import (
     SCHEMA,
     SIDES,
     Connection,
+    LongLogError,
     check_names,
+    is_log_long,
     open_database,
     read_file,
 )
@@ -52,6 +54,8 @@ MIN_FILE_SIZE = 128 * 1024
 PAGE_SIZE = 16 * 1024
 
 _LARGEST_MARKER = 4096
+# How long to wait for those who read, while nobody can write.
+_FOLD_SECONDS = 1
 # What diskcache finds where it opens the directory by itself; here none of it is read.
 SETTINGS = {
     **DEFAULT_SETTINGS,
@@ -107,6 +111,19 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
         """Bytes that may still be stored where the directory may hold ``limit``."""
         size, free = (self.fetch(f"PRAGMA {name}")[0][0] for name in ("page_size", "freelist_count"))
         return int(limit - self.volume() + size * free)
+
+    def fold(self) -> bool:
+        """Put a log that has grown long into the database; ``False`` where a long read is in the way.
+
+        With a longer log, whoever opens the directory next would refuse it.
+        """
+        if not is_log_long(self._rows):
+            return True
+        self.execute(f"PRAGMA busy_timeout = {1000 * _FOLD_SECONDS}")
+        try:
+            return bool(self.fetch("PRAGMA wal_checkpoint(TRUNCATE)")[0][0] == 0)
+        finally:
+            self.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
 
     def measure(self) -> None:
         """Count the bytes of files anew where what the database says of them may be wrong; within a transaction."""
@@ -192,7 +209,9 @@ def connect(access: Access, lock_seconds: float) -> Rows:
 
 
 def is_locked(error: BaseException) -> bool:
-    """Whether ``error`` says that another process holds the database."""
+    """Whether ``error`` says that another process holds the database, or may be about to make it fit for use."""
+    if isinstance(error, LongLogError):
+        return True
     return isinstance(error, (sqlite3.OperationalError, diskcache.Timeout)) and "locked" in str(error)
 
 

@@ -27,14 +27,14 @@ from torchcache.store.gate import DATABASE, is_over_budget
 from torchcache.store.in_use import InUse
 from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
-from torchcache.store.room import Room, cost
+from torchcache.store.room import Room, cost, portions
 from torchcache.store.tier import Blob, Tier
 
 __all__ = ["DiskTier", "Places", "disk_tier"]
 
 KEYS_PER_QUERY = 500
 LOCK_SECONDS = 10.0
-# A batch is stored in so many parts, if room is made for each.
+# A portion is stored in so many parts, if room is made for each.
 PARTS = 4
 
 # Rows as a hostile database may hold them: nothing of unknown size or type is fetched.
@@ -202,13 +202,19 @@ class DiskTier(Tier):
 
         def store() -> None:
             nonlocal stored, size
-            rest = entries
-            for _ in range(PARTS):
-                done, taken, rest = self._store(rest, region)
-                stored, size = stored + done, size + taken
-                costs = [cost(blob) for _, blob in rest]
-                if not (rest and self._room.make(cache, self._transact, region.tag, costs, region.limit)):
+            for rest in portions(entries):
+                if not cache.fold():
+                    self._writing.begin()
+                    self.complain("has a long log that a long read keeps open: no more rows are stored for a while")
                     return
+                for _ in range(PARTS):
+                    done, taken, rest = self._store(rest, region)
+                    stored, size = stored + done, size + taken
+                    if not rest:
+                        break
+                    costs = [cost(blob) for _, blob in rest]
+                    if not self._room.make(cache, self._transact, region.tag, costs, region.limit):
+                        return
 
         self._guard("written to", store, None)
         return stored, size
@@ -268,7 +274,7 @@ class DiskTier(Tier):
         if self._writing.over and self.writable:
             count = self._guard("repaired", delete, count)
         if count:
-            self.complain("held damaged rows, which were dropped and are computed anew", count)
+            self.complain("held damaged rows, which were removed and are computed again", count)
         return True
 
     @without_forks
@@ -376,7 +382,7 @@ class DiskTier(Tier):
         reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
         if is_over_budget(error):  # the next query could take as long
             self._failed, self._cache = True, None
-            reason = "a query took too long for its size, or met too large a value; torchcache clear starts it anew"
+            reason = "a query took too long for its size, or met too large a value; torchcache clear empties it"
         elif isinstance(error, PermissionError):
             reason += "; torchcache doctor tells who may"
         self.complain(f"cannot be {done} ({reason}); {rest}")

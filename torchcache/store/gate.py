@@ -1,12 +1,13 @@
 """Every open of what lies in a cache directory, whoever put it there: files, and the database.
 
 A file is opened where it is, regular and no link, and read up to a length. The database is opened when its names have
-been looked at: SQLite follows links, waits for pipes, and deletes any file that a rollback journal names. Before any
-other statement its schema must be the store's, to the letter, and every query has a budget.
+been looked at: SQLite follows links, waits for pipes, reads all of a log, and deletes any file that a rollback journal
+names. Before any other statement its schema must be the store's, to the letter, and every query has a budget.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcache.errors import StoreDamagedError, StoreError
+from torchcache.quantity import size_text
 from torchcache.store.access import OWNER, allowed
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "SIDES",
     "Connection",
     "ForeignDatabaseError",
+    "LongLogError",
     "check_names",
+    "is_log_long",
     "is_over_budget",
     "open_database",
     "open_regular",
@@ -34,7 +38,8 @@ __all__ = [
 ]
 
 DATABASE = "cache.db"
-SIDES = (f"{DATABASE}-wal", f"{DATABASE}-shm")
+LOG = f"{DATABASE}-wal"
+SIDES = (LOG, f"{DATABASE}-shm")
 # The store's database has a write-ahead log from its first moment on, so that there never is such a journal.
 JOURNAL = f"{DATABASE}-journal"
 
@@ -72,6 +77,11 @@ _PRAGMAS = (
 BUDGET_SECONDS = 0.5
 BUDGET_BYTES_PER_SECOND = 10_000_000
 _STEPS = 1000
+# Of a log, beyond the bytes of its database: SQLite reads all of it while it opens the database, where no budget
+# applies, and small pages of it take half a second of processor time. An honest log is put into the database from 16 MB
+# on. Long reads keep it from that, so writers write no more once it has half of this (``Rows.fold``); the rest is room
+# for those who have begun. Only ``VACUUM`` writes more, a copy of the database.
+LONGEST_LOG = 128_000_000
 # Larger values are files; no text of the store is longer than a schema's.
 LONGEST_VALUE = 1024 * 1024
 LONGEST_TEXT = 4096
@@ -84,6 +94,10 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 class ForeignDatabaseError(StoreDamagedError):
     """A database that is not the store's, or files that are none."""
+
+
+class LongLogError(StoreDamagedError):
+    """A log that is too long to be read on opening; somebody may be about to put it into the database."""
 
 
 def open_regular(path: str | Path, *, follow: bool = False) -> int:
@@ -110,7 +124,12 @@ def read_file(path: str | Path, most: int) -> bytes:
     return data
 
 
-def check_names(rows: Path, *, own: bool = False) -> None:
+def is_log_long(rows: Path) -> bool:
+    """Whether the log of a database should be put into it before anything is written."""
+    return _log_bytes(rows) > LONGEST_LOG // 2
+
+
+def check_names(rows: Path, *, own: bool = False, any_log: bool = False) -> None:
     """Look at the names that SQLite opens, before it does.
 
     Parameters
@@ -120,6 +139,8 @@ def check_names(rows: Path, *, own: bool = False) -> None:
     own : bool
         Take the permissions of those away whom the cache directory is not for: what SQLite makes beside a database has
         the mode of the database.
+    any_log : bool
+        Take a log of any length.
 
     Raises
     ------
@@ -127,6 +148,8 @@ def check_names(rows: Path, *, own: bool = False) -> None:
         ``rows`` is a link, or no directory.
     ForeignDatabaseError
         A name in it is a link, hard or not, of another kind, or not the store's.
+    LongLogError
+        The log is longer than the store leaves it.
     OSError
         Permissions cannot be set.
     """
@@ -144,12 +167,18 @@ def check_names(rows: Path, *, own: bool = False) -> None:
             continue
         # What has another name as well, elsewhere, would be written there.
         if name == JOURNAL or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise ForeignDatabaseError(f"{path} is not the store's: torchcache clear starts the directory anew")
+            raise ForeignDatabaseError(f"{path} is not the store's: torchcache clear makes it a new, empty directory")
         if own:
             _close_to_others(path, found.st_mode, rows.parent)
+    length, longest = _log_bytes(rows), LONGEST_LOG + _bytes_on_disk(rows / DATABASE)
+    if not any_log and length > longest:
+        raise LongLogError(
+            f"{rows / LOG} has {size_text(length)}, more than {size_text(longest)}: "
+            "torchcache verify --long-log reads it if you trust it; torchcache clear makes the directory empty"
+        )
 
 
-def open_database(rows: Path, mode: str, timeout: float) -> Connection:
+def open_database(rows: Path, mode: str, timeout: float, *, any_log: bool = False) -> Connection:
     """Open the database in ``rows``; nothing in it is used before all of its schema is known to be the store's.
 
     Parameters
@@ -160,6 +189,8 @@ def open_database(rows: Path, mode: str, timeout: float) -> Connection:
         Of SQLite. The last takes no locks and leaves the log out.
     timeout : float
         Seconds to wait for a lock.
+    any_log : bool
+        Take a log of any length.
 
     Raises
     ------
@@ -170,25 +201,30 @@ def open_database(rows: Path, mode: str, timeout: float) -> Connection:
     sqlite3.Error
         It cannot be read, or stays locked.
     """
-    check_names(rows, own=mode == "rw")
+    check_names(rows, own=mode == "rw", any_log=any_log)
     path = (rows / DATABASE).absolute()
+    uri = path.as_uri()
     connection: Connection = sqlite3.connect(
-        f"{path.as_uri()}?mode={mode}",
-        timeout,
-        isolation_level=None,
-        check_same_thread=False,
-        uri=True,
-        factory=Connection,
+        f"{uri}?mode={mode}", timeout, isolation_level=None, check_same_thread=False, uri=True, factory=Connection
     )
     try:
         connection.restrict(path)
         logged = connection.fetch("PRAGMA journal_mode") == [("wal",)]
         if schema_of(connection) != _OBJECTS or not (logged or "immutable" in mode):
-            raise ForeignDatabaseError(f"{path} has another schema: torchcache clear starts the directory anew")
+            raise ForeignDatabaseError(f"{path} has another schema: torchcache clear makes it a new, empty directory")
     except BaseException:
-        connection.close()
+        _refuse(connection, f"{uri}?mode=ro")
         raise
     return connection
+
+
+def _refuse(connection: sqlite3.Connection, uri: str) -> None:
+    """Close a connection, and leave the log as it is: who closes last, and may write, puts it into the database."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(uri, 0.0, uri=True)) as last:
+        with contextlib.suppress(sqlite3.Error):
+            last.execute("PRAGMA schema_version")  # from now on it has the log open
+        connection.close()
+    connection.close()
 
 
 def schema_of(connection: Connection) -> set[str | None]:
@@ -237,7 +273,7 @@ class _Budget:
     """The processor time that a query on the database at ``path`` may take on its thread."""
 
     def __init__(self, path: Path) -> None:
-        self._files = (path, path.with_name(SIDES[0]))
+        self._files = (path, path.with_name(LOG))
         self._began = 0.0
         self._size = -1
 
@@ -257,6 +293,12 @@ def _look(path: Path) -> os.stat_result | None:
         return os.lstat(path)
     except FileNotFoundError:
         return None
+
+
+def _log_bytes(rows: Path) -> int:
+    """What the log claims, of which SQLite would read all."""
+    found = _look(rows / LOG)
+    return 0 if found is None else found.st_size
 
 
 def _close_to_others(path: Path, mode: int, directory: Path) -> None:

@@ -126,7 +126,7 @@ class InUse:
             os.write(descriptor, "".join(f"{tag}\n" for tag in sorted(tags) if is_tag(tag)).encode())
             os.replace(temporary, path)
         except OSError as error:
-            logger.info("what is used of %s cannot be told there: %s", self.folder.parent, error)
+            logger.info("%s: other processes cannot be told which rows are in use: %s", self.folder.parent, error)
             with contextlib.suppress(OSError):
                 os.remove(temporary)
             if descriptor >= 0:

@@ -29,7 +29,7 @@ __all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
 
 BATCH = 500
 UNKNOWN = "unknown"
-START_ANEW = "torchcache clear starts the directory anew"
+START_ANEW = "torchcache clear makes it a new, empty directory"
 _RAW, _BINARY = 1, 2
 # The tag of a row where it is one.
 TAG = "CASE WHEN typeof(tag) = 'text' AND length(tag) = 32 AND tag NOT GLOB '*[^0-9a-f]*' THEN tag END"
@@ -126,6 +126,8 @@ class Records:
     ----------
     directory : Path
         The cache directory.
+    any_log : bool
+        Take a log of any length.
 
     Raises
     ------
@@ -135,7 +137,7 @@ class Records:
         Where a newer torchcache wrote it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, any_log: bool = False) -> None:
         if not is_cache(directory):
             raise StoreError(f"{directory} holds no cache: give the directory, or set TORCHCACHE_DIR")
         check_version(directory)
@@ -143,7 +145,8 @@ class Records:
         self.rows = directory / ROWS
         self.catalogue = Catalogue(directory)
         self.database = self.rows / DATABASE
-        check_names(self.rows)
+        self._any_log = any_log
+        check_names(self.rows, any_log=any_log)
         self._disk = BlobDisk(str(self.rows))
         self._connection = self._connect() if os.path.lexists(self.database) else None
 
@@ -302,7 +305,7 @@ class Records:
         # A database in a directory that may not be written to has no place for its shared memory.
         for mode in ("rw", "ro") if writable else ("ro", "ro&immutable=1"):
             try:
-                connection = open_database(self.rows, mode, LOCK_SECONDS)
+                connection = open_database(self.rows, mode, LOCK_SECONDS, any_log=self._any_log)
                 connection.create_function("file_bytes", 1, self._bytes_of)
                 return connection
             except (sqlite3.Error, OSError) as error:

@@ -6,20 +6,22 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from torchcache.errors import StoreDamagedError
 from torchcache.logging import logger, warn_once
 from torchcache.store.catalogue import Catalogue, last_used
-from torchcache.store.connect import MIN_FILE_SIZE, Rows
+from torchcache.store.connect import MIN_FILE_SIZE, PAGE_SIZE, Rows
 from torchcache.store.in_use import InUse
 from torchcache.store.pause import Pause
 
-__all__ = ["ROW_OVERHEAD", "Room", "cost"]
+__all__ = ["ROW_OVERHEAD", "Room", "cost", "portions"]
 
 # What one row costs in the database beside its blob: key, columns and index entries.
 ROW_OVERHEAD = 160
+# Of pages that one transaction adds to the log. A row writes its own, and one of each of two indices.
+PORTION_BYTES = 32_000_000
 # Of the limit, at a time: finding out what is in use costs as much for one row.
 PORTION = 0.02
 # A directory that holds more than the limit by this share of it, and more than a few batches can have added, was filled
@@ -44,6 +46,18 @@ Transact = Callable[[], AbstractContextManager[Rows]]
 def cost(blob: bytes) -> int:
     """Bytes that a row takes."""
     return len(blob) + ROW_OVERHEAD
+
+
+def portions(entries: Sequence[tuple[bytes, bytes]]) -> Iterator[Sequence[tuple[bytes, bytes]]]:
+    """Pairs of key and blob in portions, none of which makes the log long."""
+    start = written = 0
+    for place, (_, blob) in enumerate(entries):
+        written += 3 * PAGE_SIZE + (len(blob) if len(blob) < MIN_FILE_SIZE else 0)
+        if written > PORTION_BYTES:
+            yield entries[start : place + 1]
+            start, written = place + 1, 0
+    if start < len(entries):
+        yield entries[start:]
 
 
 class Room:
@@ -121,7 +135,7 @@ class Room:
             if not helped:
                 return self._refuse(f"{full}{' of rows in use' if self._evicts else ''}: no more rows are stored there")
             if not self._said:
-                logger.info("%s: rows of what no process uses give way to new ones", full)
+                logger.info("%s: rows that no process uses are removed to make room for new ones", full)
             self._said = True
             return True
 
@@ -159,7 +173,7 @@ class Room:
         while found := cache.fetch(query, (self._seen,), ROWS_AT_ONCE):
             for place, tag, stored in found:
                 if place <= self._seen:
-                    raise StoreDamagedError("pages are out of order: torchcache clear starts the directory anew")
+                    raise StoreDamagedError("pages are out of order: torchcache clear makes it a new, empty directory")
                 self._note(place, tag, stored or 0.0)
             if time.monotonic() > end:
                 return False

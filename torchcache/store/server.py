@@ -160,7 +160,7 @@ class Server:
         except StoreError:
             raise
         except ImportError:
-            raise StoreError("the client of servers is missing: pip install 'torchcache[redis]'") from None
+            raise StoreError("the client of servers is missing: pip install redis") from None
         except Exception as error:  # whatever a server answers
             raise StoreError(f"{self.name} cannot be used: {type(error).__name__}: {brief(error)}") from None
 

@@ -121,7 +121,7 @@ class Guarded(Tier):
     def remove(self, region: Region, found: Mapping[bytes, Blob] | None = None) -> bool:
         """Remove what is damaged, or all of the region."""
         if found:
-            self._complain("held damaged rows, which are computed anew", len(found))
+            self._complain("held damaged rows, which are computed again", len(found))
         return self._try("emptied", self._writing, lambda: bool(self._tier.remove(region, found)), False)
 
     @without_forks

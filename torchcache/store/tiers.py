@@ -167,8 +167,8 @@ class Tiers:
         lease, places = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
         if not self.beneath and get_worker_info() is not None:
             warn_once(
-                f"{self.name} is called in a worker of a DataLoader: what its memory holds goes when it ends, and no "
-                "other process sees it; set persistent=True to keep its rows"
+                f"{self.name} is called in a worker of a DataLoader: its rows are in the worker's memory, which no "
+                "other process sees and which is lost when the worker ends: set persistent=True to keep them"
             )
         if self.beneath.takers and all(storable(dtype) for dtype, _ in stored.leaves):
             region = self._region(state)

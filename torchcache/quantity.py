@@ -1,0 +1,25 @@
+"""How sizes and durations are written for people, in every table and message."""
+
+from __future__ import annotations
+
+__all__ = ["seconds_text", "size_text"]
+
+
+def size_text(count: float) -> str:
+    """Bytes in powers of ten: ``999 B``, ``1.5 MB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration: ``250 µs``, ``1.5 s``, ``2.5 h``; a dash where unknown."""
+    if seconds is None:
+        return "-"
+    size = abs(seconds)
+    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (7200.0, 1 / 60, "min")):
+        if size < limit:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds / 3600:.1f} h"
