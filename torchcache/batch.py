@@ -137,7 +137,7 @@ class Batch:
     wrote : list of str
         What the original wrote in its module when it ran on the whole batch.
     moved : bool
-        Whether tensors of its state were written to meanwhile, by anybody.
+        Whether tensors of its state were written to or replaced meanwhile, by anybody.
     """
 
     given: Given

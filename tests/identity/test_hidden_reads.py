@@ -7,7 +7,6 @@ import inspect
 import os
 import subprocess
 import sys
-import threading
 from copy import deepcopy as clone
 from dataclasses import asdict as to_dict
 from operator import attrgetter as get_path
@@ -199,42 +198,3 @@ assert "before torchcache was imported" in str(torchcache.stats(module).regions[
 def test_a_kernel_from_before_the_import_is_computed_with_a_reason():
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-inside, proceed = threading.Event(), threading.Event()
-
-
-class Waits(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        x = self.first(x)
-        inside.set()
-        proceed.wait(20)
-        return self.second(x)
-
-
-def test_weights_that_another_thread_swaps_and_puts_back_leave_no_rows():
-    module = torchcache.mark(Waits(), freeze=True, audit=0.0)
-    batches = [torch.randn(4, 6) for _ in range(3)]
-    proceed.set()
-    expected = []
-    with torchcache.bypass():
-        expected = [module(x) for x in batches]
-    for _ in range(3):
-        module(batches[0])
-    own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for x in batches:
-        inside.clear()
-        proceed.clear()
-        thread = threading.Thread(target=module, args=(x,))
-        thread.start()
-        inside.wait(1)  # a batch that hits does not get there
-        module.load_state_dict({name: tensor * -2 for name, tensor in own.items()})
-        proceed.set()
-        thread.join()
-        module.load_state_dict(own)
-    for x, wanted in zip(batches, expected, strict=True):
-        assert torch.allclose(module(x), wanted, atol=1e-5)
