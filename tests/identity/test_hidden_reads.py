@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from copy import deepcopy as clone
@@ -33,6 +35,9 @@ class Base(nn.Module):
         super().__init__()
         self.lin = nn.Linear(6, 6)
         self.which, self.scale, self.gains = "li", 1.0, Gains()
+        self.empty, self.name, self.ale = "", "lin", "ale"
+        self.sc = self.lin
+        self.path = Path("~")
         self.space, self.kind, self.keys = "TC", "gain", ["TC", "GAIN"]
 
 
@@ -46,6 +51,37 @@ def returned():
 
 class Owner(Base):
     fetch = staticmethod(getattr)
+    vars = staticmethod(vars)
+
+
+def given():
+    yield getattr
+
+
+def later(module, name="sc"):
+    for _ in range(2):
+        found = getattr(module, name)
+        name = module.which + "n"
+    return found
+
+
+def bound(module, name="sc"):
+    def rename():
+        nonlocal name
+        name = module.which + "n"
+
+    rename()
+    return getattr(module, name)
+
+
+def shown(module):
+    get = getattr
+    return locals()["g" + "et"]
+
+
+def attributes(module):
+    get = module.__getattr__
+    return get
 
 
 def weight(module):
@@ -68,6 +104,20 @@ READS = {
     "a class": (lambda s, x: s.fetch(s, s.which + "n")(x), weight),
     "a list": (lambda s, x: [getattr, setattr][0](s, s.which + "n")(x), weight),
     "a result": (lambda s, x: returned()(s, s.which + "n")(x), weight),
+    "a generator": (lambda s, x: next(given())(s, s.which + "n")(x), weight),
+    "a condition": (lambda s, x: (getattr if s.which else None)(s, s.which + "n")(x), weight),
+    "a comprehension": (lambda s, x: [getattr for _ in range(2)][1](s, s.which + "n")(x), weight),
+    "a display": (lambda s, x: {"a": getattr, "b": 1}["a"](s, s.which + "n")(x), weight),
+    "a namespace": (lambda s, x: vars(builtins)["get" + "attr"](s, s.which + "n")(x), weight),
+    "a name twice": (lambda s, x: s.lin(x) * s.vars(s.gains)["ga" + "ins"]["a"], gains),
+    "a bound method": (lambda s, x: attributes(s)(s.which + "n")(x), weight),
+    "called as such": (lambda s, x: getattr.__call__(s, s.which + "n")(x), weight),
+    "one of two names": (lambda s, x: getattr(s, s.empty or s.which + "n")(x), weight),
+    "one of three names": (lambda s, x: getattr(s, "x" if s.empty else s.name if s.name else "y")(x), weight),
+    "a name assigned later": (lambda s, x: later(s)(x), weight),
+    "a name assigned within": (lambda s, x: bound(s)(x), weight),
+    "one of two objects": (lambda s, x: s.lin(x) * getattr((s.empty and s.lin) or s, "sc" + s.ale), scale),
+    "all variables": (lambda s, x: s.lin(x) * shown(s)(s, "sc" + s.ale), scale),
     "statically": (lambda s, x: s.lin(x) * inspect.getattr_static(s, "sc" + "ale"), scale),
     "as a dict": (lambda s, x: s.lin(x) * to_dict(s.gains)["ga" + "ins"]["a"], gains),
     "as a copy": (lambda s, x: s.lin(x) * clone(s.gains).gains["a"], gains),
@@ -96,7 +146,28 @@ def value(text):
     return float(text or 1)
 
 
+KEY, KEYS = "tc-gain", ["TC_GAIN"]
+
+
+def named(module):
+    for key in ("tc gain", module.space + "_GAIN"):
+        value = os.environ.get(key)
+    return value
+
+
 ENVIRONMENT = {
+    "no identifier": lambda s, x: x * value(os.environ.get("tc-gain")),  # noqa: SIM112
+    "no identifier, by a global": lambda s, x: x * value(os.getenv(KEY)),
+    "no identifier, looked for": lambda s, x: x * (3 if "tc-gain" in os.environ else 1),
+    "no identifier, by a variable": lambda s, x, key="": (key := "tc-gain") and x * value(os.environ.get(key)),
+    "a home": lambda s, x: x * len(os.path.expanduser("~")),
+    "a home, by a class": lambda s, x: x * len(str(Path.home())),
+    "a home, by a path": lambda s, x: x * len(str(s.path.expanduser())),
+    "a search": lambda s, x: x * len(shutil.which("ls") or "?"),
+    "a method": lambda s, x, get=None: (get := os.environ.get) and x * value(get(s.space + "_GAIN")),
+    "by keywords": lambda s, x: x * value(os.getenv(default="1", key=s.space + "_GAIN")),
+    "one of two": lambda s, x: x * (3 if (s.space + "_GAIN" if s.space else "A") in os.environ else 1),
+    "a loop": lambda s, x: x * value(named(s)),
     "format": lambda s, x: x * value(os.environ.get("TC_{}".format(s.kind.upper()))),  # noqa: UP032
     "modulo": lambda s, x: x * value(os.environ.get("TC_%s" % s.kind.upper())),  # noqa: UP031
     "text": lambda s, x: x * value(os.environ.get(f"{s.space}_{s.keys[1]}")),
@@ -115,13 +186,16 @@ ENVIRONMENT = {
 def test_an_environment_variable_counts_however_it_is_named(how, monkeypatch):
     monkeypatch.setenv("TC_GAIN", "2") if how == "subscript" else monkeypatch.delenv("TC_GAIN", raising=False)
     module = type("Reads", (Base,), {"forward": ENVIRONMENT[how]})()
-    assert agrees_after(module, lambda _: monkeypatch.setenv("TC_GAIN", "3"))
+    changed = {"a home": "HOME", "no identifier": "tc-gain", "a search": "PATH"}
+    name = changed.get(how.partition(",")[0], "TC_GAIN")
+    assert agrees_after(module, lambda _: monkeypatch.setenv(name, "3"))
 
 
 def test_a_variable_that_is_named_is_the_only_one_that_counts(monkeypatch):
     class Reads(Base):
         def forward(self, x):
-            return self.lin(x) * float(os.environ.get("TC_NAMED", "1"))
+            home = len(os.path.expanduser("~"))
+            return self.lin(x) * home * float(os.environ.get("TC_NAMED", "1")) * ("tc-other" in os.environ)
 
     module = torchcache.mark(Reads().eval(), freeze=True, audit=0.0)
     x = torch.randn(8, 6)

@@ -169,7 +169,7 @@ class Watch:
         """Stamps of ``holders``, dicts that code hardly ever writes to; ``None`` where others are compared without."""
         held = self._held
         if held is None or not held.hold():
-            held = self._held = Stamps.take(self.holders) if self._stamped is not None else None
+            held = self._held = Stamps.take(self.holders, attributes=False)
         return held
 
     # Whether it is what it was.
