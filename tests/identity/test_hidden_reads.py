@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import inspect
 import os
@@ -30,13 +29,21 @@ class Gains:
     gains: dict = dataclasses.field(default_factory=lambda: {"a": 1.0})
 
 
+class Plain:
+    factor = 1.0
+
+    def __init__(self):
+        self.level = 1.0
+
+
 class Base(nn.Module):
     def __init__(self):
         super().__init__()
         self.lin = nn.Linear(6, 6)
         self.which, self.scale, self.gains = "li", 1.0, Gains()
         self.empty, self.name, self.ale = "", "lin", "ale"
-        self.sc = self.lin
+        self.sc, self.plain = nn.Identity(), Plain()
+        self.home = os.path.expanduser
         self.path = Path("~")
         self.space, self.kind, self.keys = "TC", "gain", ["TC", "GAIN"]
 
@@ -58,14 +65,17 @@ def given():
     yield getattr
 
 
-def later(module, name="sc"):
+def later(module):
+    name = "sc"
     for _ in range(2):
         found = getattr(module, name)
         name = module.which + "n"
     return found
 
 
-def bound(module, name="sc"):
+def bound(module):
+    name = "sc"
+
     def rename():
         nonlocal name
         name = module.which + "n"
@@ -93,8 +103,22 @@ def scale(module):
     module.scale = 3.0
 
 
+def level(module):
+    module.plain.level = 3.0
+
+
 def gains(module):
     module.gains.gains["a"] = 3.0
+
+
+def factor(_):
+    Plain.factor = 3.0
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    Plain.factor = 1.0
 
 
 READS = {
@@ -108,16 +132,18 @@ READS = {
     "a condition": (lambda s, x: (getattr if s.which else None)(s, s.which + "n")(x), weight),
     "a comprehension": (lambda s, x: [getattr for _ in range(2)][1](s, s.which + "n")(x), weight),
     "a display": (lambda s, x: {"a": getattr, "b": 1}["a"](s, s.which + "n")(x), weight),
-    "a namespace": (lambda s, x: vars(builtins)["get" + "attr"](s, s.which + "n")(x), weight),
-    "a name twice": (lambda s, x: s.lin(x) * s.vars(s.gains)["ga" + "ins"]["a"], gains),
+    "a name twice": (lambda s, x: s.lin(x) * s.vars(s.plain)["lev" + "el"], level),
     "a bound method": (lambda s, x: attributes(s)(s.which + "n")(x), weight),
     "called as such": (lambda s, x: getattr.__call__(s, s.which + "n")(x), weight),
-    "one of two names": (lambda s, x: getattr(s, s.empty or s.which + "n")(x), weight),
+    "one of two names": (lambda s, x: getattr(s, s.name or "sc")(x), weight),
     "one of three names": (lambda s, x: getattr(s, "x" if s.empty else s.name if s.name else "y")(x), weight),
     "a name assigned later": (lambda s, x: later(s)(x), weight),
     "a name assigned within": (lambda s, x: bound(s)(x), weight),
-    "one of two objects": (lambda s, x: s.lin(x) * getattr((s.empty and s.lin) or s, "sc" + s.ale), scale),
     "all variables": (lambda s, x: s.lin(x) * shown(s)(s, "sc" + s.ale), scale),
+    "a namespace by name": (lambda s, x: s.lin(x) * getattr(s.plain, "__dict__")["lev" + "el"], level),  # noqa: B009
+    "a state": (lambda s, x: s.lin(x) * s.plain.__reduce_ex__(2)[2]["lev" + "el"], level),
+    "members of a class": (lambda s, x: s.lin(x) * vars(Plain)["fac" + "tor"], factor),
+    "a format": (lambda s, x: s.lin(x) * float(str.format("{0." + "sc" + "ale}", s)), scale),
     "statically": (lambda s, x: s.lin(x) * inspect.getattr_static(s, "sc" + "ale"), scale),
     "as a dict": (lambda s, x: s.lin(x) * to_dict(s.gains)["ga" + "ins"]["a"], gains),
     "as a copy": (lambda s, x: s.lin(x) * clone(s.gains).gains["a"], gains),
@@ -139,7 +165,9 @@ def agrees_after(module, change):
 @pytest.mark.parametrize("how", READS)
 def test_a_function_that_reads_by_name_counts_under_any_name(how):
     forward, change = READS[how]
-    assert agrees_after(type("Reads", (Owner,), {"forward": forward})(), change)
+    # Where a getter is among its attributes, all of an object may be read.
+    base = Owner if how in ("a class", "a name twice") else Base
+    assert agrees_after(type("Reads", (base,), {"forward": forward})(), change)
 
 
 def value(text):
@@ -163,6 +191,8 @@ ENVIRONMENT = {
     "a home": lambda s, x: x * len(os.path.expanduser("~")),
     "a home, by a class": lambda s, x: x * len(str(Path.home())),
     "a home, by a path": lambda s, x: x * len(str(s.path.expanduser())),
+    "a home, by an attribute": lambda s, x: x * len(s.home("~")),
+    "a namespace": lambda s, x: x * value(vars(os)["env" + "iron"].get(f"{s.space}_GAIN")),
     "a search": lambda s, x: x * len(shutil.which("ls") or "?"),
     "a method": lambda s, x, get=None: (get := os.environ.get) and x * value(get(s.space + "_GAIN")),
     "by keywords": lambda s, x: x * value(os.getenv(default="1", key=s.space + "_GAIN")),
@@ -267,6 +297,42 @@ gain[0] = 3.0
 assert torch.equal(module(x), x * 3), "stale"
 assert "before torchcache was imported" in str(torchcache.stats(module).regions[0].reasons), torchcache.stats(module)
 """
+
+
+GLOBALS = """
+import builtins, importlib, sys, torch, torchcache
+from torch import nn
+FACTOR, run = 1.0, eval
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.name, self.where, self.factor = "FACT", "__main__", 1.0
+def helper():
+    pass
+FORWARDS = {
+    "in a function": lambda s, x: x * helper.__globals__[s.name + "OR"],
+    "in this module": lambda s, x: x * sys.modules[__name__].__dict__[s.name + "OR"],
+    "in a module by a name": lambda s, x: x * importlib.import_module(s.where).FACTOR,
+    "in one of many modules": lambda s, x: x * sys.modules[s.where].FACTOR,
+    "in one of all modules": lambda s, x: x * [m for n, m in sys.modules.items() if n == s.where][0].FACTOR,
+    "by code under another name": lambda s, x: x * run("FACT" + "OR"),
+    "by code from a namespace": lambda s, x: x * vars(builtins)["ev" + "al"]("FACT" + "OR"),
+    "by a function from a namespace": lambda s, x: x * vars(builtins)["get" + "attr"](s, "fact" + "or"),
+}
+x = torch.randn(8, 4)
+for name, forward in FORWARDS.items():
+    FACTOR = 1.0
+    module = torchcache.mark(type("Reads", (Reads,), {"forward": forward})(), freeze=True, audit=0.0)
+    for _ in range(5):
+        module(x)
+    FACTOR = module.factor = 3.0
+    assert torch.equal(module(x), x * 3), name
+"""
+
+
+def test_globals_count_however_they_are_found():
+    done = subprocess.run([sys.executable, "-c", GLOBALS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_kernel_from_before_the_import_is_computed_with_a_reason():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from torchcache.identity.reads import Chain, Reads
-from torchcache.identity.symbols import UNKNOWN, Value, chains
+from torchcache.identity.reads import ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named
+from torchcache.identity.symbols import UNKNOWN, Symbol, Value, chains
 
 __all__ = ["Found"]
 
@@ -21,7 +21,7 @@ class Found:
         The first argument, whose object is that of the method.
     loads, typed : dict of Chain to int
         How often each is loaded, and how often only to be asked for as a type.
-    anything, scope, environment : bool
+    anything, scope, environment, modules, scopes : bool
         See ``Reads``.
     dynamic : bool
         Whether it matters what variables hold: then all that is ever assigned to them counts.
@@ -43,6 +43,8 @@ class Found:
     anything: bool = False
     scope: bool = False
     environment: bool = False
+    modules: bool = False
+    scopes: bool = False
     dynamic: bool = False
 
     def add(self, inner: Found) -> None:
@@ -52,7 +54,7 @@ class Found:
                 mine[chain] = mine.get(chain, 0) + count
         for name in ("names", "written", "texts", "whole", "deep", "whole_chains", "handed", "variables", "keys"):
             getattr(self, name).update(getattr(inner, name))
-        for name in ("whole_first", "anything", "scope", "environment"):
+        for name in ("whole_first", "anything", "scope", "environment", "modules", "scopes"):
             setattr(self, name, getattr(self, name) or getattr(inner, name))
 
     def reads(self, digest: bytes) -> Reads:
@@ -74,6 +76,8 @@ class Found:
             frozenset(self.variables),
             frozenset(self.keys),
             self.environment,
+            self.modules,
+            self.scopes,
         )
 
     def note(self, value: Value) -> None:
@@ -84,7 +88,7 @@ class Found:
     def read_whole(self, value: Value, deep: bool = False, display: bool = False) -> None:
         """Note an object that is read under names which are not known."""
         for symbol in value or UNKNOWN:
-            if symbol[0] == "attr":
+            if symbol[0] == "attr" and (display or not symbol[1].startswith("__")):  # no namespace has __class__
                 (self.deep if deep else self.whole).add(symbol[1])
             elif symbol[0] == "global":
                 self.whole_chains.add(Chain(symbol[1], symbol[2]))
@@ -108,5 +112,52 @@ class Found:
         """What may read anything was loaded for something else than a call that is understood."""
         for kind in kinds:
             self.environment |= kind == "environment"
+            self.modules |= kind == "module"
             self.scope |= kind == "scope"
-            self.anything |= kind != "environment"
+            self.anything |= kind in ("getter", "scope")
+
+    def read_name(self, name: str, owner: Value) -> None:
+        """Note an attribute by which much more is read than it names."""
+        if name in WHOLES:
+            self.note(owner)
+            self.read_whole(owner)
+        self.scopes |= name in SCOPES
+        self.anything |= name in SCOPES
+
+    def read_access(self, how: str, given: list[Value]) -> Value:
+        """``getattr`` and the like: one name where that is a constant, else the whole object."""
+        texts = {symbol[1] for symbol in given[1] if symbol[0] == "const"} if len(given) > 1 else set()
+        constant = len(given) > 1 and bool(texts) and all(symbol[0] == "const" for symbol in given[1])
+        if how in ("setattr", "delattr"):
+            self.written.update(map(str, texts))
+            return UNKNOWN
+        self.dynamic = True
+        if not constant:
+            self.read_whole(given[0])
+            return UNKNOWN
+        self.names.update(map(str, texts))
+        found: set[Symbol] = {("attr", str(text)) for text in texts}
+        for text in texts:
+            self.read_name(str(text), given[0])
+            found.update(("global", chain.module, (*chain.names, str(text))) for chain in chains(given[0]))
+        self.note(frozenset(found))
+        return frozenset(found)
+
+    def read_paths(self, given: list[Value]) -> None:
+        """``attrgetter`` and ``methodcaller``: what they read by constants, of objects that are not known."""
+        texts = [symbol[1] for value in given for symbol in value if symbol[0] == "const"]
+        for name in [part for text in texts for part in str(text).split(".")]:
+            self.names.add(name)
+            self.read_name(name, UNKNOWN)
+            self.environment |= name in ENVIRONMENT
+        if len(texts) < len(given):
+            self.anything = self.dynamic = True
+
+    def read_module(self, name: Value, top: bool = False) -> Value:
+        """A module that is taken by its name."""
+        self.dynamic = True
+        if name == frozenset({("global", "", ("__name__",))}):
+            self.scope = True
+        elif not name or any(symbol[0] != "const" for symbol in name):
+            self.modules = True
+        return modules_named(name, top) or UNKNOWN

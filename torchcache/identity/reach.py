@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.around import home_around, is_own, owner_of, sentence
+from torchcache.identity.around import home_around, is_module_class, is_own, owner_of, sentence
 from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, is_implied, resolve, simplify
 from torchcache.identity.describe import describe
 from torchcache.identity.environment import is_environment, named_variables, variables_of
@@ -76,15 +76,12 @@ class Reach:
 
     def from_subject(self, module: nn.Module | None, function: Any) -> None:
         """Find all that a call of ``function`` can reach; it takes ``module`` first, if there is one."""
-        root = Node(None, kind="root")
+        root, owner = Node(None, kind="root"), None
         if module is not None:
             node = self._reach(module, root, "")
-            called = getattr(simplify(function), "__name__", "forward")
-            if called != "forward":
+            if getattr(simplify(function), "__name__", "forward") != "forward":
                 self.own_forward = node
-            owner: Node | None = self.nodes.get(id(beneath_class(type(module))))
-        else:
-            owner = None
+            owner = self.nodes.get(id(beneath_class(type(module))))
         self._run()
         self._reach(function, owner or root, "" if owner is None else f"the method {getattr(function, '__name__', '')}")
         self._reach(GlobalHooks, root, "the global hooks")
@@ -119,6 +116,8 @@ class Reach:
         named = label.rpartition(" ")[2].rpartition(".")[2]
         if is_environment(value) and named not in (getattr(value, "__name__", ""), "environ", "environb"):
             self._read_environment(parent)
+        if type(value) is types.FunctionType and is_named(home_of(value)) and not is_installed(home_around(parent)):
+            self._read_environment(parent, variables_of(value))
         if is_reader(value) and (named != value.__name__ or not label.startswith("the global")):
             self._read_anything(home_around(parent))
             if is_reader_of_scopes(value):
@@ -177,7 +176,7 @@ class Reach:
             elif (typed and is_class(value)) or (label == ".__mro__" and not node.constructed):
                 self._reach(value, node, label, as_type=True)
             else:
-                self._reach(value, node, label, inner, as_type=_is_module_class(value))
+                self._reach(value, node, label, inner, as_type=is_module_class(value))
         if node.level and node.kind in ("object", "module"):
             self._widen_classes(node)
         if node.kind == "class" and node.depth > FOLLOWED:
@@ -189,7 +188,7 @@ class Reach:
                 elif self.wanted(node, space, name):
                     self._choose(node, space, name)
                 else:
-                    self._waiting.setdefault(_key(space, name), []).append((node, space))
+                    self._waiting.setdefault(space.key(name), []).append((node, space))
 
     def _widen_classes(self, node: Node) -> None:
         """An object that is read under unknown names may have any method of the user's own called."""
@@ -247,7 +246,7 @@ class Reach:
         level = max(self._whole.get(name, 0), node.level if node.level > 1 or container else 0)
         label = f"the global {name}" if space.kind == "global" else f".{name}"
         value = space.held[name]
-        self._reach(value, node, label, level, _is_module_class(value), further=int(space.kind == "global"))
+        self._reach(value, node, label, level, is_module_class(value), further=int(space.kind == "global"))
 
     def _name(self, name: str) -> None:
         """A name is read: whatever has an entry of that name has it read."""
@@ -288,14 +287,20 @@ class Reach:
                 if holds_readers(value):
                     self._read_anything(home_of(node.value))
                     self._read_scopes()
+                if any(map(is_environment, list(vars(value).values()))):
+                    self._read_environment(node)
                 if not is_named(value.__name__) and not is_installed(value.__name__):
                     self._reach(value, node, f"the global {chain}", 1)
-            elif value is not MISSING and not isinstance(value, type):
+            elif value is not MISSING and not (is_class(value) and named_class(value)):
                 self._reach(value, node, f"the global {chain}", 1)
         home = home_of(node.value)
         if not is_installed(home):
+            if reads.scopes:
+                self._read_scopes()
             if reads.scope or self._scopes:
                 self._read_globals(node)
+            if reads.modules:
+                self._read_modules(node)
             self._read_environment(node, named_variables(node.value, reads))
         handed_first = False
         for chain, attributes, first in reads.handed:
@@ -340,7 +345,7 @@ class Reach:
             self._read_tree()
         if home == "os":
             node.parts.append(("the global os.environ", os.environ))
-        if node.kind == "function" and not is_installed(home_of(node.value)):
+        if found.rest and is_class(value) and not is_installed(home_of(node.value)):
             self._read_environment(node, variables_of(value, found.rest))
 
     def _read_whole(self, name: str, level: int) -> None:
@@ -374,10 +379,17 @@ class Reach:
         """Some function reads globals under unknown names, and which it is cannot be told."""
         if not self._scopes:
             self._scopes = True
-            for node in [node for node in self.nodes.values() if node.visited and node.reads is not None]:
-                if not is_installed(home_of(node.value)):
-                    self._read_globals(node)
-                    self._todo.append(node)
+            functions = [node for node in self.nodes.values() if node.visited and node.reads is not None]
+            for node in [node for node in functions if not is_installed(home_of(node.value))]:
+                self._read_globals(node)
+                self._todo.append(node)
+
+    def _read_modules(self, node: Node) -> None:
+        """Some modules of the user's own are read, and which they are cannot be told."""
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, types.ModuleType) and not is_named(name) and not is_installed(name):
+                node.parts.append((f"the global {name}", module))
+                self._reach(module, node, f"the global {name}", 1)
 
     def _read_globals(self, node: Node) -> None:
         """All globals of a function are read."""
@@ -405,12 +417,3 @@ class Reach:
             if not node.level and self._level_of(node):
                 node.level = 1
                 self._todo.append(node)
-
-
-def _key(space: Space, name: str) -> str:
-    return f"${name}" if space.kind == "variable" else name
-
-
-def _is_module_class(value: Any) -> bool:
-    """Whether a value is a class of modules: those that are stored somewhere are to be compared with, not called."""
-    return is_class(value) and nn.Module in value.__mro__

@@ -20,13 +20,11 @@ from torchcache.identity.reads import (
     Chain,
     Reads,
     closed_over,
-    modules_named,
     watched,
 )
 from torchcache.identity.symbols import (
     NOTHING,
     UNKNOWN,
-    Symbol,
     Value,
     bare,
     chains,
@@ -42,6 +40,9 @@ __all__ = ["reads_of"]
 
 # By these, variables are found under names that only the running code knows.
 _SHOWS = frozenset({"locals", "vars", "dir"})
+
+# Methods that take attributes of their arguments by names in a text.
+_FORMATS = frozenset({"format", "format_map", "vformat", "get_field"})
 
 # So often code is read again where variables hold what is assigned further down; loops that go on are not understood.
 MOST_ROUNDS = 5
@@ -62,7 +63,7 @@ def _read(code: types.CodeType, variables: Mapping[str, Value], first: str) -> _
         if not (reader.found.dynamic and reader.reassigned):
             return reader
         variables = reader.variables
-    reader.found.misused(["scope", "environment"])
+    reader.found.misused(["scope", "environment", "module"])
     return reader
 
 
@@ -195,8 +196,10 @@ class _Reader:
             if self._settle(container, "environment"):
                 self.found.read_variable(key)
             listed = any(str(chain).endswith("sys.modules") for chain in chains(container))
-            found = modules_named(key) if listed else {symbol for symbol in container if symbol[0] == "attr"}
-            stack.append(frozenset(found) or UNKNOWN)
+            if listed:
+                self._settle(container, "module")
+            within = frozenset(symbol for symbol in container if symbol[0] == "attr")
+            self._push(self.found.read_module(key) if listed else within or UNKNOWN)
         elif name in ("GET_ITER", "NOP", "PUSH_EXC_INFO", "LIST_TO_TUPLE", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES"):
             if name == "PUSH_EXC_INFO":
                 stack.append(UNKNOWN)
@@ -276,7 +279,7 @@ class _Reader:
 
     def _store(self, variable: str, value: Value) -> None:
         if _SHOWS.isdisjoint(self.code.co_names):
-            self._settle(value, "getter", "scope", "environment")
+            self._settle(value, "getter", "scope", "environment", "module")
         known, value = self.variables.get(variable, NOTHING), bare(value)
         self.reassigned |= bool(known) and not value <= known
         self.variables[variable] = known | value
@@ -303,13 +306,15 @@ class _Reader:
         globals_ = {symbol for symbol in owner if symbol[0] == "global"}
         if globals_ != owner or not owner:
             self.found.names.add(name)
+        self.found.read_name(name, owner)
         if name == "__dict__":
-            self.found.read_whole(owner)
             self.stack.append(owner or UNKNOWN)
             return
         found = {(*symbol[:2], (*symbol[2], name)) for symbol in globals_}
         if globals_ != owner or not owner:
             found.add(("attr", name))
+        if name == "get":
+            self._settle(owner, "module")
         if name in LOOKUPS and self._settle(owner, "environment"):
             self.found.note(frozenset(found))
             found = {("lookup",)}
@@ -345,13 +350,13 @@ class _Reader:
 
     def _result(self, callee: Value, receiver: Value, given: list[Value]) -> Value:
         self._passed_on(callee, given)
-        self._settle(callee, "getter", "scope")
+        self._settle(callee, "getter", "scope", "module")
         for symbol in callee:
             if symbol[0] == "attr" and symbol[1] in GETTERS and self.code.co_name not in GETTERS:
-                return self._named_access(symbol[1], [receiver or UNKNOWN, *given])
+                return self.found.read_access(symbol[1], [receiver or UNKNOWN, *given])
             if symbol[0] == "attr" and symbol[1] in MUTATORS:
                 self.found.written |= mutated(receiver)
-            if symbol[0] == "attr" and symbol[1] in ("format", "format_map"):
+            if symbol[0] == "attr" and symbol[1] in _FORMATS:
                 for value in given:
                     self.found.read_whole(value, display=True)
         for chain in chains(callee):
@@ -360,14 +365,14 @@ class _Reader:
                 self.found.written.add(chain.names[-2])
             first = given[0] if given else None
             if last in (*GETTERS, "hasattr", "delattr", "setattr") and first is not None:
-                return self._named_access(last, given)
+                return self.found.read_access(last, given)
             if last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get"):
-                return modules_named(first or NOTHING, top=last == "__import__") or UNKNOWN
+                return self.found.read_module(first or NOTHING, top=last == "__import__")
             if last in ("attrgetter", "methodcaller"):
-                texts = [symbol[1] for value in given for symbol in value if symbol[0] == "const"]
-                self.found.names.update(part for text in texts for part in str(text).split("."))
-                if len(texts) < len(given):
-                    self.found.anything = self.found.dynamic = True
+                self.found.read_paths(given)
+            elif last in _FORMATS and len(chain.names) > 1:
+                for value in given:
+                    self.found.read_whole(value, display=True)
             elif last in ("globals", "locals", "eval", "exec", "_getframe", "currentframe"):
                 self.found.scope = self.found.scope or last != "locals"
                 self.found.anything = self.found.dynamic = self.found.anything or last in ("eval", "exec")
@@ -399,22 +404,3 @@ class _Reader:
             if any(len(chain.names) == 1 and chain.names[0] in DISPLAYS for chain in chains(value)):
                 for other in (*given[:place], *given[place + 1 :]):
                     self.found.read_whole(other, display=True)
-
-    def _named_access(self, how: str, given: list[Value]) -> Value:
-        """``getattr`` and the like: one name where that is a constant, else the whole object."""
-        texts = {symbol[1] for symbol in given[1] if symbol[0] == "const"} if len(given) > 1 else set()
-        constant = len(given) > 1 and bool(texts) and all(symbol[0] == "const" for symbol in given[1])
-        if how in ("setattr", "delattr"):
-            self.found.written.update(map(str, texts))
-            return UNKNOWN
-        self.found.dynamic = True
-        if not constant:
-            self.found.read_whole(given[0])
-            return UNKNOWN
-        self.found.names.update(map(str, texts))
-        found: set[Symbol] = {("attr", str(text)) for text in texts}
-        for chain in chains(given[0]):
-            for text in texts:
-                found.add(("global", chain.module, (*chain.names, str(text))))
-        self.found.note(frozenset(found))
-        return frozenset(found)

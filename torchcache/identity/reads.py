@@ -15,11 +15,14 @@ from torch import nn
 
 __all__ = [
     "DISPLAYS",
+    "ENVIRONMENT",
     "GETTERS",
     "LOOKUPS",
     "MUTATORS",
     "READERS",
     "READERS_OF_GLOBALS",
+    "SCOPES",
+    "WHOLES",
     "Chain",
     "Reads",
     "closed_over",
@@ -45,6 +48,9 @@ MUTATORS = frozenset(
 )
 
 
+# Attributes by which all of an object is read, and all globals of a function or a frame.
+WHOLES = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex__"})
+SCOPES = frozenset({"__globals__", "f_globals", "f_locals", "f_back"})
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb"})
 LOOKUPS = frozenset({"get", "pop", "setdefault", "__getitem__", "__contains__"})
 
@@ -52,7 +58,8 @@ LOOKUPS = frozenset({"get", "pop", "setdefault", "__getitem__", "__contains__"})
 # seen to read there; in any other use it may read all.
 _WATCHED = {
     **dict.fromkeys(GETTERS | {"attrgetter", "methodcaller", "hasattr", "asdict", "astuple", "deepcopy"}, "getter"),
-    **dict.fromkeys(("getmembers", "__import__", "import_module"), "getter"),
+    "getmembers": "getter",
+    **dict.fromkeys(("__import__", "import_module"), "module"),
     **dict.fromkeys(("_getframe", "currentframe"), "scope"),
     **dict.fromkeys(ENVIRONMENT, "environment"),
 }
@@ -64,7 +71,7 @@ _WATCHED_ATTRIBUTES = {**dict.fromkeys(GETTERS - {"getattr"}, "getter"), **dict.
 
 
 def watched(symbol: tuple[Any, ...]) -> str:
-    """What may be read by a value: "getter", anything; "scope", globals too; "environment"; empty for most."""
+    """What may be read by a value: "getter", anything; "scope", globals too; "environment"; "module"; or nothing."""
     if symbol[0] == "lookup":
         return "environment"
     if symbol[0] == "attr":
@@ -72,6 +79,8 @@ def watched(symbol: tuple[Any, ...]) -> str:
     if symbol[0] != "global" or not symbol[2]:
         return ""
     last, owners = symbol[2][-1], (*symbol[1:2], *symbol[2][:-1])
+    if (*owners, last)[-2:] == ("sys", "modules") or (*owners, last)[-3:] == ("sys", "modules", "get"):
+        return "module"
     builtin = owners in (("",), ("", "builtins"), ("builtins",))
     return _WATCHED.get(last) or (_WATCHED_BUILTINS.get(last, "") if builtin else "")
 
@@ -160,6 +169,10 @@ class Reads:
         Globals that are such names.
     environment : bool
         Whether it reads variables by names that cannot be told.
+    modules : bool
+        Whether it takes modules by names that cannot be told.
+    scopes : bool
+        Whether it reads globals of other functions under names that only the running code knows.
     """
 
     digest: bytes
@@ -178,6 +191,8 @@ class Reads:
     variables: frozenset[str]
     keys: frozenset[Chain]
     environment: bool
+    modules: bool
+    scopes: bool
 
 
 def closed_over(variable: str) -> str:
