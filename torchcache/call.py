@@ -322,7 +322,7 @@ class Region:
             output = self._original(batch, plan, places)
         self.counters.compute_seconds += time.perf_counter() - start
         # Another thread may load weights meanwhile, and put them back.
-        if identity.current() != batch.who or not before.holds(identity.look().tensors):
+        if identity.current() != batch.who or not before.holds(identity.look().tensors) or batch.overwritten():
             raise Bypass(CHANGED, lasting=False, quiet=True)
         if not plan.fits(output):
             raise Bypass(

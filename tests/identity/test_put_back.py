@@ -124,3 +124,19 @@ def test_what_another_thread_does_to_weights_in_a_first_call_is_not_undone(how):
         module(torch.randn(4, 6))
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, own[name]), name
+
+
+def test_a_batch_that_another_thread_overwrites_leaves_no_rows():
+    module = torchcache.mark(Waits(), freeze=True, audit=0.0)
+    x = torch.randn(4, 6)
+    own = x.clone()
+    with meeting(), torchcache.bypass():
+        wanted = module(x)
+    with meeting():
+        for _ in range(3):
+            module(torch.randn(4, 6))
+    with meeting(lambda: x.mul_(-3)):
+        module(x)
+    with meeting():
+        for _ in range(3):
+            assert torch.allclose(module(own), wanted, atol=1e-5)

@@ -88,9 +88,9 @@ class _Reader:
         self.hash = hashlib.blake2b(digest_size=16)
         self.module = ""
         self.iterated: Value = NOTHING
-        # What may read anything and is still to be used in a way that is understood, by the number of its load.
-        self.pending: dict[int, set[str]] = {}
-        self.number = 0
+        # What may read anything, by load, and which of the loads are still to be used in a way that is understood.
+        self.kinds: list[set[str]] = []
+        self.pending: set[int] = set()
         self.keywords = False
 
     def run(self) -> None:
@@ -123,7 +123,7 @@ class _Reader:
             )
             previous = instruction
         self.hash.update(b"\0".join(parts))
-        self.found.misused(kind for kinds in self.pending.values() for kind in kinds)
+        self.found.misused(kind for number in self.pending for kind in self.kinds[number])
         self.found.texts.update(text for text in code.co_consts if type(text) is str and text.isidentifier())
         for inner in self.nested:
             self._inside(inner)
@@ -264,17 +264,18 @@ class _Reader:
         """Push what is loaded; what may read anything is to be used in a way that is understood."""
         kinds = {kind for kind in map(watched, value) if kind}
         if kinds:
-            self.number += 1
-            self.pending[self.number] = kinds
-            value = frozenset((*symbol, self.number) if watched(symbol) else symbol for symbol in bare(value))
+            number = len(self.kinds)
+            self.kinds.append(kinds)
+            self.pending.add(number)
+            value = frozenset((*symbol, number) if watched(symbol) else symbol for symbol in bare(value))
         self.stack.append(value)
 
     def _settle(self, value: Value, *kinds: str) -> bool:
         """Whether this is, surely, one thing of such a kind that was loaded to be used as it now is."""
         number = use_of(value)
-        if number < 0 or not self.pending.get(number, set()).issubset(kinds):
+        if number < 0 or not self.kinds[number].issubset(kinds):
             return False
-        self.pending.pop(number, None)
+        self.pending.discard(number)
         return True
 
     def _store(self, variable: str, value: Value) -> None:
