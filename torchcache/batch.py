@@ -12,6 +12,7 @@ from torch import nn
 
 from torchcache.context import computing
 from torchcache.errors import Bypass
+from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.use import loaded
@@ -137,7 +138,7 @@ class Batch:
     wrote : list of str
         What the original wrote in its module when it ran on the whole batch.
     moved : bool
-        Whether tensors of its state were written to meanwhile, by anybody.
+        Whether tensors of its state were written to or replaced meanwhile, by anybody.
     """
 
     given: Given
@@ -148,6 +149,14 @@ class Batch:
     shared: list[bytes] = dataclasses.field(default_factory=list)
     wrote: list[str] = dataclasses.field(default_factory=list)
     moved: bool = False
+
+    def __post_init__(self) -> None:
+        self._arguments = self.taken.tensors
+        self._versions = versions(self._arguments)
+
+    def overwritten(self) -> bool:
+        """Whether anybody wrote to its arguments since it was taken apart: its digests are of what they were."""
+        return versions(self._arguments) != self._versions
 
     @property
     def count(self) -> int:

@@ -35,7 +35,6 @@ from torchcache.digest.cpu import digest_rows
 from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
 from torchcache.foresight import Foresight, expected
 from torchcache.history import History
-from torchcache.identity.content import versions
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover
@@ -313,15 +312,17 @@ class Region:
             return []
         start = time.perf_counter()
         places = list(missing.values())
-        state = self.subject.identity.look().tensors
-        before = versions(state)
+        identity = self.subject.identity
+        before = identity.steady()
+        if identity.current() != batch.who:
+            raise Bypass(CHANGED, lasting=False, quiet=True)
         if batch.given.ran or len(missing) == batch.count:
             output = take_outputs(batch.given.run())
         else:
             output = self._original(batch, plan, places)
         self.counters.compute_seconds += time.perf_counter() - start
         # Another thread may load weights meanwhile, and put them back.
-        if versions(state) != before or self.subject.identity.current() != batch.who:
+        if identity.current() != batch.who or not before.holds(identity.look().tensors) or batch.overwritten():
             raise Bypass(CHANGED, lasting=False, quiet=True)
         if not plan.fits(output):
             raise Bypass(

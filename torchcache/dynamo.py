@@ -501,12 +501,17 @@ class Stamps:
         self._check = root.check
 
     @classmethod
-    def take(cls, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any] = ()) -> Stamps | None:
-        """Stamps, where they can be had: ``None`` until Dynamo is loaded, as it is by optimizers, or it pays to."""
-        if "torch._dynamo.guards" not in sys.modules and next(_without) < MOST_WITHOUT:
+    def take(
+        cls, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any] = (), *, attributes: bool = True
+    ) -> Stamps | None:
+        """Stamps, where they can be had: ``None`` until Dynamo is loaded, as it is by optimizers, or it pays to.
+
+        Those of dicts that hold no ``attributes`` can be had with every Python, and Dynamo is never loaded for them.
+        """
+        if "torch._dynamo.guards" not in sys.modules and (not attributes or next(_without) < MOST_WITHOUT):
             return None
         try:
-            return cls(dicts, objects) if _seen_by_stamps() else None
+            return cls(dicts, objects) if not attributes or _seen_by_stamps() else None
         except Exception:  # another release of torch, or an object that will not tell its class
             return None
 

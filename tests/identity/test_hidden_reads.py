@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import shutil
 import subprocess
 import sys
-import threading
 from copy import deepcopy as clone
 from dataclasses import asdict as to_dict
 from operator import attrgetter as get_path
@@ -29,11 +29,22 @@ class Gains:
     gains: dict = dataclasses.field(default_factory=lambda: {"a": 1.0})
 
 
+class Plain:
+    factor = 1.0
+
+    def __init__(self):
+        self.level = 1.0
+
+
 class Base(nn.Module):
     def __init__(self):
         super().__init__()
         self.lin = nn.Linear(6, 6)
         self.which, self.scale, self.gains = "li", 1.0, Gains()
+        self.empty, self.name, self.ale = "", "lin", "ale"
+        self.sc, self.plain = nn.Identity(), Plain()
+        self.home = os.path.expanduser
+        self.path = Path("~")
         self.space, self.kind, self.keys = "TC", "gain", ["TC", "GAIN"]
 
 
@@ -47,6 +58,40 @@ def returned():
 
 class Owner(Base):
     fetch = staticmethod(getattr)
+    vars = staticmethod(vars)
+
+
+def given():
+    yield getattr
+
+
+def later(module):
+    name = "sc"
+    for _ in range(2):
+        found = getattr(module, name)
+        name = module.which + "n"
+    return found
+
+
+def bound(module):
+    name = "sc"
+
+    def rename():
+        nonlocal name
+        name = module.which + "n"
+
+    rename()
+    return getattr(module, name)
+
+
+def shown(module):
+    get = getattr
+    return locals()["g" + "et"]
+
+
+def attributes(module):
+    get = module.__getattr__
+    return get
 
 
 def weight(module):
@@ -58,8 +103,22 @@ def scale(module):
     module.scale = 3.0
 
 
+def level(module):
+    module.plain.level = 3.0
+
+
 def gains(module):
     module.gains.gains["a"] = 3.0
+
+
+def factor(_):
+    Plain.factor = 3.0
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    Plain.factor = 1.0
 
 
 READS = {
@@ -69,6 +128,22 @@ READS = {
     "a class": (lambda s, x: s.fetch(s, s.which + "n")(x), weight),
     "a list": (lambda s, x: [getattr, setattr][0](s, s.which + "n")(x), weight),
     "a result": (lambda s, x: returned()(s, s.which + "n")(x), weight),
+    "a generator": (lambda s, x: next(given())(s, s.which + "n")(x), weight),
+    "a condition": (lambda s, x: (getattr if s.which else None)(s, s.which + "n")(x), weight),
+    "a comprehension": (lambda s, x: [getattr for _ in range(2)][1](s, s.which + "n")(x), weight),
+    "a display": (lambda s, x: {"a": getattr, "b": 1}["a"](s, s.which + "n")(x), weight),
+    "a name twice": (lambda s, x: s.lin(x) * s.vars(s.plain)["lev" + "el"], level),
+    "a bound method": (lambda s, x: attributes(s)(s.which + "n")(x), weight),
+    "called as such": (lambda s, x: getattr.__call__(s, s.which + "n")(x), weight),
+    "one of two names": (lambda s, x: getattr(s, s.name or "sc")(x), weight),
+    "one of three names": (lambda s, x: getattr(s, "x" if s.empty else s.name if s.name else "y")(x), weight),
+    "a name assigned later": (lambda s, x: later(s)(x), weight),
+    "a name assigned within": (lambda s, x: bound(s)(x), weight),
+    "all variables": (lambda s, x: s.lin(x) * shown(s)(s, "sc" + s.ale), scale),
+    "a namespace by name": (lambda s, x: s.lin(x) * getattr(s.plain, "__dict__")["lev" + "el"], level),  # noqa: B009
+    "a state": (lambda s, x: s.lin(x) * s.plain.__reduce_ex__(2)[2]["lev" + "el"], level),
+    "members of a class": (lambda s, x: s.lin(x) * vars(Plain)["fac" + "tor"], factor),
+    "a format": (lambda s, x: s.lin(x) * float(str.format("{0." + "sc" + "ale}", s)), scale),
     "statically": (lambda s, x: s.lin(x) * inspect.getattr_static(s, "sc" + "ale"), scale),
     "as a dict": (lambda s, x: s.lin(x) * to_dict(s.gains)["ga" + "ins"]["a"], gains),
     "as a copy": (lambda s, x: s.lin(x) * clone(s.gains).gains["a"], gains),
@@ -90,14 +165,39 @@ def agrees_after(module, change):
 @pytest.mark.parametrize("how", READS)
 def test_a_function_that_reads_by_name_counts_under_any_name(how):
     forward, change = READS[how]
-    assert agrees_after(type("Reads", (Owner,), {"forward": forward})(), change)
+    # Where a getter is among its attributes, all of an object may be read.
+    base = Owner if how in ("a class", "a name twice") else Base
+    assert agrees_after(type("Reads", (base,), {"forward": forward})(), change)
 
 
 def value(text):
     return float(text or 1)
 
 
+KEY, KEYS = "tc-gain", ["TC_GAIN"]
+
+
+def named(module):
+    for key in ("tc gain", module.space + "_GAIN"):
+        value = os.environ.get(key)
+    return value
+
+
 ENVIRONMENT = {
+    "no identifier": lambda s, x: x * value(os.environ.get("tc-gain")),  # noqa: SIM112
+    "no identifier, by a global": lambda s, x: x * value(os.getenv(KEY)),
+    "no identifier, looked for": lambda s, x: x * (3 if "tc-gain" in os.environ else 1),
+    "no identifier, by a variable": lambda s, x, key="": (key := "tc-gain") and x * value(os.environ.get(key)),
+    "a home": lambda s, x: x * len(os.path.expanduser("~")),
+    "a home, by a class": lambda s, x: x * len(str(Path.home())),
+    "a home, by a path": lambda s, x: x * len(str(s.path.expanduser())),
+    "a home, by an attribute": lambda s, x: x * len(s.home("~")),
+    "a namespace": lambda s, x: x * value(vars(os)["env" + "iron"].get(f"{s.space}_GAIN")),
+    "a search": lambda s, x: x * len(shutil.which("ls") or "?"),
+    "a method": lambda s, x, get=None: (get := os.environ.get) and x * value(get(s.space + "_GAIN")),
+    "by keywords": lambda s, x: x * value(os.getenv(default="1", key=s.space + "_GAIN")),
+    "one of two": lambda s, x: x * (3 if (s.space + "_GAIN" if s.space else "A") in os.environ else 1),
+    "a loop": lambda s, x: x * value(named(s)),
     "format": lambda s, x: x * value(os.environ.get("TC_{}".format(s.kind.upper()))),  # noqa: UP032
     "modulo": lambda s, x: x * value(os.environ.get("TC_%s" % s.kind.upper())),  # noqa: UP031
     "text": lambda s, x: x * value(os.environ.get(f"{s.space}_{s.keys[1]}")),
@@ -116,13 +216,16 @@ ENVIRONMENT = {
 def test_an_environment_variable_counts_however_it_is_named(how, monkeypatch):
     monkeypatch.setenv("TC_GAIN", "2") if how == "subscript" else monkeypatch.delenv("TC_GAIN", raising=False)
     module = type("Reads", (Base,), {"forward": ENVIRONMENT[how]})()
-    assert agrees_after(module, lambda _: monkeypatch.setenv("TC_GAIN", "3"))
+    changed = {"a home": "HOME", "no identifier": "tc-gain", "a search": "PATH"}
+    name = changed.get(how.partition(",")[0], "TC_GAIN")
+    assert agrees_after(module, lambda _: monkeypatch.setenv(name, "3"))
 
 
 def test_a_variable_that_is_named_is_the_only_one_that_counts(monkeypatch):
     class Reads(Base):
         def forward(self, x):
-            return self.lin(x) * float(os.environ.get("TC_NAMED", "1"))
+            home = len(os.path.expanduser("~"))
+            return self.lin(x) * home * float(os.environ.get("TC_NAMED", "1")) * ("tc-other" in os.environ)
 
     module = torchcache.mark(Reads().eval(), freeze=True, audit=0.0)
     x = torch.randn(8, 6)
@@ -196,45 +299,42 @@ assert "before torchcache was imported" in str(torchcache.stats(module).regions[
 """
 
 
-def test_a_kernel_from_before_the_import_is_computed_with_a_reason():
-    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True)
+GLOBALS = """
+import builtins, importlib, sys, torch, torchcache
+from torch import nn
+FACTOR, run = 1.0, eval
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.name, self.where, self.factor = "FACT", "__main__", 1.0
+def helper():
+    pass
+FORWARDS = {
+    "in a function": lambda s, x: x * helper.__globals__[s.name + "OR"],
+    "in this module": lambda s, x: x * sys.modules[__name__].__dict__[s.name + "OR"],
+    "in a module by a name": lambda s, x: x * importlib.import_module(s.where).FACTOR,
+    "in one of many modules": lambda s, x: x * sys.modules[s.where].FACTOR,
+    "in one of all modules": lambda s, x: x * [m for n, m in sys.modules.items() if n == s.where][0].FACTOR,
+    "by code under another name": lambda s, x: x * run("FACT" + "OR"),
+    "by code from a namespace": lambda s, x: x * vars(builtins)["ev" + "al"]("FACT" + "OR"),
+    "by a function from a namespace": lambda s, x: x * vars(builtins)["get" + "attr"](s, "fact" + "or"),
+}
+x = torch.randn(8, 4)
+for name, forward in FORWARDS.items():
+    FACTOR = 1.0
+    module = torchcache.mark(type("Reads", (Reads,), {"forward": forward})(), freeze=True, audit=0.0)
+    for _ in range(5):
+        module(x)
+    FACTOR = module.factor = 3.0
+    assert torch.equal(module(x), x * 3), name
+"""
+
+
+def test_globals_count_however_they_are_found():
+    done = subprocess.run([sys.executable, "-c", GLOBALS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-inside, proceed = threading.Event(), threading.Event()
-
-
-class Waits(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        x = self.first(x)
-        inside.set()
-        proceed.wait(20)
-        return self.second(x)
-
-
-def test_weights_that_another_thread_swaps_and_puts_back_leave_no_rows():
-    module = torchcache.mark(Waits(), freeze=True, audit=0.0)
-    batches = [torch.randn(4, 6) for _ in range(3)]
-    proceed.set()
-    expected = []
-    with torchcache.bypass():
-        expected = [module(x) for x in batches]
-    for _ in range(3):
-        module(batches[0])
-    own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for x in batches:
-        inside.clear()
-        proceed.clear()
-        thread = threading.Thread(target=module, args=(x,))
-        thread.start()
-        inside.wait(1)  # a batch that hits does not get there
-        module.load_state_dict({name: tensor * -2 for name, tensor in own.items()})
-        proceed.set()
-        thread.join()
-        module.load_state_dict(own)
-    for x, wanted in zip(batches, expected, strict=True):
-        assert torch.allclose(module(x), wanted, atol=1e-5)
+def test_a_kernel_from_before_the_import_is_computed_with_a_reason():
+    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

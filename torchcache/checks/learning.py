@@ -241,7 +241,7 @@ class Learning:
         return plan
 
     def _learn(self, batch: Batch, form: _Form, whole: Taken | None) -> Plan:
-        written = self._watch(batch.wrote)
+        written, steady = self._watch(batch.wrote), self._subject.identity.steady()
         try:
             with generators_kept(), normal_tensors(), torch.no_grad():
                 learnt, output = learn(
@@ -261,6 +261,8 @@ class Learning:
             raise Bypass(alike, lasting=False, quiet=True) from None
         except RowwiseError:
             names = written.changes() if written is not None else []
+            if not names and (batch.moved or not steady.holds(self._subject.identity.look().tensors)):
+                raise Bypass(CHANGED, lasting=False, quiet=True) from None
             if written is None or not names:
                 raise
             written.restore()
@@ -277,11 +279,13 @@ class Learning:
             batch.given.load()
         given = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
         generators, before = Generators(), versions(given.tensors)
-        state = self._subject.identity.look().tensors
-        of_state = versions(state)
+        identity = self._subject.identity
+        steady = identity.steady()
+        if identity.current() != batch.who:
+            raise Bypass(CHANGED, lasting=False, quiet=True)
         written = self._watch()
         outputs = batch.given.run()
-        batch.moved = versions(state) != of_state
+        batch.moved = not steady.holds(identity.look().tensors)
         batch.wrote = written.changes() if written is not None else []
         if generators.moved():
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
@@ -325,7 +329,7 @@ class Learning:
             written.restore()
         identity = self._subject.identity
         who = identity.current()
-        if not names and who != batch.who:
+        if not names and (who != batch.who or batch.moved):
             settled = Written(self._subject.module, identity.outside())
             tensors = batch.taken.tensors
             backwards = [pick_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, learnt.rows)]

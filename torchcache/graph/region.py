@@ -21,6 +21,7 @@ from torchcache.graph.sizes import Rows, same_shape
 from torchcache.graph.state import ModuleState, Paths
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.state import State
+from torchcache.identity.steady import Steady
 from torchcache.op import unaliased
 from torchcache.regions import add_region, kept_region, region_of
 from torchcache.store.select import concatenate
@@ -107,6 +108,10 @@ class GraphIdentity:
         named = all(name is not None for _, name in self._parts)
         state = b"" if named else self._state.current((seen or self.look()).tensors)
         return digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
+
+    def steady(self) -> Steady:
+        """The state as it is now, to find later whether it stayed so; the graph is given these very tensors."""
+        return Steady(self.look().tensors, all(name is not None for _, name in self._parts), None)
 
     # What it was answered is written in the graph.
     asks_for_gradients = asks_for_inference = False

@@ -1,4 +1,4 @@
-"""Whether code reads environment variables by names that cannot be told from its text."""
+"""Which environment variables a function reads, itself or by functions of the standard library."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import os
 import types
 from typing import Any
 
-from torchcache.identity.bytecode import Instruction, instructions
+from torchcache.identity.callables import resolve
+from torchcache.identity.homes import beneath, home_of, is_named
+from torchcache.identity.reader import reads_of
+from torchcache.identity.reads import Reads
 
-__all__ = ["is_environment", "reads_environment"]
+__all__ = ["is_environment", "named_variables", "variables_of"]
 
-_NAMES = frozenset({"environ", "environb", "getenv", "getenvb", "expandvars"})
-_LOOKUPS = frozenset({"get", "pop", "setdefault", "__getitem__", "__contains__"})
 _ITSELF = [os.environ, os.getenv, *(getattr(os, name) for name in ("environb", "getenvb") if hasattr(os, name))]
+# Calls within the library that are followed.
+MOST = 8
 
 
 def is_environment(value: Any) -> bool:
@@ -21,49 +24,38 @@ def is_environment(value: Any) -> bool:
     return any(value is one for one in _ITSELF)
 
 
-@functools.lru_cache(maxsize=32768)
-def reads_environment(code: types.CodeType) -> bool:
-    """Whether ``code``, or code nested in it, may read variables whose names are no constants and no globals.
+def named_variables(function: types.FunctionType, reads: Reads) -> frozenset[str] | None:
+    """The variables that the code of ``function`` reads itself; ``None`` where any may be."""
+    keys = [resolve(key, function.__globals__).value for key in reads.keys]
+    if reads.environment or any(type(key) is not str for key in keys):
+        return None
+    # Also a method of paths, on objects whose class is not known.
+    home = variables_of(os.path.expanduser) if "expanduser" in reads.names else frozenset()
+    return None if home is None else reads.variables | frozenset(keys) | home
 
-    ``os.environ["A"]``, ``os.environ.get("A", "1")``, ``os.getenv("A")`` and ``"A" in os.environ`` name theirs.
+
+def variables_of(value: Any, names: tuple[str, ...] = ()) -> frozenset[str] | None:
+    """The variables that a call of ``value``, or of what is found at ``names`` in it, reads; ``None`` for any.
+
+    Those of functions of the standard library that are written in Python: no other is looked into here.
     """
-    if any(isinstance(value, types.CodeType) and reads_environment(value) for value in code.co_consts):
-        return True
-    if _NAMES.isdisjoint(code.co_names):
-        return False
-    listed = [one for one in instructions(code) if one.name not in ("CACHE", "NOP", "PUSH_NULL", "PRECALL", "KW_NAMES")]
-    return any(
-        one.value in _NAMES and one.name.startswith(("LOAD_", "IMPORT_FROM")) and not _names_one(listed, place)
-        for place, one in enumerate(listed)
-        if type(one.value) is str and one.name != "LOAD_CONST"
-    )
+    if names and isinstance(value, type):
+        value = next((vars(base)[names[0]] for base in value.__mro__ if names[0] in vars(base)), None)
+    function = beneath(getattr(value, "__func__", value))
+    return _variables_of(function, MOST) if type(function) is types.FunctionType else frozenset()
 
 
-def _names_one(listed: list[Instruction], place: int) -> bool:
-    """Whether what is loaded at ``place`` is used at once to read a variable that the code names."""
-    then = [*listed[place + 1 : place + 5], *[None] * 4][:4]
-    if listed[place].value == "expandvars" or listed[place].name == "IMPORT_FROM":
-        return False
-    if listed[place].value in ("environ", "environb"):
-        if _is(then[0], "CONTAINS_OP"):
-            before = [one for one in listed[:place] if one.name not in ("LOAD_GLOBAL", "LOAD_NAME")]
-            return bool(before) and before[-1].name == "LOAD_CONST"
-        if _is_known(then[0]) and (_is(then[1], "BINARY_SUBSCR") or _is(then[1], "BINARY_OP")):
-            return then[1].value in (None, "", 26) or _is(then[1], "BINARY_SUBSCR")  # type: ignore[union-attr]
-        if (
-            then[0] is None
-            or not then[0].name.startswith(("LOAD_ATTR", "LOAD_METHOD"))
-            or then[0].value not in _LOOKUPS
-        ):
-            return False
-        then = then[1:]
-    return _is_known(then[0]) and (_is(then[1], "CALL") or (_is(then[1], "LOAD_CONST") and _is(then[2], "CALL")))
-
-
-def _is(one: Instruction | None, name: str) -> bool:
-    return one is not None and one.name.startswith(name)
-
-
-def _is_known(one: Instruction | None) -> bool:
-    """Whether a name is a text that the code has, or one of its globals; names as bytes are not looked for."""
-    return one is not None and one.name in ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME") and type(one.value) is str
+@functools.lru_cache(maxsize=4096)
+def _variables_of(function: types.FunctionType, further: int) -> frozenset[str] | None:
+    home = home_of(function)
+    if is_environment(function) or not further or not is_named(home):
+        return frozenset()
+    if home.partition(".")[0] in ("torch", "torchcache", "numpy"):
+        return frozenset()
+    reads = reads_of(function.__code__)
+    found = named_variables(function, reads)
+    for chain in reads.chains:
+        called = resolve(chain, function.__globals__).value
+        its = _variables_of(called, further - 1) if type(called) is types.FunctionType else frozenset()
+        found = None if found is None or its is None else found | its
+    return found

@@ -12,6 +12,7 @@ from torchcache.errors import Unreadable
 from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
+from torchcache.identity.steady import Steady
 
 __all__ = ["Identity", "Seen"]
 
@@ -104,6 +105,11 @@ class Identity:
         if program.problem is not None:
             raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
         return digest_bytes(b"who" + program.digest + self._state.current(program.tensors))
+
+    def steady(self) -> Steady:
+        """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""
+        program = self.program()
+        return Steady(program.tensors, self._name is not None, program.stamps())
 
     def outside(self) -> Outside | None:
         """What the original may write outside of its module, as it is at this time."""

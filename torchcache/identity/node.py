@@ -41,6 +41,10 @@ class Space:
     leave: frozenset[str] = frozenset()
     chosen: set[str] = dataclasses.field(default_factory=set)
 
+    def key(self, name: str) -> str:
+        """The name under which code reads an entry: those of environment variables are texts."""
+        return f"${name}" if self.kind == "variable" else name
+
 
 @dataclasses.dataclass(slots=True)
 class Check:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchcache.dynamo import Stamps
 from torchcache.identity.callables import Torch
 from torchcache.identity.encode import encode
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
@@ -82,6 +83,10 @@ class Program:
         """Whether nothing that was read has changed since: no attribute, container, class, function or global."""
         return self._watch.unchanged()
 
+    def stamps(self) -> Stamps | None:
+        """Stamps of the dicts in which modules keep parameters, buffers and children; ``None`` without Dynamo."""
+        return self._watch.stamps()
+
     def outside(self) -> Outside:
         """What the code may write outside of its module, as it is at this time."""
         return Outside(self._places, self._names, self.tensors)
@@ -142,6 +147,7 @@ def _add_groups(watch: Watch, node: Node) -> None:
         return [f"{path()}.{name}".lstrip(".") for name, group in groups.items() if members.get(name) is not group]
 
     watch.namespaces.append(Namespace(members, groups, differs, closed=False))
+    watch.holders += [group for group in groups.values() if type(group) is dict and group]
 
 
 def _often(node: Node) -> bool:

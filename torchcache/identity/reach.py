@@ -7,12 +7,12 @@ import sys
 import types
 from typing import Any
 
-import torch
 from torch import nn
 
-from torchcache.identity.around import home_around, owner_of, sentence
-from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, describe_code, is_implied, resolve, simplify
-from torchcache.identity.environment import is_environment, reads_environment
+from torchcache.identity.around import home_around, is_module_class, is_own, owner_of, sentence
+from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, is_implied, resolve, simplify
+from torchcache.identity.describe import describe
+from torchcache.identity.environment import is_environment, named_variables, variables_of
 from torchcache.identity.homes import (
     beneath_class,
     file_digest,
@@ -24,11 +24,11 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
-from torchcache.identity.modules import CONTAINERS, GlobalHooks, describe_hooks, describe_module, describe_tensor
+from torchcache.identity.modules import CONTAINERS, GlobalHooks
 from torchcache.identity.node import Node, Space
 from torchcache.identity.objects import member_space
-from torchcache.identity.reads import Chain, Reads, closed_over, is_reader
-from torchcache.identity.values import ATOMS, describe_value
+from torchcache.identity.reads import Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
+from torchcache.identity.values import ATOMS
 
 __all__ = ["Reach"]
 
@@ -72,19 +72,16 @@ class Reach:
         self._whole_classes: set[type] = set()
         self._packages: set[str] = set()
         self._fragments: set[str] = set()
-        self._everything = self._tree = False
+        self._everything = self._tree = self._scopes = False
 
     def from_subject(self, module: nn.Module | None, function: Any) -> None:
         """Find all that a call of ``function`` can reach; it takes ``module`` first, if there is one."""
-        root = Node(None, kind="root")
+        root, owner = Node(None, kind="root"), None
         if module is not None:
             node = self._reach(module, root, "")
-            called = getattr(simplify(function), "__name__", "forward")
-            if called != "forward":
+            if getattr(simplify(function), "__name__", "forward") != "forward":
                 self.own_forward = node
-            owner: Node | None = self.nodes.get(id(beneath_class(type(module))))
-        else:
-            owner = None
+            owner = self.nodes.get(id(beneath_class(type(module))))
         self._run()
         self._reach(function, owner or root, "" if owner is None else f"the method {getattr(function, '__name__', '')}")
         self._reach(GlobalHooks, root, "the global hooks")
@@ -119,17 +116,21 @@ class Reach:
         named = label.rpartition(" ")[2].rpartition(".")[2]
         if is_environment(value) and named not in (getattr(value, "__name__", ""), "environ", "environb"):
             self._read_environment(parent)
-        if is_reader(value) and named != value.__name__:
+        if type(value) is types.FunctionType and is_named(home_of(value)) and not is_installed(home_around(parent)):
+            self._read_environment(parent, variables_of(value))
+        if is_reader(value) and (named != value.__name__ or not label.startswith("the global")):
             self._read_anything(home_around(parent))
+            if is_reader_of_scopes(value):
+                self._read_scopes()
         node = self.nodes.get(id(value))
         depth = parent.depth + further
         if node is None:
             try:
-                node = _describe(value)
+                node = describe(value)
             except Exception as error:  # code of the object's own, which failed
                 node = Node(value, problem=f"cannot be read: {type(error).__name__}: {error}")
             node.parent, node.label = parent, label
-            node.depth = 0 if _is_own(node) else depth
+            node.depth = 0 if is_own(node) else depth
             self.nodes[id(value)] = node
             node.level = max(level, int(node.whole), self._level_of(node))
             node.constructed = not as_type
@@ -175,7 +176,7 @@ class Reach:
             elif (typed and is_class(value)) or (label == ".__mro__" and not node.constructed):
                 self._reach(value, node, label, as_type=True)
             else:
-                self._reach(value, node, label, inner, as_type=_is_module_class(value))
+                self._reach(value, node, label, inner, as_type=is_module_class(value))
         if node.level and node.kind in ("object", "module"):
             self._widen_classes(node)
         if node.kind == "class" and node.depth > FOLLOWED:
@@ -187,7 +188,7 @@ class Reach:
                 elif self.wanted(node, space, name):
                     self._choose(node, space, name)
                 else:
-                    self._waiting.setdefault(_key(space, name), []).append((node, space))
+                    self._waiting.setdefault(space.key(name), []).append((node, space))
 
     def _widen_classes(self, node: Node) -> None:
         """An object that is read under unknown names may have any method of the user's own called."""
@@ -245,7 +246,7 @@ class Reach:
         level = max(self._whole.get(name, 0), node.level if node.level > 1 or container else 0)
         label = f"the global {name}" if space.kind == "global" else f".{name}"
         value = space.held[name]
-        self._reach(value, node, label, level, _is_module_class(value), further=int(space.kind == "global"))
+        self._reach(value, node, label, level, is_module_class(value), further=int(space.kind == "global"))
 
     def _name(self, name: str) -> None:
         """A name is read: whatever has an entry of that name has it read."""
@@ -273,7 +274,7 @@ class Reach:
             self._name(name)
             if name in _TREE:
                 self._read_tree()
-        for text in reads.texts:
+        for text in reads.texts | reads.variables:
             self._text(text)
         self.written |= reads.written
         for chain in reads.chains:
@@ -283,18 +284,24 @@ class Reach:
         for chain in reads.whole_chains:
             value = resolve(chain, scope).value
             if isinstance(value, types.ModuleType):
+                if holds_readers(value):
+                    self._read_anything(home_of(node.value))
+                    self._read_scopes()
+                if any(map(is_environment, list(vars(value).values()))):
+                    self._read_environment(node)
                 if not is_named(value.__name__) and not is_installed(value.__name__):
                     self._reach(value, node, f"the global {chain}", 1)
-            elif value is not MISSING and not isinstance(value, type):
+            elif value is not MISSING and not (is_class(value) and named_class(value)):
                 self._reach(value, node, f"the global {chain}", 1)
         home = home_of(node.value)
-        if reads.scope and not is_installed(home):
-            space = member_space("global", scope)
-            self.nodes.setdefault(id(scope), Node(scope, ("globals",), spaces=[space], kind="python module"))
-            node.parts.append((f"the global {home}", scope))
-            self._reach(scope, node, f"the global {home}", 1)
-        if not is_installed(home) and reads_environment(node.value.__code__):
-            self._read_environment(node)
+        if not is_installed(home):
+            if reads.scopes:
+                self._read_scopes()
+            if reads.scope or self._scopes:
+                self._read_globals(node)
+            if reads.modules:
+                self._read_modules(node)
+            self._read_environment(node, named_variables(node.value, reads))
         handed_first = False
         for chain, attributes, first in reads.handed:
             if looks_inside(resolve(chain, scope).value):
@@ -337,7 +344,9 @@ class Reach:
         if home.startswith(_TREE_HOMES):
             self._read_tree()
         if home == "os":
-            node.parts.append(("the global os.environ", sys.modules["os"].environ))
+            node.parts.append(("the global os.environ", os.environ))
+        if found.rest and is_class(value) and not is_installed(home_of(node.value)):
+            self._read_environment(node, variables_of(value, found.rest))
 
     def _read_whole(self, name: str, level: int) -> None:
         """Whatever stands under this name is read under names that only the running code knows."""
@@ -366,10 +375,37 @@ class Reach:
             self._packages.add(package)
             self._raise_levels()
 
-    def _read_environment(self, node: Node) -> None:
-        """All environment variables are read by a node."""
-        node.parts.append(("the global os.environ", os.environ))
-        self._reach(os.environ, node, "the global os.environ", 1)
+    def _read_scopes(self) -> None:
+        """Some function reads globals under unknown names, and which it is cannot be told."""
+        if not self._scopes:
+            self._scopes = True
+            functions = [node for node in self.nodes.values() if node.visited and node.reads is not None]
+            for node in [node for node in functions if not is_installed(home_of(node.value))]:
+                self._read_globals(node)
+                self._todo.append(node)
+
+    def _read_modules(self, node: Node) -> None:
+        """Some modules of the user's own are read, and which they are cannot be told."""
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, types.ModuleType) and not is_named(name) and not is_installed(name):
+                node.parts.append((f"the global {name}", module))
+                self._reach(module, node, f"the global {name}", 1)
+
+    def _read_globals(self, node: Node) -> None:
+        """All globals of a function are read."""
+        scope, home = node.value.__globals__, home_of(node.value)
+        space = member_space("global", scope)
+        self.nodes.setdefault(id(scope), Node(scope, ("globals",), spaces=[space], kind="python module"))
+        node.parts.append((f"the global {home}", scope))
+        self._reach(scope, node, f"the global {home}", 1)
+
+    def _read_environment(self, node: Node, variables: frozenset[str] | None = None) -> None:
+        """Environment variables are read by a node: these, or all."""
+        if variables is None or variables:
+            node.parts.append(("the global os.environ", os.environ))
+            self._reach(os.environ, node, "the global os.environ", int(variables is None))
+        for text in variables or ():
+            self._text(text)
 
     def _read_tree(self) -> None:
         if not self._tree:
@@ -381,31 +417,3 @@ class Reach:
             if not node.level and self._level_of(node):
                 node.level = 1
                 self._todo.append(node)
-
-
-def _key(space: Space, name: str) -> str:
-    return f"${name}" if space.kind == "variable" else name
-
-
-def _is_module_class(value: Any) -> bool:
-    """Whether a value is a class of modules: those that are stored somewhere are to be compared with, not called."""
-    return is_class(value) and nn.Module in value.__mro__
-
-
-def _is_own(node: Node) -> bool:
-    """Whether a node is code of the user's own, which is followed however far it is."""
-    if node.kind == "function":
-        return not is_installed(home_of(node.value)) and not is_named(home_of(node.value))
-    return node.kind == "class" and not named_class(node.value) and not is_installed(module_of(node.value))
-
-
-def _describe(value: Any) -> Node:
-    if value is GlobalHooks:
-        return describe_hooks(value)
-    if is_class(value):
-        return describe_code(value) or describe_value(value)
-    if torch.Tensor in type(value).__mro__:
-        return describe_tensor(value)
-    if nn.Module in type(value).__mro__:
-        return describe_module(value)
-    return describe_code(value) or describe_value(value)

@@ -9,36 +9,62 @@ import types
 from collections.abc import Mapping
 
 from torchcache.identity.bytecode import Instruction, argument_bytes, constant_bytes, instructions
+from torchcache.identity.found import Found
 from torchcache.identity.reads import (
     DISPLAYS,
     GETTERS,
+    LOOKUPS,
     MUTATORS,
     READERS,
     READERS_OF_GLOBALS,
     Chain,
     Reads,
     closed_over,
-    modules_named,
+    watched,
 )
-from torchcache.identity.symbols import NOTHING, UNKNOWN, Symbol, Value, chains, is_modulo, items_of, mutated
+from torchcache.identity.symbols import (
+    NOTHING,
+    UNKNOWN,
+    Value,
+    bare,
+    chains,
+    is_modulo,
+    items_of,
+    joined,
+    mutated,
+    rebound,
+    use_of,
+)
 
 __all__ = ["reads_of"]
+
+# By these, variables are found under names that only the running code knows.
+_SHOWS = frozenset({"locals", "vars", "dir"})
+
+# Methods that take attributes of their arguments by names in a text.
+_FORMATS = frozenset({"format", "format_map", "vformat", "get_field"})
+
+# So often code is read again where variables hold what is assigned further down; loops that go on are not understood.
+MOST_ROUNDS = 5
 
 
 @functools.lru_cache(maxsize=32768)
 def reads_of(code: types.CodeType) -> Reads:
     """What ``code`` reads from outside itself."""
-    reader = _Reader(code, {}, _first(code))
-    reader.run()
-    if reader.dynamic and reader.reassigned:  # a loop may read what is assigned further down
-        again = _Reader(code, reader.variables, _first(code))
-        again.run()
-        reader = again
-    return reader.result()
+    first = code.co_varnames[0] if code.co_argcount and code.co_varnames else ""
+    reader = _read(code, {}, first)
+    return reader.found.reads(reader.hash.digest())
 
 
-def _first(code: types.CodeType) -> str:
-    return code.co_varnames[0] if code.co_argcount and code.co_varnames else ""
+def _read(code: types.CodeType, variables: Mapping[str, Value], first: str) -> _Reader:
+    for _ in range(MOST_ROUNDS):
+        reader = _Reader(code, variables, first)
+        reader.run()
+        if not (reader.found.dynamic and reader.reassigned):
+            return reader
+        variables = reader.variables
+    reader.found.misused(["scope", "environment", "module"])
+    return reader
 
 
 class _Reader:
@@ -52,22 +78,20 @@ class _Reader:
             self.variables.setdefault(name, frozenset({("local", name)}))
         for name in code.co_freevars:
             self.variables.setdefault(name, frozenset({("free", name)}))
-        self.names: set[str] = set()
-        self.written: set[str] = set()
-        self.texts: set[str] = set()
-        self.loads: dict[Chain, int] = {}
-        self.typed: dict[Chain, int] = {}
-        self.whole: set[str] = set()
-        self.deep: set[str] = set()
-        self.whole_chains: set[Chain] = set()
-        self.handed: set[tuple[Chain, frozenset[str], bool]] = set()
-        self.whole_first = self.anything = self.scope = self.reassigned = self.dynamic = False
+        for name in rebound(code):
+            self.variables[name] = self.variables.get(name, NOTHING) | UNKNOWN
+        self.found = Found(first)
+        self.reassigned = False
         self.stack: list[Value] = []
         self.at: dict[int, list[Value]] = {}
         self.nested: list[types.CodeType] = []
         self.hash = hashlib.blake2b(digest_size=16)
         self.module = ""
         self.iterated: Value = NOTHING
+        # What may read anything, by load, and which of the loads are still to be used in a way that is understood.
+        self.kinds: list[set[str]] = []
+        self.pending: set[int] = set()
+        self.keywords = False
 
     def run(self) -> None:
         code = self.code
@@ -78,11 +102,10 @@ class _Reader:
         previous: Instruction | None = None
         listed = list(instructions(code))
         for index, instruction in enumerate(listed):
-            if (saved := self.at.get(instruction.offset)) is not None:
-                if ended:
-                    self.stack = list(saved)
-                elif len(saved) == len(self.stack):
-                    self.stack = [one | other for one, other in zip(saved, self.stack, strict=True)]
+            # A jump may lead to an instruction in front that computes nothing.
+            for offset in range(listed[index - 1].offset + 2 if index else 0, instruction.offset + 1, 2):
+                if offset in self.at:
+                    self.stack, ended = list(self.at[offset]) if ended else joined(self.stack, self.at[offset]), False
             value = instruction.value
             if isinstance(value, types.CodeType):
                 self.nested.append(value)
@@ -90,35 +113,20 @@ class _Reader:
             else:
                 parts.append(b"%d " % instruction.opcode + argument_bytes(instruction))
             following = listed[index + 1] if index + 1 < len(listed) else None
+            kept = list(self.stack) if instruction.name.endswith("_OR_POP") else None
             self._step(instruction, following, previous)
             if instruction.target >= 0:
-                self.at.setdefault(instruction.target, list(self.stack))
+                stack = self.stack if kept is None else kept
+                self.at[instruction.target] = joined(self.at.get(instruction.target, stack), stack)
             ended = instruction.name.startswith(
                 ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACK")
             )
             previous = instruction
         self.hash.update(b"\0".join(parts))
-        self.texts.update(text for text in code.co_consts if type(text) is str and text.isidentifier())
+        self.found.misused(kind for number in self.pending for kind in self.kinds[number])
+        self.found.texts.update(text for text in code.co_consts if type(text) is str and text.isidentifier())
         for inner in self.nested:
             self._inside(inner)
-
-    def result(self) -> Reads:
-        types_only = {chain for chain, count in self.typed.items() if self.loads.get(chain, 0) <= count}
-        return Reads(
-            self.hash.digest(),
-            frozenset(self.names),
-            tuple(sorted(self.loads)),
-            frozenset(types_only),
-            frozenset(self.whole),
-            frozenset(self.deep),
-            frozenset(self.whole_chains),
-            self.whole_first,
-            self.anything,
-            self.scope,
-            tuple(sorted(self.handed, key=lambda call: (call[0], sorted(call[1]), call[2]))),
-            frozenset(self.written),
-            frozenset(self.texts),
-        )
 
     def _inside(self, code: types.CodeType) -> None:
         """Add what nested code reads: it sees this code's variables and its first argument."""
@@ -126,22 +134,9 @@ class _Reader:
         seen = {name: value for name, value in self.variables.items() if name not in shadowed}
         if code.co_varnames[:1] == (".0",):  # a comprehension gets what it runs over
             seen[".0"] = self.iterated
-        inner = _Reader(code, seen, "" if self.first in shadowed else self.first)
-        inner.run()
+        inner = _read(code, seen, "" if self.first in shadowed else self.first)
         self.hash.update(inner.hash.digest())
-        self.names |= inner.names
-        self.written |= inner.written
-        self.texts |= inner.texts
-        for mine, found in ((self.loads, inner.loads), (self.typed, inner.typed)):
-            for chain, count in found.items():
-                mine[chain] = mine.get(chain, 0) + count
-        self.whole |= inner.whole
-        self.deep |= inner.deep
-        self.whole_chains |= inner.whole_chains
-        self.handed |= inner.handed
-        self.whole_first |= inner.whole_first
-        self.anything |= inner.anything
-        self.scope |= inner.scope
+        self.found.add(inner.found)
 
     # The stack machine: operations that move values are followed; any other makes what cannot be told.
 
@@ -153,17 +148,17 @@ class _Reader:
         name, value, stack = at.name, at.value, self.stack
         if name.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
             for variable in value if isinstance(value, tuple) else (value,):
-                stack.append(self.variables.get(variable, UNKNOWN if variable != self.first else NOTHING))
-                if variable == self.first:
-                    stack[-1] |= {("local", variable)}
+                held = self.variables.get(variable, UNKNOWN if variable != self.first else NOTHING)
+                held = held | {("local", variable)} if variable == self.first else held
+                stack.append(held) if name == "LOAD_CLOSURE" else self._push(held)
         elif name == "STORE_FAST_LOAD_FAST":
             self._store(value[0], self._pop()[0])
-            stack.append(self.variables.get(value[1], UNKNOWN))
+            self._push(self.variables.get(value[1], UNKNOWN))
         elif name.startswith("STORE_FAST") or name == "STORE_DEREF":
             for variable in value if isinstance(value, tuple) else (value,):
                 self._store(variable, self._pop()[0])
                 if variable in self.code.co_freevars:
-                    self.written.add(closed_over(variable))
+                    self.found.written.add(closed_over(variable))
         elif name in ("LOAD_CONST", "LOAD_SMALL_INT"):
             stack.append(frozenset({("const", value)}) if type(value) in (str, int, tuple) else UNKNOWN)
         elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -174,8 +169,8 @@ class _Reader:
             self._attribute(value, at, following)
         elif name == "LOAD_SUPER_ATTR":
             self._pop(3)
-            self.names.add(value)
-            stack.append(frozenset({("attr", value)}))
+            self.found.names.add(value)
+            self._push(frozenset({("attr", value)}))
             if at.arg & 1:
                 stack.append(NOTHING)
         elif name == "IMPORT_NAME":
@@ -184,26 +179,31 @@ class _Reader:
         elif name == "IMPORT_FROM":
             self._load(frozenset({("global", self.module, (value,))}), following)
         elif name == "RETURN_VALUE":
-            self._put_away(self._pop())
+            self._pop()
         elif name in ("STORE_ATTR", "DELETE_ATTR"):
-            self.written.add(value)
+            self.found.written.add(value)
             self._pop(2 if name == "STORE_ATTR" else 1)
         elif name in ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME"):
-            self.written.add(value)
+            self.found.written.add(value)
             self._pop(0 if name == "DELETE_GLOBAL" else 1)
         elif name == "STORE_SUBSCR":
             _, container, _ = self._pop(3)
-            self.written |= mutated(container)
+            self.found.written |= mutated(container)
         elif name.startswith("CALL"):
             self._called(at)
         elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and value == 26):
             container, key = self._pop(2)
+            if self._settle(container, "environment"):
+                self.found.read_variable(key)
             listed = any(str(chain).endswith("sys.modules") for chain in chains(container))
-            found = modules_named(key) if listed else {symbol for symbol in container if symbol[0] == "attr"}
-            stack.append(frozenset(found) or UNKNOWN)
+            if listed:
+                self._settle(container, "module")
+            within = frozenset(symbol for symbol in container if symbol[0] == "attr")
+            self._push(self.found.read_module(key) if listed else within or UNKNOWN)
         elif name in ("GET_ITER", "NOP", "PUSH_EXC_INFO", "LIST_TO_TUPLE", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES"):
             if name == "PUSH_EXC_INFO":
                 stack.append(UNKNOWN)
+            self.keywords |= name == "KW_NAMES"
             if name == "GET_ITER" and stack:
                 self.iterated |= stack[-1]
         elif name == "FOR_ITER":
@@ -217,20 +217,24 @@ class _Reader:
             stack.extend([items_of(group)] * (1 + dis.stack_effect(at.opcode, at.arg, jump=False)))
         elif name in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_SET", "BUILD_MAP"):
             parts = self._pop(at.arg * (2 if name == "BUILD_MAP" else 1))
-            self._put_away(parts)
             stack.append(frozenset().union(*parts) if parts else UNKNOWN)
         elif name in ("COPY", "DUP_TOP"):
             place = at.arg if name == "COPY" else 1
-            stack.append(stack[-place] if len(stack) >= place else UNKNOWN)
+            self._push(stack[-place] if len(stack) >= place else UNKNOWN)
         elif name == "SWAP" and len(stack) >= at.arg:
             stack[-at.arg], stack[-1] = stack[-1], stack[-at.arg]
         elif name == "PUSH_NULL":
             stack.append(NOTHING)
         elif name == "MATCH_CLASS":
             self._match(at)
+        elif name == "CONTAINS_OP":
+            key, container = self._pop(2)
+            if self._settle(container, "environment"):
+                self.found.read_variable(key)
+            stack.append(UNKNOWN)
         else:
             if name.startswith("FORMAT") or name in ("CONVERT_VALUE", "BINARY_MODULO") or is_modulo(at):
-                self._read_whole(stack[-1] if stack else UNKNOWN, deep=False, display=True)
+                self.found.read_whole(stack[-1] if stack else UNKNOWN, display=True)
             self._other(at)
 
     def _match(self, at: Instruction) -> None:
@@ -238,10 +242,10 @@ class _Reader:
         *_, names = self._pop(3)
         for symbol in names:
             if symbol[0] == "const" and isinstance(symbol[1], tuple):
-                self.names.update(map(str, symbol[1]))
+                self.found.names.update(map(str, symbol[1]))
         if at.arg:
-            self.names.add("__match_args__")
-            self.anything = self.dynamic = True
+            self.found.names.add("__match_args__")
+            self.found.anything = self.found.dynamic = True
         self.stack.extend([UNKNOWN] * max(0, 3 + dis.stack_effect(at.opcode, at.arg)))
 
     def _other(self, at: Instruction) -> None:
@@ -252,24 +256,40 @@ class _Reader:
         except ValueError:
             effect = 0
         self._pop(max(0, -effect))
-        if self.stack and not at.name.startswith(("POP_", "DELETE_")):
+        if self.stack and not at.name.startswith(("POP_", "DELETE_", "JUMP")):
             self.stack[-1] = UNKNOWN
         self.stack.extend([UNKNOWN] * max(0, effect))
 
+    def _push(self, value: Value) -> None:
+        """Push what is loaded; what may read anything is to be used in a way that is understood."""
+        kinds = {kind for kind in map(watched, value) if kind}
+        if kinds:
+            number = len(self.kinds)
+            self.kinds.append(kinds)
+            self.pending.add(number)
+            value = frozenset((*symbol, number) if watched(symbol) else symbol for symbol in bare(value))
+        self.stack.append(value)
+
+    def _settle(self, value: Value, *kinds: str) -> bool:
+        """Whether this is, surely, one thing of such a kind that was loaded to be used as it now is."""
+        number = use_of(value)
+        if number < 0 or not self.kinds[number].issubset(kinds):
+            return False
+        self.pending.discard(number)
+        return True
+
     def _store(self, variable: str, value: Value) -> None:
-        known = self.variables.get(variable, NOTHING)
+        if _SHOWS.isdisjoint(self.code.co_names):
+            self._settle(value, "getter", "scope", "environment", "module")
+        known, value = self.variables.get(variable, NOTHING), bare(value)
         self.reassigned |= bool(known) and not value <= known
         self.variables[variable] = known | value
 
     def _load(self, value: Value, following: Instruction | None) -> None:
         """Push a global; it is read as such unless an attribute of it is taken at once."""
-        self.stack.append(value)
+        self._push(value)
         if following is None or following.name not in ("LOAD_ATTR", "LOAD_METHOD"):
-            self._note(value)
-
-    def _note(self, value: Value) -> None:
-        for chain in chains(value):
-            self.loads[chain] = self.loads.get(chain, 0) + 1
+            self.found.note(value)
 
     def _import(self, name: str, depth: Value, items: Value, following: Instruction | None) -> None:
         level = next((symbol[1] for symbol in depth if symbol[0] == "const"), 0)
@@ -278,22 +298,27 @@ class _Reader:
         self.module = dotted
         whole = listed is not None or not name
         self.stack.append(frozenset({("global", dotted if whole else name.partition(".")[0], ())}))
-        self.loads.setdefault(Chain(dotted, ()), 0)
+        self.found.loads.setdefault(Chain(dotted, ()), 0)
         if following is None or not following.name.startswith("IMPORT_FROM"):
-            self._note(self.stack[-1])
+            self.found.note(self.stack[-1])
 
     def _attribute(self, name: str, at: Instruction, following: Instruction | None) -> None:
         (owner,) = self._pop()
         globals_ = {symbol for symbol in owner if symbol[0] == "global"}
         if globals_ != owner or not owner:
-            self.names.add(name)
+            self.found.names.add(name)
+        self.found.read_name(name, owner)
         if name == "__dict__":
-            self._read_whole(owner, deep=False)
             self.stack.append(owner or UNKNOWN)
             return
         found = {(*symbol[:2], (*symbol[2], name)) for symbol in globals_}
         if globals_ != owner or not owner:
             found.add(("attr", name))
+        if name == "get":
+            self._settle(owner, "module")
+        if name in LOOKUPS and self._settle(owner, "environment"):
+            self.found.note(frozenset(found))
+            found = {("lookup",)}
         method = at.name == "LOAD_METHOD" or (at.name == "LOAD_ATTR" and dis.stack_effect(at.opcode, at.arg) == 1)
         self._load(frozenset(found), following)
         if method:
@@ -319,100 +344,64 @@ class _Reader:
         below = self._pop(callees)
         callee = next((value for value in below if value), UNKNOWN)
         receiver = below[-1] if len(below) == 2 and below[0] and below[-1] and below[0] != below[-1] else NOTHING
-        self.stack.append(self._result(callee, receiver, given))
+        keywords, self.keywords = self.keywords or name in ("CALL_KW", "CALL_FUNCTION_KW"), False
+        if not keywords and name != "CALL_FUNCTION_EX" and self._settle(callee, "environment"):
+            self.found.read_variable(given[0] if given else UNKNOWN)
+        self._push(self._result(callee, receiver, given))
 
     def _result(self, callee: Value, receiver: Value, given: list[Value]) -> Value:
         self._passed_on(callee, given)
+        self._settle(callee, "getter", "scope", "module")
         for symbol in callee:
             if symbol[0] == "attr" and symbol[1] in GETTERS and self.code.co_name not in GETTERS:
-                return self._named_access(symbol[1], [receiver or UNKNOWN, *given])
+                return self.found.read_access(symbol[1], [receiver or UNKNOWN, *given])
             if symbol[0] == "attr" and symbol[1] in MUTATORS:
-                self.written |= mutated(receiver)
-            if symbol[0] == "attr" and symbol[1] in ("format", "format_map"):
+                self.found.written |= mutated(receiver)
+            if symbol[0] == "attr" and symbol[1] in _FORMATS:
                 for value in given:
-                    self._read_whole(value, deep=False, display=True)
+                    self.found.read_whole(value, display=True)
         for chain in chains(callee):
             last = chain.names[-1] if chain.names else chain.module
             if last in MUTATORS and len(chain.names) > 1:
-                self.written.add(chain.names[-2])
+                self.found.written.add(chain.names[-2])
             first = given[0] if given else None
             if last in (*GETTERS, "hasattr", "delattr", "setattr") and first is not None:
-                return self._named_access(last, given)
+                return self.found.read_access(last, given)
             if last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get"):
-                return modules_named(first or NOTHING, top=last == "__import__") or UNKNOWN
+                return self.found.read_module(first or NOTHING, top=last == "__import__")
             if last in ("attrgetter", "methodcaller"):
-                texts = [symbol[1] for value in given for symbol in value if symbol[0] == "const"]
-                self.names.update(part for text in texts for part in str(text).split("."))
-                if len(texts) < len(given):
-                    self.anything = self.dynamic = True
+                self.found.read_paths(given)
+            elif last in _FORMATS and len(chain.names) > 1:
+                for value in given:
+                    self.found.read_whole(value, display=True)
             elif last in ("globals", "locals", "eval", "exec", "_getframe", "currentframe"):
-                self.scope = self.scope or last != "locals"
-                self.anything = self.dynamic = self.anything or last in ("eval", "exec")
+                self.found.scope = self.found.scope or last != "locals"
+                self.found.anything = self.found.dynamic = self.found.anything or last in ("eval", "exec")
             elif (
                 last in READERS
                 and first is not None
                 and (len(chain.names) > 1 or last in READERS_OF_GLOBALS or chain.module or READERS[last])
             ):
                 for value in given if last == "print" else (first,):
-                    self._read_whole(value, deep=READERS[last], display=last in DISPLAYS)
+                    self.found.read_whole(value, deep=READERS[last], display=last in DISPLAYS)
                 if last == "vars":
                     return first
             elif last in ("isinstance", "issubclass", "super"):
                 for value in given[1:] if last != "super" else given[:1]:
                     for named in chains(value):
-                        self.typed[named] = self.typed.get(named, 0) + 1
+                        self.found.typed[named] = self.found.typed.get(named, 0) + 1
             elif len(chain.names) > 1 or chain.module or given:
                 attributes = frozenset(symbol[1] for value in given for symbol in value if symbol[0] == "attr")
                 whole_first = any(("local", self.first) in value for value in given) and bool(self.first)
                 if attributes or whole_first:
-                    self.handed.add((chain, attributes, whole_first))
+                    self.found.handed.add((chain, attributes, whole_first))
         return UNKNOWN
 
-    def _put_away(self, values: list[Value]) -> None:
-        """Functions that read by names only the running code knows, kept where they are found under other names."""
-        lasts = {chain.names[-1] for value in values for chain in chains(value) if chain.names}
-        if not lasts.isdisjoint(GETTERS | {"attrgetter", "methodcaller"}):
-            self.anything = self.dynamic = True
-
     def _passed_on(self, callee: Value, given: list[Value]) -> None:
-        """Functions that read by names only the running code knows, given to another that calls them."""
-        if any(chain.names and chain.names[-1] in ("isinstance", "issubclass") for chain in chains(callee)):
+        """Functions that make texts, given to another that calls them with the other arguments."""
+        if any(chain.names[-1:] in (("isinstance",), ("issubclass",)) for chain in chains(callee)):
             return
         for place, value in enumerate(given):
-            for chain in chains(value):
-                last = chain.names[-1] if chain.names else ""
-                if last in GETTERS:
-                    self.anything = self.dynamic = True
-                elif last in DISPLAYS and len(chain.names) == 1:
-                    for other in (*given[:place], *given[place + 1 :]):
-                        self._read_whole(other, deep=False, display=True)
-
-    def _named_access(self, how: str, given: list[Value]) -> Value:
-        """``getattr`` and the like: one name where that is a constant, else the whole object."""
-        texts = {symbol[1] for symbol in given[1] if symbol[0] == "const"} if len(given) > 1 else set()
-        constant = len(given) > 1 and bool(texts) and all(symbol[0] == "const" for symbol in given[1])
-        if how in ("setattr", "delattr"):
-            self.written.update(map(str, texts))
-            return UNKNOWN
-        if not constant:
-            self._read_whole(given[0], deep=False)
-            return UNKNOWN
-        self.names.update(map(str, texts))
-        found: set[Symbol] = {("attr", str(text)) for text in texts}
-        for chain in chains(given[0]):
-            for text in texts:
-                longer = Chain(chain.module, (*chain.names, str(text)))
-                self.loads[longer] = self.loads.get(longer, 0) + 1
-        return frozenset(found)
-
-    def _read_whole(self, value: Value, deep: bool, display: bool = False) -> None:
-        """Note an object that is read under names which are not known."""
-        for symbol in value or UNKNOWN:
-            if symbol[0] == "attr":
-                (self.deep if deep else self.whole).add(symbol[1])
-            elif symbol[0] == "global":
-                self.whole_chains.add(Chain(symbol[1], symbol[2]))
-            elif symbol[0] == "local" and symbol[1] == self.first:
-                self.whole_first = self.dynamic = True
-            elif symbol[0] != "const" and not display:
-                self.anything = self.dynamic = True
+            if any(len(chain.names) == 1 and chain.names[0] in DISPLAYS for chain in chains(value)):
+                for other in (*given[:place], *given[place + 1 :]):
+                    self.found.read_whole(other, display=True)

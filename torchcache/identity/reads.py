@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import operator
+import sys
+import types
 from typing import Any
 
 from torch import nn
 
 __all__ = [
     "DISPLAYS",
+    "ENVIRONMENT",
     "GETTERS",
+    "LOOKUPS",
     "MUTATORS",
     "READERS",
     "READERS_OF_GLOBALS",
+    "SCOPES",
+    "WHOLES",
     "Chain",
     "Reads",
     "closed_over",
+    "holds_readers",
     "is_reader",
+    "is_reader_of_scopes",
     "modules_named",
+    "watched",
 ]
 
 
@@ -38,22 +48,70 @@ MUTATORS = frozenset(
 )
 
 
+# Attributes by which all of an object is read, and all globals of a function or a frame.
+WHOLES = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex__"})
+SCOPES = frozenset({"__globals__", "f_globals", "f_locals", "f_back"})
+ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb"})
+LOOKUPS = frozenset({"get", "pop", "setdefault", "__getitem__", "__contains__"})
+
+# What may read anything, and what of. Where it is used at once in a form that is understood, it reads what it is
+# seen to read there; in any other use it may read all.
+_WATCHED = {
+    **dict.fromkeys(GETTERS | {"attrgetter", "methodcaller", "hasattr", "asdict", "astuple", "deepcopy"}, "getter"),
+    "getmembers": "getter",
+    **dict.fromkeys(("__import__", "import_module"), "module"),
+    **dict.fromkeys(("_getframe", "currentframe"), "scope"),
+    **dict.fromkeys(ENVIRONMENT, "environment"),
+}
+_WATCHED_BUILTINS = {
+    **dict.fromkeys(("vars", "dir", "locals"), "getter"),
+    **dict.fromkeys(("globals", "eval", "exec"), "scope"),
+}
+_WATCHED_ATTRIBUTES = {**dict.fromkeys(GETTERS - {"getattr"}, "getter"), **dict.fromkeys(ENVIRONMENT, "environment")}
+
+
+def watched(symbol: tuple[Any, ...]) -> str:
+    """What may be read by a value: "getter", anything; "scope", globals too; "environment"; "module"; or nothing."""
+    if symbol[0] == "lookup":
+        return "environment"
+    if symbol[0] == "attr":
+        return _WATCHED_ATTRIBUTES.get(symbol[1], "")
+    if symbol[0] != "global" or not symbol[2]:
+        return ""
+    last, owners = symbol[2][-1], (*symbol[1:2], *symbol[2][:-1])
+    if (*owners, last)[-2:] == ("sys", "modules") or (*owners, last)[-3:] == ("sys", "modules", "get"):
+        return "module"
+    builtin = owners in (("",), ("", "builtins"), ("builtins",))
+    return _WATCHED.get(last) or (_WATCHED_BUILTINS.get(last, "") if builtin else "")
+
+
 # Under their own names code that calls them is understood; under others they are found by what they are.
 _READERS = frozenset(
     {
-        getattr, vars, dir, object.__getattribute__, nn.Module.__getattr__, operator.attrgetter, operator.methodcaller,
-        inspect.getattr_static, inspect.getmembers, copy.copy, copy.deepcopy, dataclasses.asdict, dataclasses.astuple,
-        dataclasses.replace,
+        getattr, hasattr, vars, dir, locals, object.__getattribute__, nn.Module.__getattr__, operator.attrgetter,
+        operator.methodcaller, inspect.getattr_static, inspect.getmembers, copy.copy, copy.deepcopy,
+        dataclasses.asdict, dataclasses.astuple, dataclasses.replace, __import__, importlib.import_module,
     }
 )  # fmt: skip
+_READERS_OF_SCOPES = frozenset({globals, eval, exec, sys._getframe, inspect.currentframe})
 
 
 def is_reader(value: Any) -> bool:
     """Whether a function reads what it is given by names that only the running code knows."""
     try:
-        return value in _READERS
+        return value in _READERS or value in _READERS_OF_SCOPES
     except Exception:  # cannot be hashed or compared
         return False
+
+
+def is_reader_of_scopes(value: Any) -> bool:
+    """Whether a reader may read the globals of whoever calls it."""
+    return value in _READERS_OF_SCOPES
+
+
+def holds_readers(module: types.ModuleType) -> bool:
+    """Whether a module is one in which readers are found by their names."""
+    return any(map(is_reader, list(vars(module).values())))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -105,6 +163,16 @@ class Reads:
         Attributes and globals that it sets or mutates, and variables that it closes over (``closed_over``).
     texts : frozenset of str
         Its constants that may be names of environment variables, or begin or end one.
+    variables : frozenset of str
+        Environment variables that it reads, by names that are constants.
+    keys : frozenset of Chain
+        Globals that are such names.
+    environment : bool
+        Whether it reads variables by names that cannot be told.
+    modules : bool
+        Whether it takes modules by names that cannot be told.
+    scopes : bool
+        Whether it reads globals of other functions under names that only the running code knows.
     """
 
     digest: bytes
@@ -120,6 +188,11 @@ class Reads:
     handed: tuple[tuple[Chain, frozenset[str], bool], ...]
     written: frozenset[str]
     texts: frozenset[str]
+    variables: frozenset[str]
+    keys: frozenset[Chain]
+    environment: bool
+    modules: bool
+    scopes: bool
 
 
 def closed_over(variable: str) -> str:

@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from typing import Any
 
-from torchcache.identity.bytecode import Instruction
+from torchcache.identity.bytecode import Instruction, instructions
 from torchcache.identity.reads import Chain, closed_over
 
-__all__ = ["NOTHING", "UNKNOWN", "Symbol", "Value", "chains", "is_modulo", "items_of", "mutated"]
+__all__ = [
+    "NOTHING",
+    "UNKNOWN",
+    "Symbol",
+    "Value",
+    "bare",
+    "chains",
+    "is_modulo",
+    "items_of",
+    "joined",
+    "mutated",
+    "rebound",
+    "use_of",
+]
 
 # A local variable, one of a function around, an attribute of anything, a global chain, a constant: what a value on
-# the stack may come from.
+# the stack may come from. A lookup is a method of the environment. Behind what is watched is the number of its load.
 Symbol = tuple[Any, ...]
 Value = frozenset[Symbol]
 
 UNKNOWN: Value = frozenset({("unknown",)})
 NOTHING: Value = frozenset()
+
+
+_LENGTHS = {"global": 3, "attr": 2, "lookup": 1}
+
+
+def use_of(value: Value) -> int:
+    """The number of the load that a value comes from, if it is one and watched; else -1."""
+    if len(value) == 1:
+        (symbol,) = value
+        length = _LENGTHS.get(symbol[0], len(symbol))
+        if len(symbol) > length:
+            return int(symbol[length])
+    return -1
+
+
+def bare(value: Value) -> Value:
+    """A value without the numbers of loads."""
+    return frozenset(symbol[: _LENGTHS.get(symbol[0])] for symbol in value)
+
+
+def rebound(code: types.CodeType) -> set[str]:
+    """Variables that code within ``code`` assigns to."""
+    found = set()
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            stored = {one.value for one in instructions(inner) if one.name == "STORE_DEREF"}
+            found |= (stored | rebound(inner)) & {*inner.co_freevars}
+    return found
 
 
 def is_modulo(at: Instruction) -> bool:
@@ -27,6 +69,13 @@ def is_modulo(at: Instruction) -> bool:
 def items_of(group: Value) -> Value:
     """What the items of a group may come from; those of text and numbers are not followed."""
     return frozenset(symbol for symbol in group if symbol[0] != "const") or UNKNOWN
+
+
+def joined(one: list[Value], other: list[Value]) -> list[Value]:
+    """Stacks of two ways to the same place."""
+    if len(one) != len(other):
+        return one
+    return [mine | its for mine, its in zip(one, other, strict=True)]
 
 
 def chains(value: Iterable[Symbol]) -> list[Chain]:

@@ -88,6 +88,8 @@ class Watch:
     def __init__(self) -> None:
         self.namespaces: list[Namespace] = []
         self.contents: list[tuple[Any, Callable[[Any], Any], Any, Callable[[], str]]] = []
+        self.holders: list[dict[Any, Any]] = []
+        self._held: Stamps | None = None
         self._objects: list[Any] = []
         self._kinds: list[type] = []
         self._kind_labels: list[Callable[[], str]] = []
@@ -162,6 +164,13 @@ class Watch:
             [name for _, name, _ in pairs],
             [value for _, _, value in pairs],
         )
+
+    def stamps(self) -> Stamps | None:
+        """Stamps of ``holders``, dicts that code hardly ever writes to; ``None`` where others are compared without."""
+        held = self._held
+        if held is None or not held.hold():
+            held = self._held = Stamps.take(self.holders, attributes=False)
+        return held
 
     # Whether it is what it was.
 

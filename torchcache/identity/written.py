@@ -54,7 +54,16 @@ class Written:
         return found if self._outside is None else [*found, *self._outside.changes()]
 
     def restore(self) -> None:
-        """Put back attributes that were set, replaced or removed, and containers' items."""
+        """Put back attributes that were set, replaced or removed, and containers' items.
+
+        Nothing where parameters or modules are among them: then another thread loads weights, and knows better.
+        """
+        after = _snapshot(self._module)
+        for name in self._before.keys() | after.keys():
+            entries = self._before.get(name), after.get(name)
+            weights = any(entry is not None and isinstance(entry[0], (nn.Parameter, nn.Module)) for entry in entries)
+            if weights and not _equal(*entries):
+                return
         if self._outside is not None:
             self._outside.restore()
         modules = dict(self._module.named_modules()) if self._module is not None else {}

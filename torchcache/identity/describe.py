@@ -1,0 +1,29 @@
+"""The node of an object of any kind: each kind has a file that describes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchcache.identity.callables import describe_code
+from torchcache.identity.homes import is_class
+from torchcache.identity.modules import GlobalHooks, describe_hooks, describe_module, describe_tensor
+from torchcache.identity.node import Node
+from torchcache.identity.values import describe_value
+
+__all__ = ["describe"]
+
+
+def describe(value: Any) -> Node:
+    """The node of an object that is no atom."""
+    if value is GlobalHooks:
+        return describe_hooks(value)
+    if is_class(value):
+        return describe_code(value) or describe_value(value)
+    if torch.Tensor in type(value).__mro__:
+        return describe_tensor(value)
+    if nn.Module in type(value).__mro__:
+        return describe_module(value)
+    return describe_code(value) or describe_value(value)
