@@ -337,6 +337,9 @@ def sample_pages(directory, outside, chance):
     """What the loader remembers of samples, forged."""
     page = chance.choice([None, *loaded.FORGED.values()])
     with opened(directory) as connection:
+        if page is not None and chance.random() < 0.3:
+            loaded.multiply(directory, connection, page, chance.choice([10, 1000]))
+            return
         loaded.forge(directory, connection, lambda old: loaded.change(old, chance) if page is None else page)
 
 

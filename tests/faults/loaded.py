@@ -10,6 +10,7 @@ from torch.utils import data
 from trained import WrongRowError, begin_anew
 
 import torchcache
+from torchcache.digest.cpu import digest_bytes
 from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.header import read_header
 
@@ -91,17 +92,38 @@ FORGED = {
 }
 
 
-def forge(directory, connection, change):
-    """Put ``change(page)`` in place of every page of samples; how many there are."""
+def pages(directory, connection):
+    """Where pages of samples are: place, region, key and blob."""
     names = {path.stem: json.loads(path.read_text())["name"] for path in (directory / "regions").iterdir()}
     held = connection.execute("SELECT rowid, tag, key, value FROM Cache").fetchall()
-    pages = [entry for entry in held if names.get(entry[1], "").startswith("samples of ")]
-    for place, _, key, blob in pages:
+    return [entry for entry in held if names.get(entry[1], "").startswith("samples of ")]
+
+
+def multiply(directory, connection, page, count):
+    """Put ``count`` more pages after the first, which is as it was."""
+    (tag, first) = next(
+        (tag, key) for _, tag, key, _ in pages(directory, connection) if key[16:] == digest_bytes(b"page 0")
+    )
+    row = torch.frombuffer(bytearray(page), dtype=torch.uint8)[None]
+    codec = Codec(RowSpec.of([row]), 1)
+    connection.execute("BEGIN")
+    for number in range(1, count + 1):
+        key = first[:16] + digest_bytes(b"page %d" % number)
+        columns = "(key, raw, store_time, tag, size, mode, value) VALUES (?, 1, 1.0, ?, 0, 1, ?)"
+        blob = codec.encode([key], [row])[0]
+        connection.execute(f"INSERT OR REPLACE INTO Cache {columns}", (key, tag, blob))
+    connection.execute("COMMIT")
+
+
+def forge(directory, connection, change):
+    """Put ``change(page)`` in place of every page of samples; how many there are."""
+    held = pages(directory, connection)
+    for place, _, key, blob in held:
         page = Codec(read_header(io.BytesIO(blob)).spec).decode([key], [blob])[1][0]
         row = torch.frombuffer(bytearray(change(page.numpy().tobytes())), dtype=torch.uint8)[None]
         forged = Codec(RowSpec.of([row]), 1).encode([key], [row])[0]
         connection.execute("UPDATE Cache SET value = ? WHERE rowid = ?", (forged, place))
-    return len(pages)
+    return len(held)
 
 
 def change(page, chance):

@@ -9,6 +9,8 @@ import loaded
 import pytest
 
 from torchcache.cli.main import main
+from torchcache.loading import pages
+from torchcache.store.blob import Codec
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,14 @@ def cache(source, tmp_path):
     return shutil.copytree(source, tmp_path / "cache")
 
 
-def forge(cache, change):
+@contextlib.contextmanager
+def connected(cache):
     with contextlib.closing(sqlite3.connect(cache / "rows-1" / "cache.db", isolation_level=None)) as connection:
+        yield connection
+
+
+def forge(cache, change):
+    with connected(cache) as connection:
         assert loaded.forge(cache, connection, change)
 
 
@@ -45,3 +53,21 @@ def test_forged_pages_of_samples_are_ignored(cache, name):
 def test_samples_that_are_not_so_are_not_served(cache, seed):
     forge(cache, lambda page: loaded.change(page, random.Random(seed)))
     loaded.epochs(cache)
+
+
+class Counted(Codec):
+    decoded = 0
+
+    def decode(self, keys, blobs):
+        Counted.decoded += 1
+        return super().decode(keys, blobs)
+
+
+@pytest.mark.parametrize("name", ["lists of lists", "a text of a megabyte"])
+def test_pages_without_end_are_not_read_to_the_end(cache, monkeypatch, name):
+    with connected(cache) as connection:
+        loaded.multiply(cache, connection, loaded.FORGED[name], 300)
+    monkeypatch.setattr(Counted, "decoded", 0)
+    monkeypatch.setattr(pages, "Codec", Counted)
+    loaded.epochs(cache)
+    assert 1 < Counted.decoded < 100

@@ -14,6 +14,7 @@ import functools
 import io
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ LONGEST = 1024 * 1024
 # Pages that are asked for at once.
 TOGETHER = 64
 _DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
+# What reading pages may take, in processor time and in bytes once they are decoded: so much, and so much more for each
+# byte that is there. Ours take less than half.
+SECONDS, SECONDS_PER_BYTE = 0.5, 0.5e-6
+DECODED, DECODED_PER_BYTE = 8_000_000, 20
 
 
 class Pages:
@@ -64,6 +69,7 @@ class Pages:
         if not self._beneath or not self._beneath.knows(self._region):
             return
         self._beneath.tell(self._region)
+        allowance = _Allowance()
         while True:
             keys = [self._key(self._next + number) for number in range(TOGETHER)]
             found: dict[bytes, Any] = {}
@@ -74,7 +80,10 @@ class Pages:
                     return
                 self._next += 1
                 try:
-                    yield from _decoded(key, found[key])
+                    yield from _decoded(key, found[key], allowance)
+                except _SpentError:
+                    logger.info("%s take too long for their size, and the rest of them is not read", self._region.name)
+                    return
                 except Exception:  # whatever lies there
                     logger.debug("a page of remembered samples is damaged", exc_info=True)
 
@@ -93,6 +102,26 @@ class Pages:
 
     def _key(self, number: int) -> bytes:
         return self._identity + digest_bytes(b"page %d" % number)
+
+
+class _SpentError(Exception):
+    """Pages take more than what is there of them allows."""
+
+
+class _Allowance:
+    """What reading the pages of a data set may take on this thread, those who take its samples included."""
+
+    def __init__(self) -> None:
+        self._began = time.thread_time()
+        self._there = self._decoded = 0
+
+    def take(self, there: int, decoded: int) -> None:
+        """Take for one more page; raises ``_SpentError`` where that is too much."""
+        self._there += there
+        self._decoded += decoded
+        late = time.thread_time() - self._began > SECONDS + SECONDS_PER_BYTE * self._there
+        if late or self._decoded > DECODED + DECODED_PER_BYTE * self._there:
+            raise _SpentError
 
 
 def _entries(key: bytes, page: bytes, level: int | None) -> list[tuple[bytes, bytes]]:
@@ -115,11 +144,12 @@ def _encoded(samples: Sequence[tuple[Any, Sample]]) -> Iterator[bytes]:
         yield from itertools.chain(_encoded(samples[:half]), _encoded(samples[half:]))
 
 
-def _decoded(key: bytes, blob: Any) -> Iterator[tuple[Any, Sample]]:
+def _decoded(key: bytes, blob: Any, allowance: _Allowance) -> Iterator[tuple[Any, Sample]]:
     held = blob if isinstance(blob, bytes) else blob.read(LONGEST)
     spec = read_header(io.BytesIO(held)).spec
     if len(spec.leaves) != 1 or spec.leaves[0][0] != torch.uint8 or spec.size > LONGEST:
         raise ValueError("no page")
+    allowance.take(len(held), spec.size)
     sound, rows = Codec(spec).decode([key], [held])
     if not sound:
         raise ValueError("damaged")
