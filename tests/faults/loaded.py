@@ -130,7 +130,7 @@ def change(page, chance):
     """A page with samples that are not so, or of other types."""
     held = json.loads(page)
     for sample in chance.sample(held["samples"], chance.choice([1, 5, len(held["samples"])])):
-        part = chance.choice([1, 2, 3])
+        part = chance.choice([0, 1, 2, 3])
         value = chance.choice([None, -1, 2**70, 0.5, "", "ff" * 16, [], [[]], {}, [1, 2], [["t", "int64", [], "AAAA"]]])
         sample[part] = chance.choice([value, chance.choice(held["samples"])[part]])
     return json.dumps(held).encode()
