@@ -11,6 +11,7 @@ import decimal
 import enum
 import functools
 import itertools
+import marshal
 import operator
 import os
 import pathlib
@@ -169,8 +170,9 @@ def _mapping(value: Any) -> Node:
     if collections.OrderedDict in type(value).__mro__:
         items = [(key, dict.__getitem__(value, key)) for key in collections.OrderedDict.__iter__(value)]
     node.texts = _texts(dict.values(value))
-    if ATOMS.issuperset(map(type, dict.keys(value))) and ATOMS.issuperset(map(type, dict.values(value))):
-        node.head += (_digest(itertools.chain.from_iterable(items)),)
+    digest = _digest_of_plain([*itertools.chain.from_iterable(items)])
+    if digest:
+        node.head += (digest,)
         items, node.numbered = [], False
     for key, item in items:
         node.parts += [("", key), (f"[{key!r}]" if type(key) in ATOMS else "[...]", item)]
@@ -182,11 +184,27 @@ def _mapping(value: Any) -> Node:
 
 def _texts(items: Iterable[Any]) -> frozenset[str]:
     """Those that may be names; a long list is one of words."""
-    return frozenset(item for item in itertools.islice(items, MOST_TEXTS) if type(item) is str and item.isidentifier())
+    first = list(itertools.islice(items, MOST_TEXTS))
+    first += itertools.chain.from_iterable(item for item in first if type(item) is tuple)
+    return frozenset(item for item in first if type(item) is str and item.isidentifier())
 
 
-def _digest(atoms: Iterable[Any]) -> bytes:
-    return xxhash.xxh3_128_digest(b"".join(map(constant_bytes, atoms)))
+def _digest_of_plain(items: list[Any]) -> bytes:
+    """16 bytes over atoms, and tuples of such at any depth, as lists of files and labels are; empty for others.
+
+    It goes through millions in C. Version 2 of the format writes equal values alike, whoever else holds them.
+    """
+    left, kinds = items, set(map(type, items))
+    while tuple in kinds:
+        kinds.discard(tuple)
+        left = [*itertools.chain.from_iterable(item for item in left if type(item) is tuple)]
+        kinds.update(map(type, left))
+    if not ATOMS.issuperset(kinds):
+        return b""
+    try:
+        return xxhash.xxh3_128_digest(marshal.dumps(items, 2))
+    except ValueError:  # NotImplemented, or too deep
+        return b""
 
 
 def _proxy(value: Any) -> Node:
@@ -208,8 +226,9 @@ def _sequence(value: Any) -> Node:
     node.texts = _texts(items)
     if base is collections.deque:
         node.head += (str(value.maxlen),)
-    if ATOMS.issuperset(map(type, items)):
-        node.head += (_digest(items),)
+    digest = _digest_of_plain(items)
+    if digest:
+        node.head += (digest,)
         items, node.numbered = [], False
     node.parts = [(f"[{index}]", item) for index, item in enumerate(items)]
     if type(value) is tuple:

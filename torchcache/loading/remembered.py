@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchcache.digest.cpu import digest_bytes
-from torchcache.errors import Bypass
-from torchcache.identity.program import Program
-from torchcache.identity.state import State
 from torchcache.lazy.rows import Foresee, Row
 from torchcache.lazy.use import register, stack_rows
+from torchcache.loading.by_index import ByIndex
 from torchcache.loading.fetch import Arrived, ChangedError, Fetcher, Learnt, Task, load_rows
 from torchcache.loading.pages import SAMPLES, Pages
 from torchcache.loading.reader import Reader, Surroundings
-from torchcache.loading.samples import Sample, alike, describe, differ, name_of, places
+from torchcache.loading.samples import Sample, alike, differ, name_of, places
+from torchcache.loading.subject import Subject
 from torchcache.loading.uses import Uses
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
@@ -32,8 +30,6 @@ RESTLESS = 3
 ENOUGH = 8
 # The share of the time that loading samples again may take.
 MOST_TIME = 0.02
-# Apart from the generators that training draws from.
-_random = random.Random()
 _numbers = itertools.count()
 
 
@@ -77,19 +73,13 @@ class Remembered:
         self.reason = ""
         self.forgotten = 0
         self.fetcher, self.reader, self._share = fetcher, reader, share
-        self._name, self._options = name, options
-        self._program: Program | None = None
-        self._state = State()
+        self._subject, self._options = Subject(fetcher.dataset, name), options
         self._pages: Pages | None = None
-        self._identity = self._who = b""
+        self._identity = b""
         self._new: list[tuple[Any, Sample]] = []
-        # Structures by their texts, which is what pages have of them.
-        self._described: dict[str, Any] = {}
-        self._by_number: list[Sample | None] = []
-        self._by_name: dict[Any, tuple[Any, Sample]] = {}
-        self._structures: dict[Any, Any] = {}
+        self._samples = ByIndex()
         self.uses = Uses()
-        self._count = self._given = self._since = self._agreed = 0
+        self._given = self._since = self._agreed = 0
         self._alone = False
         self._renewed = self._restless = 0
         self._seconds, self._timed = 0.0, 0
@@ -112,12 +102,12 @@ class Remembered:
     @property
     def at_once(self) -> bool:
         """Whether the data set loads a batch at once."""
-        return hasattr(self.fetcher.dataset, "__getitems__")
+        return self._subject.at_once
 
     @property
     def leaves_out(self) -> bool:
         """Whether a batch can be expected that needs no worker."""
-        return self.collated and not self.reason and bool(self._count) and self._believed()
+        return self.collated and not self.reason and bool(len(self._samples)) and self._believed()
 
     @property
     def name(self) -> str:
@@ -125,38 +115,20 @@ class Remembered:
         return type(self.fetcher.dataset).__name__
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._samples)
 
     def _identify(self) -> None:
         """See which data set it is, and what earlier processes kept of it."""
-        self._who = self._read_program() if self._name is None else self._name.encode()
+        if self._subject.problem:
+            self.refuse(f"{self._subject.problem}: name the data set and all that it does with dataset_id=...")
         if self._options is None or self.reason:
             return
         kind = type(self.fetcher.dataset)
-        who = self._who + f" {kind.__module__}.{kind.__qualname__} {self.digest} {self.collated}".encode()
+        who = self._subject.who + f" {kind.__module__}.{kind.__qualname__} {self.digest} {self.collated}".encode()
         self._identity = digest_bytes(who)
         self._pages = Pages(self._identity, f"samples of {self.name}", self._options)
         for index, sample in self._pages.read():
-            self._keep(index, sample)
-
-    def _read_program(self) -> bytes:
-        dataset = self.fetcher.dataset
-        self._program = Program(dataset.__getitems__ if self.at_once else dataset.__getitem__, "the data set")
-        problem = self._program.problem
-        if not problem:
-            try:
-                return self._program.digest + self._state.update(self._program.tensors)
-            except Bypass as bypass:
-                problem = bypass.reason
-        self.refuse(f"{problem}: name the data set and all that it does with dataset_id=...")
-        return b""
-
-    def _program_holds(self) -> bool:
-        program = self._program
-        try:
-            return program is None or (program.unchanged() and self._state.unchanged(program.tensors))
-        except Bypass:
-            return False
+            self._samples.keep(index, sample)
 
     def refuse(self, reason: str, wrong: bool = False) -> None:
         """Load every sample in every epoch from here on. ``wrong`` says that what is remembered may be wrong."""
@@ -168,7 +140,7 @@ class Remembered:
 
     def leaves(self) -> list[tuple[str, str, str]]:
         """Where each leaf stands in a sample, what it is, and whether it is loaded in later epochs, with the reason."""
-        structure = next(iter(self._structures), None)
+        structure = self._samples.structure
         told = []
         for place, kind, leaf in [] if structure is None else places(structure):
             if self.reason:
@@ -185,26 +157,23 @@ class Remembered:
         self.uses.ahead = False
         if self.reader.apart:  # workers begin under what the pass begins under; without them each batch has its own
             self._take_surroundings()
-        if self._count and not self.reason and self.look():
+        if len(self._samples) and not self.reason and self.look():
             self._renewed = 0
             self._check()
 
     def look(self) -> bool:
         """Whether what the data set's code reads is what it was; what is remembered is dropped otherwise."""
-        program = self._program
-        if self.reason or program is None or self._program_holds():
+        changes = "" if self.reason else self._subject.changes()
+        if not changes:
             return not self.reason
-        names = ", ".join(name for name in program.changes()[:3] if name) or "its tensors"
-        if self._read_program() == self._who:
-            return True
         self._forget()
         self._renewed += 1
         if self._renewed >= RESTLESS:
             self.refuse(
-                f"what its code reads changed {RESTLESS} times ({names}): name the data set and all that it does with "
-                "dataset_id=... if its samples do not depend on that"
+                f"what its code reads changed {RESTLESS} times ({changes}): name the data set and all that it does "
+                "with dataset_id=... if its samples do not depend on that"
             )
-        elif not self.reason:
+        else:
             self._identify()
         return False
 
@@ -213,21 +182,6 @@ class Remembered:
         self.reader.surroundings = now
         if before[:3] != now[:3]:
             self._forget()
-
-    def get(self, index: Any) -> Sample | None:
-        """What is remembered of a sample."""
-        if type(index) is int and 0 <= index < len(self._by_number):
-            found = self._by_number[index]
-        else:
-            _, found = self._by_name.get(name_of(index), (None, None))
-        if found is None or isinstance(found.structure, tuple):
-            return found
-        known = self._described.get(found.structure)
-        if known is None:
-            return None
-        found = found._replace(structure=known)
-        self._keep(index, found)
-        return found
 
     def make(self, task: Task) -> Arrived:
         """The batch of ``task``, made in this process."""
@@ -259,8 +213,8 @@ class Remembered:
         self._seconds += learnt.seconds
         self._timed += len(learnt.samples)
         for index, sample in learnt.samples:
-            sample = sample._replace(structure=self._known_structure(sample.structure))
-            old = self.get(index)
+            sample = self._samples.with_known_structure(sample)
+            old = self._samples.get(index)
             if old is not None and differ(old, sample):
                 self._changed(index)
                 old = None
@@ -268,7 +222,7 @@ class Remembered:
             if self.reason:
                 return
             if old is None:
-                self._keep(index, sample)
+                self._samples.keep(index, sample)
                 if self._pages is not None:
                     self._new.append((index, sample))
         if len(self._new) >= SAMPLES:
@@ -277,7 +231,7 @@ class Remembered:
             self._give_up("loading one takes no longer than to leave it out")
         elif learnt.samples and not any(sample.digests for _, sample in learnt.samples):
             self._give_up("there are no large tensors in it")
-        elif len(self._by_name) > 1000 and len(self._by_name) > 2 * self._size():
+        elif self._samples.named > 1000 and self._samples.named > 2 * self._size():
             self.refuse("its sampler gives other indices in every epoch")
 
     def _give_up(self, reason: str) -> None:
@@ -297,14 +251,6 @@ class Remembered:
             self._pages.write(self._new)
             self._new = []
 
-    def _known_structure(self, structure: Any) -> Any:
-        """One object for equal structures."""
-        known = self._structures.get(structure)
-        if known is None:
-            known = self._structures[structure] = structure
-            self._described[describe(structure)] = structure
-        return known
-
     def known(self, indices: Sequence[Any]) -> tuple[list[Sample | None], bool]:
         """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether any is remembered."""
         if not self.reason and any(name_of(index) is None for index in indices):
@@ -316,12 +262,12 @@ class Remembered:
             return nothing, False
         if not self.reader.apart:  # its code runs here, now
             self._take_surroundings()
-            if self.uses.batches and not self.look():
+            if self.uses.batches and not self._subject.seems_to_hold() and not self.look():
                 return nothing, False
         self._since += len(indices)
-        if self._since > max(self._count, ENOUGH):  # a pass that has no end is checked too
+        if self._since > max(len(self._samples), ENOUGH):  # a pass that has no end is checked too
             self._check()
-        found = [self.get(index) for index in indices]
+        found = [self._samples.get(index) for index in indices]
         remembered = [one for one in found if one is not None]
         if not (remembered and self._believed()):
             return nothing, False
@@ -374,11 +320,11 @@ class Remembered:
 
     def _believed(self) -> bool:
         """Whether enough samples were the same when they were loaded again, in passes like those before."""
-        if self._agreed < min(ENOUGH, self._count):
+        if self._agreed < min(ENOUGH, len(self._samples)):
             return False
         if self.at_once and not self._alone:  # it is asked for single ones when they are loaded late
             self._alone = True
-            indices = self._some(ENOUGH)
+            indices = self._samples.some(ENOUGH)
             if any(fresh is None or self._differs(index, fresh) for index, fresh in self._read_again(indices)):
                 self.refuse(
                     "its __getitems__ gives a sample alone otherwise than in a batch, or not at all", wrong=True
@@ -390,16 +336,20 @@ class Remembered:
         """Load some samples again, and compare."""
         self._since = 0
         believed = self._believed()
-        if not (self._count and (believed or self.reader.apart)):
+        if not (len(self._samples) and (believed or self.reader.apart)):
             return
-        wanted = min(self._count, max(ENOUGH, int(self._share * self._count))) if self._share or not believed else 0
+        wanted = (
+            min(len(self._samples), max(ENOUGH, int(self._share * len(self._samples))))
+            if self._share or not believed
+            else 0
+        )
         if self._checks and believed:
             since, cost = time.perf_counter() - self._checked_at, self._spent / self._checks
             wanted = min(wanted, int(MOST_TIME * since / cost))
         if wanted <= 0:
             return
         start = time.perf_counter()
-        for index, fresh in self._read_again(self._some(wanted)):
+        for index, fresh in self._read_again(self._samples.some(wanted)):
             if fresh is None or self._differs(index, fresh):
                 self._changed(index)
                 break
@@ -411,15 +361,9 @@ class Remembered:
         self._checks += wanted
         self.loaded += wanted
 
-    def _some(self, count: int) -> list[Any]:
-        """Indices of remembered samples, by chance."""
-        known = [index for index, sample in enumerate(self._by_number) if sample is not None]
-        known += [index for index, _ in self._by_name.values()]
-        return _random.sample(known, min(count, len(known)))
-
     def _differs(self, index: Any, fresh: Sample) -> bool:
-        self._known_structure(fresh.structure)
-        old = self.get(index)
+        fresh = self._samples.with_known_structure(fresh)
+        old = self._samples.get(index)
         return old is None or differ(old, fresh)
 
     def _read_again(self, indices: Sequence[Any]) -> list[tuple[Any, Sample | None]]:
@@ -445,19 +389,8 @@ class Remembered:
         if self._restless >= RESTLESS:
             self.refuse(f"samples differed from what they were {RESTLESS} times")
 
-    def _keep(self, index: Any, sample: Sample) -> None:
-        if type(index) is not int or index < 0 or index > 2 * len(self._by_number) + 1_000_000:
-            name = name_of(index)
-            self._count += name not in self._by_name
-            self._by_name[name] = index, sample
-            return
-        if index >= len(self._by_number):
-            self._by_number.extend([None] * (index + 1 - len(self._by_number)))
-        self._count += self._by_number[index] is None
-        self._by_number[index] = sample
-
     def _forget(self, wrong: bool = True) -> None:
-        self._by_number, self._by_name, self._new = [], {}, []
-        self._count = self._agreed = 0
+        self._samples.clear()
+        self._new, self._agreed = [], 0
         self._alone = False
         self.forgotten += wrong

@@ -1,0 +1,87 @@
+"""Which data set it is: what its code reads, or the user's name for it, and whether that is still so."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torchcache.errors import Bypass
+from torchcache.identity.program import Program
+from torchcache.identity.state import State
+
+__all__ = ["Subject"]
+
+# A comparison that takes more seconds than this, as one of a list of a million files does, is made within this share of
+# the time. Others are made whenever somebody asks.
+LONG = 0.005
+MOST_TIME = 0.02
+
+
+class Subject:
+    """A data set by its code, attributes and tensors.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The user's.
+    name : str or None
+        The user's name for it, which stands for all that its code reads.
+
+    Attributes
+    ----------
+    who : bytes
+        Differs for data sets that differ; empty where there is a problem.
+    problem : str
+        Why it has no identity; empty where it has one.
+    at_once : bool
+        Whether it loads a batch at once.
+    """
+
+    def __init__(self, dataset: Any, name: str | None) -> None:
+        self._dataset, self._name = dataset, name
+        self.at_once = hasattr(dataset, "__getitems__")
+        self._program: Program | None = None
+        self._state = State()
+        self._took = self._looked_at = 0.0
+        self.who, self.problem = self._read()
+
+    def _read(self) -> tuple[bytes, str]:
+        if self._name is not None:
+            return self._name.encode(), ""
+        program = Program(self._dataset.__getitems__ if self.at_once else self._dataset.__getitem__, "the data set")
+        self._program = program
+        try:
+            return (
+                (b"", program.problem)
+                if program.problem
+                else (program.digest + self._state.update(program.tensors), "")
+            )
+        except Bypass as bypass:
+            return b"", bypass.reason
+
+    def changes(self) -> str:
+        """What makes it another data set than before, for people; empty where it is the same."""
+        if self.holds():
+            return ""
+        assert self._program is not None
+        names, before = self._program.changes(), self.who
+        self.who, self.problem = self._read()
+        return "" if self.who == before else ", ".join([name for name in names if name][:3]) or "its tensors"
+
+    def holds(self) -> bool:
+        """Whether nothing that its code reads moved."""
+        program = self._program
+        try:
+            return program is None or (program.unchanged() and self._state.unchanged(program.tensors))
+        except Bypass:
+            return False
+
+    def seems_to_hold(self) -> bool:
+        """The same, at a cost that every batch can bear."""
+        start = time.perf_counter()
+        if self._took > LONG and self._took > MOST_TIME * (start - self._looked_at):
+            return True
+        holds = self.holds()
+        self._looked_at = time.perf_counter()
+        self._took = self._looked_at - start
+        return holds
