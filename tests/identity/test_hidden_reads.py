@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from copy import deepcopy as clone
 from dataclasses import asdict as to_dict
 from operator import attrgetter as get_path
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -338,3 +340,69 @@ def test_globals_count_however_they_are_found():
 def test_a_kernel_from_before_the_import_is_computed_with_a_reason():
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Told(nn.Module):
+    """Adds a number that depends on all that its table holds."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x):
+        return x + zlib.crc32(repr(self.table).encode()) % 9973
+
+
+TABLES = [
+    ([("a", 1), ("b", 2)], [("a", 1), ("b", 3)]),
+    ([("a", 1)], [("a", True)]),
+    ([("a", 0.0)], [("a", -0.0)]),
+    ([("a", b"b")], [("a", "b")]),
+    ([((1, 2), 3)], [(1, (2, 3))]),
+    ([((1, 2), 3)], [((1, 2, 3),)]),
+    ([(1, 2), (3,)], [(1,), (2, 3)]),
+    ([("a", "b")], [("ab", "")]),
+    ([(None,)], [(...,)]),
+    ([(1 << 70,)], [(1 << 71,)]),
+    ({"a": ("b", 1)}, {"a": ("b", 2)}),
+    ({"a": (1,), "b": (2,)}, {"b": (2,), "a": (1,)}),
+    ({("a", 1): 2}, {("a", 2): 2}),
+    ([("\ud800", 1)], [("\udfff", 1)]),
+    ((("a", 1), ("b", 2)), (("a", 1), ("b", 3))),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), TABLES)
+def test_tables_of_files_and_labels_count_in_every_bit(one, other):
+    module, x = torchcache.mark(Told(one)), torch.arange(8.0)[:, None]
+    for table in (one, other, one):
+        module.table = table
+        assert torch.equal(module(x), Told(table)(x))
+    again = torchcache.mark(Told([*other] if isinstance(other, list) else other))
+    assert torch.equal(again(x), Told(other)(x))
+
+
+def test_a_table_that_is_written_in_place_counts_at_once():
+    table = [(f"file {index}", index) for index in range(5000)]
+    module, x = torchcache.mark(Told(table)), torch.arange(8.0)[:, None]
+    for index in (None, 0, 4321, 4999):
+        if index is not None:
+            table[index] = ("another", index)
+        assert torch.equal(module(x), Told(table)(x))
+
+
+def test_an_object_that_makes_up_what_is_read_of_it_is_computed():
+    class Logs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log = mock.MagicMock()
+
+        def forward(self, x):
+            self.log.info("called")
+            return x * 2
+
+    module, x = torchcache.mark(Logs()), torch.arange(8.0)[:, None]
+    for calls in range(1, 4):
+        assert torch.equal(module(x), x * 2)
+        assert module.log.info.call_count == calls
+    assert torchcache.stats(module).bypasses == 24

@@ -94,19 +94,18 @@ _READERS = frozenset(
     }
 )  # fmt: skip
 _READERS_OF_SCOPES = frozenset({globals, eval, exec, sys._getframe, inspect.currentframe})
+# Of these classes they are: others are not asked for their hash, which may be code of the user's own.
+_CLASSES_OF_READERS = frozenset(map(type, _READERS | _READERS_OF_SCOPES))
 
 
 def is_reader(value: Any) -> bool:
     """Whether a function reads what it is given by names that only the running code knows."""
-    try:
-        return value in _READERS or value in _READERS_OF_SCOPES
-    except Exception:  # cannot be hashed or compared
-        return False
+    return type(value) in _CLASSES_OF_READERS and (value in _READERS or value in _READERS_OF_SCOPES)
 
 
 def is_reader_of_scopes(value: Any) -> bool:
     """Whether a reader may read the globals of whoever calls it."""
-    return value in _READERS_OF_SCOPES
+    return type(value) in _CLASSES_OF_READERS and value in _READERS_OF_SCOPES
 
 
 def holds_readers(module: types.ModuleType) -> bool:
