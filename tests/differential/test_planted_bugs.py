@@ -28,15 +28,15 @@ def test_the_soak_tool_says_how_to_see_a_wrong_answer_again(monkeypatch, capsys)
     spec.loader.exec_module(tool)
     monkeypatch.setattr(tool.programs, "DOORS", ("eager",))
     counts = collections.Counter()
-    assert tool.soak(0, 1, ["programs"], counts) == 0
+    assert tool.soak(0, 1, ["programs"], counts, None) == 0
     assert (counts["rounds"], counts["wrong answers"]) == (1, 0)
     bugs.no_audits(monkeypatch)
     bugs.rows_swapped(monkeypatch)
-    assert tool.soak(1, 1, ["programs"], counts) == 1
+    assert tool.soak(1, 1, ["programs"], counts, None) == 1
     assert counts["wrong answers"] == 1
     said = capsys.readouterr().out
     again = re.search(r"--minutes 0 --only programs --seed (\d+)", said)
     shorter = re.search(r"^Program\(.*\)$", said, re.MULTILINE)
-    assert tool.soak(0, int(again[1]), ["programs"], counts) == 1
+    assert tool.soak(0, int(again[1]), ["programs"], counts, None) == 1
     with pytest.raises(WrongAnswerError):
         execute(eval(shorter[0]))
