@@ -24,6 +24,8 @@ from torchcache.cli.main import main
 SMALL, LARGE = 40, 2
 # Beyond an honest directory's. Processor time: the machine may be busy with something else.
 MORE_SECONDS, MORE_BYTES = 2.0, 500_000_000
+# What these are asked to write anew takes as long as the bytes that are there take, honest or not.
+REWRITING, BYTES_PER_SECOND = ("prune --max-size --unused", "verify", "clear --yes"), 100_000_000
 HUNG_SECONDS = 60.0
 # What is longer has been made long on purpose, and is known by its size and times.
 MOST_HASHED = 100_000_000
@@ -158,13 +160,22 @@ def _take_steps(cache, work, limits, tell):
     took = {}
     for name, step in steps(cache, work):
         tell(name)
+        more = MORE_SECONDS + (_database_bytes(cache) / BYTES_PER_SECOND if name.startswith(REWRITING) else 0)
         start = time.process_time()
         step()
         took[name] = time.process_time() - start
-        if limits and took[name] > limits[name] + MORE_SECONDS:
+        if limits and took[name] > limits[name] + more:
             raise BrokenPromiseError(f"{took[name]:.1f} s beside {limits[name]:.1f} s of an honest directory")
     took["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return took
+
+
+def _database_bytes(cache):
+    """Bytes of the database on disk; a hole has none."""
+    try:
+        return 512 * os.lstat(cache / "rows-1" / "cache.db").st_blocks
+    except OSError:
+        return 0
 
 
 def in_a_child(function, seconds=HUNG_SECONDS):

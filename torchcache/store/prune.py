@@ -120,7 +120,6 @@ def _shrink(records: Records, kept: list[str], max_size: int, condition: str, re
         excess = removal.before - removal.bytes - ROW_OVERHEAD * removal.rows - max_size
         _take(records, records.queue(kept, condition), removal, excess, dry_run=True)
         return
-    removal.compacted = records.compact()
     for _ in range(ROUNDS):  # what a row takes in the database is known only once it is gone
         free = records.pragma("freelist_count") * records.pragma("page_size")
         before = removal.rows
