@@ -22,7 +22,7 @@ LAYERS = [
     {"identity", "speed"},
     {"batch"},
     {"checks"},
-    {"looked", "usefulness", "foresight"},
+    {"looked", "usefulness", "foresight", "padding"},
     {"call"},
     {"regions"},
     {"op"},

@@ -1,7 +1,9 @@
-"""The main job on real data: a classifier on a frozen sentence encoder, uncached, cached, and in a second process.
+"""The main job on real data: a classifier on a frozen encoder, uncached, cached, and in a second process.
 
 The encoder is all-MiniLM-L6-v2, the texts are the docstrings of Python's standard library, the labels the packages they
-are from. Each run trains the same head with the same seeds, so that the losses must agree.
+are from. Then the same with a small ViT, whose weights are random, and pictures in files, which
+``torchcache.DataLoader`` does not load again. Each run trains the same head with the same seeds, so that the losses
+must agree.
 """
 
 from __future__ import annotations
@@ -13,27 +15,35 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils import data
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTModel
 
 import torchcache
 
 TOKENS = 64
 LABELS = 60
+CORNERS = (0, 3, 4, 5, 6)  # of the shapes in the pictures; 0 is a circle
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -96,7 +106,55 @@ def model_directory() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def train(run: str, arguments: argparse.Namespace, directory: str | None) -> list[Epoch]:
+class Pictures(data.Dataset):
+    """JPEGs of a folder, decoded and resized, with the shape that is drawn in each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.glob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[index]) as image:
+            pixels = np.array(image.convert("RGB").resize((224, 224)))
+        shape = int(self.paths[index].stem.partition("-")[2])
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255), shape
+
+
+def draw(folder: Path, count: int) -> None:
+    """``count`` pictures of 500 x 375, each with a shape on a cloudy ground."""
+    chance = random.Random(0)
+    for number in range(count):
+        clouds = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(clouds).resize((500, 375), Image.Resampling.BICUBIC)
+        shape, size = number % len(CORNERS), chance.uniform(60, 150)
+        where = (chance.uniform(size, 500 - size), chance.uniform(size, 375 - size))
+        colour = tuple(chance.randrange(256) for _ in range(3))
+        pen = ImageDraw.Draw(image)
+        if CORNERS[shape]:
+            turn = chance.uniform(0, 2 * math.pi)
+            angles = [turn + 2 * math.pi * corner / CORNERS[shape] for corner in range(CORNERS[shape])]
+            pen.polygon([(where[0] + size * math.cos(a), where[1] + size * math.sin(a)) for a in angles], colour)
+        else:
+            pen.ellipse((where[0] - size, where[1] - size, where[0] + size, where[1] + size), colour)
+        image.save(folder / f"{number:06d}-{shape}.jpg", quality=90)
+
+
+class PictureClassifier(nn.Module):
+    """A linear head on the mean of a frozen ViT's patch features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+        self.encoder = ViTModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+        self.head = nn.Sequential(nn.LayerNorm(192), nn.Linear(192, len(CORNERS)))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(pixels).last_hidden_state[:, 1:].mean(1))
+
+
+def train_on_texts(run: str, arguments: argparse.Namespace, directory: Path | None) -> list[Epoch]:
     """Train the head for some epochs; cached in ``directory`` if there is one."""
     texts, numbers, names = docstrings(arguments.samples)
     tokenizer = AutoTokenizer.from_pretrained(model_directory())
@@ -108,25 +166,50 @@ def train(run: str, arguments: argparse.Namespace, directory: str | None) -> lis
     if directory is not None:
         torchcache.mark(encoder, persistent=True, persistent_cache_dir=directory)
         torchcache.transform(model)
-    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
     shuffle = torch.Generator().manual_seed(1)
+
+    def batches() -> Iterable[Any]:
+        for rows in torch.randperm(len(texts), generator=shuffle).split(arguments.batch_size):
+            yield batch["input_ids"][rows], batch["attention_mask"][rows], labels[rows]
+
+    return fit(run, model, batches, arguments, directory)
+
+
+def train_on_pictures(run: str, arguments: argparse.Namespace, directory: Path | None) -> list[Epoch]:
+    """The same with pictures; what is cached is not loaded either."""
+    torch.manual_seed(0)
+    model = PictureClassifier()
+    options: dict[str, Any] = {"persistent": True, "persistent_cache_dir": directory}
+    kind: Callable[..., Any] = data.DataLoader
+    if directory is not None:
+        torchcache.mark(model.encoder, **options)
+        kind = functools.partial(torchcache.DataLoader, **options)
+    shuffle = torch.Generator().manual_seed(1)
+    loader = kind(Pictures(arguments.pictures), batch_size=arguments.batch_size, shuffle=True, generator=shuffle)
+    return fit(run, model, lambda: loader, arguments, directory)
+
+
+def fit(
+    run: str, model: nn.Module, batches: Callable[[], Iterable[Any]], arguments: argparse.Namespace, cached: Path | None
+) -> list[Epoch]:
+    """Train for some epochs, each over ``batches()``."""
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
     epochs: list[Epoch] = []
-    count = arguments.epochs if directory is not None else arguments.uncached_epochs
-    for number in range(1, count + 1):
-        before = counts(model)
-        order = torch.randperm(len(texts), generator=shuffle)
-        total, right, started = 0.0, 0, time.perf_counter()
-        for rows in tqdm(order.split(arguments.batch_size), desc=f"{run}, epoch {number}", leave=False):
-            logits = model(batch["input_ids"][rows], batch["attention_mask"][rows])
-            loss = nn.functional.cross_entropy(logits, labels[rows])
+    for number in range(1, 1 + (arguments.uncached_epochs if cached is None else arguments.epochs)):
+        before, started = counts(model), time.perf_counter()
+        total, right, rows = 0.0, 0, 0
+        for *inputs, labels in tqdm(batches(), desc=f"{run}, epoch {number}", leave=False):
+            logits = model(*inputs)
+            loss = nn.functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(rows)
-            right += int((logits.argmax(1) == labels[rows]).sum())
+            total += loss.item() * len(labels)
+            right += int((logits.argmax(1) == labels).sum())
+            rows += len(labels)
         seconds = time.perf_counter() - started
         hits, misses = (now - then for now, then in zip(counts(model), before, strict=True))
-        epochs.append(Epoch(run, number, seconds, hits, misses, total / len(texts), right / len(texts)))
+        epochs.append(Epoch(run, number, seconds, hits, misses, total / rows, right / rows))
     torchcache.flush()
     if arguments.plot is not None:
         torchcache.plot(model, arguments.plot)
@@ -139,22 +222,29 @@ def counts(model: nn.Module) -> tuple[int, int]:
     return stats.hits, stats.misses
 
 
-def second_process(arguments: argparse.Namespace, directory: str) -> list[Epoch]:
+JOBS = {"texts": train_on_texts, "pictures": train_on_pictures}
+TITLES = {
+    "texts": "a head on a frozen all-MiniLM-L6-v2",
+    "pictures": "a head on a frozen ViT, from JPEG files, with torchcache.DataLoader where it is cached",
+}
+
+
+def second_process(job: str, arguments: argparse.Namespace, directory: Path) -> list[Epoch]:
     """The cached run once more, in a process of its own."""
-    command = [sys.executable, __file__, "--worker", directory]
-    for name in ("samples", "epochs", "batch_size", "uncached_epochs"):
+    command = [sys.executable, __file__, "--worker", job, str(directory)]
+    for name in ("samples", "epochs", "batch_size", "uncached_epochs", "pictures"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    if arguments.plot is not None:
+    if arguments.plot is not None and job == "texts":
         command += ["--plot", str(arguments.plot)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [Epoch(**record) for record in json.loads(done.stdout.splitlines()[-1])]
 
 
-def show(epochs: list[Epoch]) -> None:
+def show(title: str, epochs: list[Epoch]) -> None:
     """One table of all epochs."""
     uncached = [epoch.seconds for epoch in epochs if epoch.misses == epoch.hits == 0]
     mean = sum(uncached) / len(uncached)
-    table = Table(title="a head on a frozen all-MiniLM-L6-v2")
+    table = Table(title=title)
     for name in ("run", "epoch", "seconds", "hits", "loss", "accuracy", "speed-up"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for epoch in epochs:
@@ -188,27 +278,37 @@ def check(epochs: list[Epoch]) -> list[str]:
 
 
 def main() -> None:
-    """Run all three and compare."""
+    """Run both jobs, each three times, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=5600, help="docstrings to train on")
+    parser.add_argument("--count", type=int, default=1024, help="pictures to train on")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of the cached runs")
     parser.add_argument("--uncached-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--plot", type=Path, help="a picture of the second process (needs matplotlib)")
-    parser.add_argument("--quick", action="store_true", help="a few hundred docstrings")
-    parser.add_argument("--worker", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="a few hundred docstrings and pictures")
+    parser.add_argument("--worker", nargs=2, metavar=("JOB", "DIRECTORY"), help=argparse.SUPPRESS)
+    parser.add_argument("--pictures", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.samples = 192
+        arguments.samples = arguments.count = 192
     if arguments.worker:
-        print(json.dumps([dataclasses.asdict(epoch) for epoch in train("second process", arguments, arguments.worker)]))
+        job, directory = arguments.worker
+        epochs = JOBS[job]("second process", arguments, Path(directory))
+        print(json.dumps([dataclasses.asdict(epoch) for epoch in epochs]))
         return
     first = argparse.Namespace(**{**vars(arguments), "plot": None})
-    with tempfile.TemporaryDirectory() as directory:
-        epochs = train("uncached", first, None) + train("cached", first, directory)
-        epochs += second_process(arguments, directory)
-    show(epochs)
-    wrong = check(epochs)
+    wrong = []
+    with tempfile.TemporaryDirectory() as name:
+        first.pictures = arguments.pictures = Path(name, "pictures")
+        first.pictures.mkdir()
+        draw(first.pictures, first.count)
+        for job, train in JOBS.items():
+            directory = Path(name, job)
+            epochs = train("uncached", first, None) + train("cached", first, directory)
+            epochs += second_process(job, arguments, directory)
+            show(TITLES[job], epochs)
+            wrong += check(epochs)
     if wrong:
         sys.exit("\n".join(wrong))
 

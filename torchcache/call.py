@@ -42,7 +42,9 @@ from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import tell, unloaded_rows
 from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
+from torchcache.modes import trained
 from torchcache.options import CacheOptions
+from torchcache.padding import Padding
 from torchcache.store.blob import RowSpec
 from torchcache.store.select import select_rows
 from torchcache.store.slab import ABSENT
@@ -106,10 +108,11 @@ class Region:
         self.writes = self.inlined = self.apart = False
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
+        self._padding = Padding(subject, options) if options.padding is not None else None
 
     @property
     def name(self) -> str:
-        """Module path and class, for people."""
+        """Module path and class."""
         return self.subject.name
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,13 +124,27 @@ class Region:
             For what can never be cached, at a call before any was served.
         """
         given = Given(self.subject, args, kwargs, number_of_call(self))
+        return self._ordinary(given) if self._padding is None else self._answered(given, self._without_padding)
+
+    def _ordinary(self, given: Given) -> Any:
+        """A call in which all of a row counts."""
         explainer = current_explainer()
         if explainer is not None:
             return explainer(self, given)
         if self.counters.calls >= self._usefulness.next_look:
             self._usefulness.look(self.name)
+        return self._answered(given, self._cached)
+
+    def _without_padding(self, given: Given) -> Any:
+        """A call of which only the real positions of its rows count."""
+        assert self._padding is not None
+        self._check()
+        return self._padding(given, self._ordinary)
+
+    def _answered(self, given: Given, answer: Callable[[Given], Any]) -> Any:
+        """What ``answer`` returns for a call; computed as a whole where it cannot tell."""
         try:
-            return self._cached(given)
+            return answer(given)
         except Trains as bypass:
             return self.partly(given, bypass) if self.partly is not None else self.compute(given, bypass)
         except Restless as bypass:
@@ -179,23 +196,18 @@ class Region:
             raise
 
     def examine(self, given: Given) -> tuple[Batch, Plan]:
-        """The call taken apart, and what is known of calls like it; nothing is looked up.
-
-        Raises
-        ------
-        Bypass
-            When it is to be computed.
-        RowwiseError
-            When its rows depend on each other or on chance.
-        """
+        """The call taken apart, and what is known of calls like it; nothing is looked up. Raises as a call does."""
         batch = self._take(given)
         return batch, self._learning.plan(batch, self.tiers.knows)
 
-    def _take(self, given: Given) -> Batch:
-        """The call taken apart, and who computes it."""
+    def _check(self) -> None:
         if bypassed():
             raise Bypass(ASKED, quiet=True)
         self._rest.check()
+
+    def _take(self, given: Given) -> Batch:
+        """The call taken apart, and who computes it."""
+        self._check()
         taken = take_arguments(given.args, given.kwargs, self.subject.names)
         tensors = taken.tensors
         if not tensors:
@@ -206,7 +218,8 @@ class Region:
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         seen = self.subject.identity.look()
         if torch.is_grad_enabled() and any(map(_requires_grad, seen.tensors)):
-            raise Trains(*self._trainable(seen.tensors))
+            advice = "freeze it with torchcache.mark(module, freeze=True)"
+            raise Trains(f"it trains {trained(self.subject.module)}", advice)
         who = self.subject.identity.current(seen)
         if self.subject.identity.asks_for_inference and torch.is_inference_mode_enabled():
             raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
@@ -215,13 +228,6 @@ class Region:
             self.tiers.memory.drop_state(gone)
         gradients = given.gradients if who in self._learning.modal else None
         return Batch(given, taken, who, NumericMode.current(tensors[0].device.type, gradients))
-
-    def _trainable(self, held: Tensors) -> tuple[str, str]:
-        """Why a call that trains is computed."""
-        module = self.subject.module
-        names = [name for name, held in module.named_parameters() if held.requires_grad] if module is not None else []
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return f"it trains {shown or 'a tensor that it reads'}", "freeze it with torchcache.mark(module, freeze=True)"
 
     def _hash(self, batch: Batch, plan: Plan) -> tuple[bytes, list[bytes], Found | None]:
         """What the rows are filed under, their digests, and what was found for them ahead."""
@@ -295,15 +301,10 @@ class Region:
         return outputs
 
     def _count(self, looked: Looked) -> None:
-        disk, others, computed = len(looked.from_disk), len(looked.from_others), len(looked.missing)
         rows = len(looked.digests)
         if rows != self._usefulness.rows:
             self._usefulness.note_rows(rows)
-        self.counters.calls += 1
-        self.counters.misses += computed
-        self.counters.disk_hits += disk
-        self.counters.remote_hits += others
-        self.counters.memory_hits += rows - computed - disk - others
+        self.counters.count(rows, len(looked.missing), len(looked.from_disk), len(looked.from_others))
         self.history.note(self.counters, self.tiers.memory.used, self.tiers.beneath.disk_bytes)
 
     def _compute(self, batch: Batch, plan: Plan, key: bytes, missing: dict[bytes, int]) -> Tensors:

@@ -27,6 +27,7 @@ __all__ = [
     "normal_tensors",
     "number_of_call",
     "sample_keys",
+    "some_ids",
     "watching_lookups",
 ]
 
@@ -158,6 +159,12 @@ def current_ids(rows: int, name: str) -> list[bytes] | None:
     if len(given.ids) != rows:
         raise SampleKeyError(f"sample_keys got {len(given.ids)} ids, but {name} is called with a batch of {rows} rows")
     return given.ids
+
+
+def some_ids(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Within this block the ids, if any were given, are those of some rows of the batch."""
+    given = _ids.get()
+    return contextlib.nullcontext() if given is None else _Ids([given.ids[row] for row in rows])
 
 
 def inside_region() -> bool:

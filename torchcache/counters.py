@@ -40,6 +40,14 @@ class Counters:
     merge_seconds: float = 0.0
     audit_seconds: float = 0.0
 
+    def count(self, rows: int, computed: int, disk: int, others: int) -> None:
+        """Count a batch that was looked up: rows computed, from disk and from others; memory had the rest."""
+        self.calls += 1
+        self.misses += computed
+        self.disk_hits += disk
+        self.remote_hits += others
+        self.memory_hits += rows - computed - disk - others
+
     def count_bypass(self, rows: int) -> None:
         """Count a batch that was computed and not stored."""
         self.calls += 1

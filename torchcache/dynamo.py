@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
@@ -274,9 +274,13 @@ def vary_rows() -> None:
     # Elsewhere torch.compile was told how to trace sizes, or another backend has no use for it.
     if not (config.automatic_dynamic_shapes and config.assume_static_by_default and _takes_rows(output.compiler_fn)):
         return
-    leaves = {id(leaf): leaf for leaf in pytree.tree_leaves(dict(output.root_tx.f_locals)) if _is_fixed(leaf)}
-    if not leaves:
+    given = [leaf for leaf in pytree.tree_leaves(dict(output.root_tx.f_locals)) if _is_fixed(leaf)]
+    if not given:
         return
+    # Of a tensor that Dynamo takes apart, what it consists of is traced with sizes of its own.
+    wrappers = [leaf for leaf in given if is_traceable_wrapper_subclass(leaf)]
+    inner = [getattr(leaf, name) for leaf in wrappers for name in leaf.__tensor_flatten__()[0]]
+    leaves = {id(leaf): leaf for leaf in (*given, *filter(_is_fixed, inner))}
     for leaf in leaves.values():
         had = set(vars(leaf))
         torch._dynamo.maybe_mark_dynamic(leaf, 0)

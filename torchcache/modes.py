@@ -9,7 +9,7 @@ from torch import nn
 
 from torchcache.logging import warn_once
 
-__all__ = ["differs_in_training", "is_frozen", "settle", "train"]
+__all__ = ["differs_in_training", "is_frozen", "settle", "train", "trained"]
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
@@ -17,6 +17,13 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 def is_frozen(module: nn.Module) -> bool:
     """Whether no parameter of ``module`` is trainable."""
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def trained(module: nn.Module | None) -> str:
+    """The parameters of ``module`` that are trainable, for people."""
+    found = [name for name, held in module.named_parameters() if held.requires_grad] if module is not None else []
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more or "a tensor that it reads"
 
 
 def settle(module: nn.Module) -> None:

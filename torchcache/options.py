@@ -121,6 +121,13 @@ class CacheOptions:
         rows that are served first, which all are; 0 compares only the first rows that come from disk or a server.
     batch_dim : int
         The dimension of the arguments along which samples lie: 1 for sequence-first modules.
+    padding : str or None
+        The argument, of shape ``(B, S)``, that tells real positions from padding: an attention mask, or token ids. A
+        row's key and what is stored of it then cover its real positions, however long its batch was; outputs come back
+        with the batch's length, and with zeros where there is padding. Your promise that padding changes nothing at
+        real positions is checked for every length of batches. For wholly frozen marks.
+    padding_value : bool, int, float or None
+        What that argument has where there is padding; ``None`` is 0.
     tiers : sequence of Tier
         Stores of your own beneath memory and disk, the nearest first: see ``torchcache.Tier``.
     remote : str or None
@@ -151,6 +158,8 @@ class CacheOptions:
     digest: str = "xxh3_128"
     audit: float = 0.01
     batch_dim: int = 0
+    padding: str | None = None
+    padding_value: bool | int | float | None = None
     tiers: Sequence[Any] = ()
     remote: str | None = dataclasses.field(default=None, repr=False)
     pure: bool = False
@@ -184,9 +193,18 @@ class CacheOptions:
         number = isinstance(dim, int) and not isinstance(dim, bool)
         _require(number, "batch_dim", "an int", dim)
         _require(dim >= 0, "batch_dim", "0 or a higher dimension", dim, ValueError)
+        self._check_padding()
         _require(self.digest in DIGESTS, "digest", f"one of {DIGESTS}", self.digest, ValueError)
         if self.digest == "blake3" and importlib.util.find_spec("blake3") is None:
             raise ValueError("torchcache: digest='blake3' needs the blake3 package: pip install blake3")
+
+    def _check_padding(self) -> None:
+        name, value = self.padding, self.padding_value
+        _require(name is None or (isinstance(name, str) and bool(name)), "padding", "an argument's name or None", name)
+        _require(value is None or isinstance(value, (bool, int, float)), "padding_value", "a number or None", value)
+        _require(value is None or name is not None, "padding_value", "None without padding", value, ValueError)
+        rows_first = name is None or self.batch_dim == 0
+        _require(rows_first, "batch_dim", "0 with padding", self.batch_dim, ValueError)
 
     def _check_tiers(self) -> None:
         tiers, remote = self.tiers, self.remote

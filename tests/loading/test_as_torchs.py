@@ -7,6 +7,8 @@ import itertools
 import multiprocessing
 import os
 import random
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from torch.utils import data
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 import torchcache
+from torchcache.loading.by_index import ByIndex
+from torchcache.loading.samples import Sample, take_sample
 
 
 def pixels(index):
@@ -422,7 +426,7 @@ class Counting(Plain):
 
 def test_a_data_set_that_counts_its_calls_is_loaded_in_every_epoch_and_that_is_said():
     loader = torchcache.DataLoader(Counting(), batch_size=5)
-    for _ in range(2):
+    for _ in range(5):
         list(loader)
     assert "changed 3 times (__self__.calls)" in torchcache.stats(loader).reason
 
@@ -495,3 +499,17 @@ def test_trainers_that_make_the_loader_anew_find_its_options(tmp_path):
     names = ("dataset_id", "check", "digest", "persistent", "persistent_cache_dir")
     again = torchcache.DataLoader(loader.dataset, **{name: getattr(loader, name) for name in names})
     assert again.options == loader.options
+
+
+def test_what_is_remembered_of_a_sample_takes_little_memory():
+    known, structure = ByIndex(), take_sample((pixels(0), 0), "xxh3_128", True)[0].structure
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for index in range(20_000):
+            known.keep(index, known.with_known_structure(Sample(structure, (index % 5,), index.to_bytes(16, "big"))))
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    small_leaves = sys.getsizeof((0,)) + 16  # a tuple, with what collects garbage
+    assert taken < 20_000 * (200 + small_leaves)

@@ -254,9 +254,11 @@ def test_a_partly_trainable_mark_takes_them_too(files):
     torch.manual_seed(1)
     counts, loader = [], torchcache.DataLoader(files, batch_size=8, check=0.0)
     files.loads()
-    losses = train(loader, torchcache.transform(Partly()), 4, lambda _: counts.append(len(files.loads())))
+    model = torchcache.transform(Partly())
+    losses = train(loader, model, 4, lambda _: counts.append(len(files.loads())))
     assert losses == pytest.approx(expected, abs=1e-5)
     assert counts[-1] == 0
+    assert torchcache.stats(model).misses == 40  # the graph for lazy tensors finds the rows of that for others
 
 
 def test_under_autocast_and_with_ids(files):
@@ -368,6 +370,12 @@ def test_an_error_of_the_data_set_comes_as_with_torchs_loader(files):
     loader = torchcache.DataLoader(files, batch_size=8, sampler=[0, 1, 99])
     with pytest.raises(FileNotFoundError):
         list(loader)
+
+
+@pytest.mark.parametrize("check", [2.0, -0.1, "some", True])
+def test_a_check_that_is_no_share_is_refused(files, check):
+    with pytest.raises(torchcache.ArgumentError, match="check="):
+        torchcache.DataLoader(files, check=check)
 
 
 def test_an_iterable_data_set_is_refused_with_advice():

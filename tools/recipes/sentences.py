@@ -1,7 +1,7 @@
-"""A frozen sentence encoder with padded batches of varying length (pip install transformers).
+"""A frozen sentence encoder, with batches padded to their longest sentence (pip install transformers).
 
-A row is what the encoder is given: the same sentence padded to 40 tokens and to 64 is two rows. So sentences are
-grouped by length and padded to the end of their group: in each epoch another batch, but always the same padding.
+``padding="attention_mask"`` takes the padding out of rows: a sentence is found again in any batch, however long that
+is, and what is stored of it covers its own tokens. That padding changes nothing at real tokens is checked.
 """
 
 import argparse
@@ -13,50 +13,33 @@ from transformers import BertConfig, BertModel
 
 import torchcache
 
-GROUPS = (16, 32, 64)
 
+class Classifier(nn.Module):
+    """A linear layer on the mean of a sentence's tokens, without the padding."""
 
-class MeanPooled(nn.Module):
-    """An encoder, and the mean of its tokens without the padding."""
-
-    def __init__(self, encoder):
+    def __init__(self, encoder, width, classes):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = torchcache.mark(encoder, freeze=True, padding="attention_mask")
+        self.head = nn.Linear(width, classes)
 
     def forward(self, input_ids, attention_mask):
         tokens = self.encoder(input_ids, attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(tokens.dtype)
-        return (tokens * weights).sum(1) / weights.sum(1)
-
-
-class Classifier(nn.Module):
-    """A linear layer on sentence embeddings."""
-
-    def __init__(self, encoder, width, classes):
-        super().__init__()
-        self.encoder = torchcache.mark(MeanPooled(encoder), freeze=True)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, input_ids, attention_mask):
-        return self.head(self.encoder(input_ids, attention_mask))
+        return self.head((tokens * weights).sum(1) / weights.sum(1))
 
 
 def batches(sentences, labels, size, order):
-    """Shuffled batches of sentences of one group each, padded to the group's end."""
-    groups = {end: [] for end in GROUPS}
-    for index, tokens in enumerate(sentences):
-        groups[next(end for end in GROUPS if len(tokens) <= end)].append(index)
-    parts = []
-    for end, members in groups.items():
-        order.shuffle(members)
-        parts += [(end, members[at : at + size]) for at in range(0, len(members), size)]
-    order.shuffle(parts)
-    for end, members in parts:
-        ids, mask = torch.zeros(len(members), end, dtype=torch.long), torch.zeros(len(members), end, dtype=torch.long)
-        for row, index in enumerate(members):
+    """Shuffled batches, each padded to its longest sentence."""
+    members = list(range(len(sentences)))
+    order.shuffle(members)
+    for at in range(0, len(members), size):
+        rows = members[at : at + size]
+        end = max(len(sentences[index]) for index in rows)
+        ids, mask = torch.zeros(len(rows), end, dtype=torch.long), torch.zeros(len(rows), end, dtype=torch.long)
+        for row, index in enumerate(rows):
             ids[row, : len(sentences[index])] = torch.tensor(sentences[index])
             mask[row, : len(sentences[index])] = 1
-        yield ids, mask, labels[members]
+        yield ids, mask, labels[rows]
 
 
 def main(argv=None):

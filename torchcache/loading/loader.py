@@ -53,7 +53,8 @@ class DataLoader(data.DataLoader[Any]):
     Raises
     ------
     ArgumentError
-        For an iterable data set: its samples have no index by which they could be remembered.
+        For an iterable data set: its samples have no index by which they could be remembered. For a ``check`` that is
+        no share.
 
     Examples
     --------
@@ -78,6 +79,8 @@ class DataLoader(data.DataLoader[Any]):
                 f"torchcache.DataLoader: {type(dataset).__name__} is iterable, so its samples have no index by which "
                 "they could be remembered: make it a map-style data set, with __getitem__ and __len__"
             )
+        if isinstance(check, bool) or not isinstance(check, (int, float)) or not 0 <= check <= 1:
+            raise ArgumentError(f"torchcache.DataLoader: check={check!r} is no share of the samples; take 0 to 1")
         super().__init__(dataset, *args, **kwargs)
         # Trainers make a loader anew of the attributes that have the names of its arguments.
         self.dataset_id, self.check, self.digest = dataset_id, check, digest

@@ -126,6 +126,10 @@ class Taken:
         """Where a tensor stands, for people: ``" 'mask'[0]"``; empty where it is all there is."""
         return _path_text(next(path for place, path in self._plan.paths() if place == index))
 
+    def place(self, name: str) -> int | None:
+        """Which tensor is the argument ``name``, or has that name in one; ``None`` where there is no such one."""
+        return next((place for place, path in self._plan.paths() if name in path[:1] or name in path[-1:]), None)
+
     def classes(self) -> list[type]:
         """The classes of its containers and enums, without Python's own: the key has their names, not their code."""
         return [kind for kind in dict.fromkeys(self._plan.classes()) if kind.__module__ not in _BUILT_IN]

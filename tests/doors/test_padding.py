@@ -1,0 +1,320 @@
+"""Rows without their padding: found again in batches of any length, and right at real positions."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torchcache
+
+WORDS, WIDTH = 50, 16
+SENTENCES = [
+    torch.randint(1, WORDS, (1 + 5 * number % 29,), generator=torch.Generator().manual_seed(number))
+    for number in range(24)
+]
+
+
+def padded(rows, *, left=False, blank=0, more=0, sentences=SENTENCES):
+    """Token ids and mask of some sentences, as long as the longest of them."""
+    width = max(len(sentences[row]) for row in rows) + more
+    ids, mask = torch.full((len(rows), width), blank), torch.zeros(len(rows), width, dtype=torch.long)
+    for place, row in enumerate(rows):
+        length = len(sentences[row])
+        where = slice(width - length, width) if left else slice(0, length)
+        ids[place, where], mask[place, where] = sentences[row], 1
+    return ids, mask
+
+
+def epochs(count, size=5, seed=0):
+    """Batches of some epochs, each shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    return [list(torch.randperm(len(SENTENCES), generator=generator).split(size)) for _ in range(count)]
+
+
+class Encoder(nn.Module):
+    """Attention with positions, masked; tokens and their mean."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(64, WIDTH)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0)
+
+    def forward(self, input_ids, attention_mask=None):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        x = self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        x = self.layer(x, src_key_padding_mask=attention_mask == 0)
+        weights = attention_mask[..., None].to(x.dtype)
+        return {"tokens": x, "mean": (x * weights).sum(1) / weights.sum(1)}
+
+
+def marked(module, **options):
+    return torchcache.mark(copy.deepcopy(module), freeze=True, **{"padding": "attention_mask", **options})
+
+
+def assert_same(got, expected, mask):
+    real = mask.bool()
+    for name in expected:
+        if expected[name].ndim == 3:
+            assert got[name].shape == expected[name].shape
+            torch.testing.assert_close(got[name][real], expected[name][real], atol=1e-5, rtol=1e-4)
+            assert not got[name][~real].any()
+        else:
+            torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+DOORS = {
+    "call": lambda model: model,
+    "transform": torchcache.transform,
+    "compile": lambda model: torch.compile(model, backend=torchcache.torchcache_backend, options={"inner": "eager"}),
+    "compile_other": lambda model: torch.compile(model, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_batches_padded_to_their_longest_are_found_again(door):
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain)
+    model = DOORS[door](module)
+    for epoch in epochs(3):
+        for rows in epoch:
+            ids, mask = padded(rows)
+            assert_same(model(ids, mask), plain(ids, mask), mask)
+    stats = torchcache.stats(module)
+    assert stats.misses <= len(SENTENCES) + stats.bypasses
+    assert stats.hits >= 2 * len(SENTENCES) - 5
+    assert not stats.regions[0].reasons.keys() - {
+        "its rows are all alike so far, so that it cannot be told whether they depend on each other"
+    }
+
+
+def test_another_process_finds_rows_of_other_batches_and_less_is_stored(tmp_path):
+    plain = Encoder().eval().requires_grad_(False)
+    options = {"persistent": True, "persistent_cache_dir": tmp_path, "zstd_compression_level": None}
+    for run in range(2):
+        module = marked(plain, **options)
+        for rows in epochs(2, size=8, seed=run)[run]:
+            ids, mask = padded(rows)
+            assert_same(module(ids, mask), plain(ids, mask), mask)
+        torchcache.flush()
+    assert torchcache.stats(module).regions[0].disk_hits == len(SENTENCES)
+    real = sum(-(-len(sentence) // 8) * 8 for sentence in SENTENCES)
+    stored = torchcache.stats(module).regions[0]
+    assert stored.memory_bytes < 1.3 * 4 * WIDTH * (real + len(SENTENCES))
+
+
+def tiny(kind, **more):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")
+    if kind == "T5":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+        return transformers.T5EncoderModel(config(vocab_size=WORDS, **sizes))
+    if kind == "CLIPText":
+        return transformers.CLIPTextModel(config(vocab_size=WORDS, **sizes, eos_token_id=WORDS - 1))
+    return getattr(transformers, f"{kind}Model")(config(vocab_size=WORDS, **sizes, **more))
+
+
+MODELS = {
+    "bert": ("Bert", {}, False, 0),
+    "roberta": ("Roberta", {}, False, 1),
+    "distilbert": ("DistilBert", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}, False, 0),
+    "t5": ("T5", {}, False, 0),
+    "clip": ("CLIPText", {}, False, 0),
+    "esm": (
+        "Esm",
+        {"pad_token_id": 1, "mask_token_id": 2, "token_dropout": True, "position_embedding_type": "rotary"},
+        False,
+        1,
+    ),
+    "llama_left": ("Llama", {"use_cache": False, "num_key_value_heads": 2}, True, 0),
+    "qwen2_right": ("Qwen2", {"use_cache": False, "num_key_value_heads": 2}, False, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_text_encoders_of_transformers(name):
+    kind, more, left, blank = MODELS[name]
+    plain = tiny(kind, **more).eval().requires_grad_(False)
+    module = marked(plain)
+    for epoch in epochs(2, size=8):
+        for rows in epoch:
+            ids, mask = padded(rows, left=left, blank=blank)
+            expected = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+            got = module(input_ids=ids, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-3)
+    assert torchcache.stats(module).hits >= len(SENTENCES) - 3, torchcache.stats(module)
+
+
+def test_token_ids_and_inverted_masks_tell_padding_too():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words = nn.Embedding(WORDS, WIDTH)
+
+        def forward(self, ids):
+            return self.words(ids)
+
+    plain = Words().eval().requires_grad_(False)
+    module = marked(plain, padding="ids", padding_value=7)
+    sentences = [torch.where(sentence == 7, 8, sentence) for sentence in SENTENCES]
+    for rows in ([1, 2, 3], [3, 4, 5, 1], [2, 5]):
+        ids, mask = padded(rows, blank=7, sentences=sentences)
+        got, expected = module(ids), plain(ids)
+        assert torch.equal(got[mask.bool()], expected[mask.bool()])
+    assert torchcache.stats(module).hits == 4
+
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0).eval().requires_grad_(False)
+    module = marked(layer, padding="src_key_padding_mask", padding_value=True)
+    x = torch.randn(len(SENTENCES), 40, WIDTH)
+    for rows in ([1, 2, 3], [3, 4, 5, 1], [2, 5]):
+        _, mask = padded(rows)
+        given = x[rows][:, : mask.shape[1]]
+        got, expected = (one(given, src_key_padding_mask=mask == 0) for one in (module, layer))
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+    assert torchcache.stats(module).hits >= 3
+
+
+class Forgets(Encoder):
+    """Something of the padding leaks."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, input_ids, attention_mask):
+        made = super().forward(input_ids, attention_mask)
+        x = made["tokens"]
+        if self.how == "mean over all":
+            return {"tokens": x, "mean": x.mean(1)}
+        if self.how == "from the end":
+            return {"tokens": x + torch.arange(x.shape[1], 0, -1)[:, None]}
+        if self.how == "halves":
+            return {"tokens": nn.functional.avg_pool1d(x.mT, 2).mT}
+        if self.how == "a number":
+            return {"tokens": x, "length": x.shape[1]}
+        if self.how == "long ones":
+            return {"tokens": x + (x.shape[1] > 16) * x.abs().sum((1, 2), keepdim=True)}
+        if self.how == "position first":
+            return {"tokens": x.transpose(0, 1)}
+        return made
+
+
+@pytest.mark.parametrize("how", ["mean over all", "from the end", "halves", "a number", "long ones", "position first"])
+def test_where_padding_shows_the_original_answers_and_that_is_said(how, warnings):
+    plain = Forgets(how).eval().requires_grad_(False)
+    module = marked(plain)
+    for rows in [[1, 7, 2], [2, 1, 7], [3, 5, 4], [4, 3, 5], [6, 10, 5, 11], [11, 5, 10, 6]]:
+        ids, mask = padded(rows)
+        got, expected = module(ids, mask), plain(ids, mask)
+        for name in expected:
+            if isinstance(expected[name], torch.Tensor) and how != "long ones":
+                assert torch.equal(got[name], expected[name])
+        if how == "long ones":
+            real = mask.bool()
+            torch.testing.assert_close(got["tokens"][real], expected["tokens"][real], atol=1e-5, rtol=1e-4)
+    assert len(warnings) == 1
+    assert "padding" in warnings[0] or "length" in warnings[0] or "row" in warnings[0]
+    assert torchcache.stats(module).bypasses
+
+
+def test_a_feature_as_wide_as_the_batch_is_long_is_not_cut():
+    class WithFeatures(Encoder):
+        def __init__(self):
+            super().__init__()
+            self.side = nn.Linear(12, WIDTH)
+
+        def forward(self, input_ids, attention_mask, features):
+            return {"mean": super().forward(input_ids, attention_mask)["mean"] + self.side(features)}
+
+    plain = WithFeatures().eval().requires_grad_(False)
+    module = marked(plain)
+    features = torch.randn(len(SENTENCES), 12)
+    for more in (0, 12 - 11, 3):  # rows 2 and 7 are as long as 11 and 7: padded to 11, to 12, to 14
+        rows = [2, 7]
+        ids, mask = padded(rows, more=more)
+        for _ in range(2):
+            assert_same(module(ids, mask, features[rows]), plain(ids, mask, features[rows]), mask)
+    assert torchcache.stats(module).hits
+
+
+def test_rows_padded_in_the_middle_are_computed():
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain)
+    ids, mask = padded([3, 4, 5])
+    mask[0, 0], mask[1, -1] = 0, 0
+    for _ in range(2):
+        assert_same(module(ids, mask), plain(ids, mask), torch.ones_like(mask))
+    assert torchcache.stats(module).bypasses == 6
+
+
+def test_without_the_argument_all_positions_count(warnings):
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain)
+    ids = torch.stack([SENTENCES[row][:6] for row in (1, 2, 3)])
+    for _ in range(2):
+        torch.testing.assert_close(module(ids)["tokens"], plain(ids)["tokens"], atol=1e-5, rtol=1e-4)
+    assert torchcache.stats(module).hits == 3
+    assert ["all positions count" in text for text in warnings] == [True]
+
+
+def test_ids_of_samples_are_taken_apart_with_the_batch():
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain)
+    for rows in ([1, 2, 3, 4], [4, 1], [3, 2]):
+        ids, mask = padded(rows)
+        with torchcache.sample_keys(rows):
+            assert_same(module(ids, mask), plain(ids, mask), mask)
+    assert torchcache.stats(module).hits == 4
+    with pytest.raises(torchcache.SampleKeyError, match=r"3 ids.*batch of 2 rows"), torchcache.sample_keys([1, 2, 3]):
+        marked(plain)(*padded([1, 2]))
+
+
+def test_changed_weights_and_gradients():
+    plain = Encoder()
+    module = marked(plain)
+    plain.eval().requires_grad_(False)
+    ids, mask = padded([1, 2, 3])
+    module(ids, mask)
+    for model in (plain, module):
+        model.words.weight.data.mul_(1.5)
+    assert_same(module(ids, mask), plain(ids, mask), mask)
+    module.words.weight.requires_grad_(True)
+    module(ids, mask)["mean"].sum().backward()
+    assert module.words.weight.grad is not None
+
+
+def test_what_cannot_be_an_option_is_said():
+    for options, text in (
+        ({"padding": 3}, "padding must be"),
+        ({"padding_value": 1}, "without padding"),
+        ({"padding": "mask", "batch_dim": 1}, "batch_dim must be 0"),
+        ({"padding": "mask", "padding_value": "pad"}, "padding_value must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            torchcache.mark(Encoder(), **options)
+
+
+PROPERTY = None
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.lists(st.integers(0, 23), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.lists(st.integers(0, 11), min_size=5, max_size=5),
+)
+def test_any_batches_with_any_padding_are_right(batches, more):
+    global PROPERTY
+    if PROPERTY is None:
+        plain = Encoder().eval().requires_grad_(False)
+        PROPERTY = plain, marked(plain)
+    plain, module = PROPERTY
+    for rows, extra in zip(batches, more, strict=False):
+        ids, mask = padded(rows, more=extra)
+        assert_same(module(ids, mask), plain(ids, mask), mask)
