@@ -183,6 +183,7 @@ def in_a_child(function, seconds=HUNG_SECONDS):
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        gc.freeze()  # to look for garbage among all that the parent has takes as long as a training
         try:
             with os.fdopen(writing, "w") as pipe:
                 try:

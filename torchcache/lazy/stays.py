@@ -25,9 +25,10 @@ def _view(tensor: LazyTensor, span: range, single: bool) -> LazyTensor:
 def _again(tensor: LazyTensor, device: torch.device | None = None, pinned: bool = False) -> LazyTensor | None:
     """The same rows in a memory of their own."""
     device = tensor.device if device is None else device
-    rows = tensor.rows
-    if rows is None:
+    held = tensor.held
+    if held is None or held.data is not None:
         return None
+    rows = held.rows if len(tensor.span) == len(held.rows) else [held.rows[place] for place in tensor.span]
     return LazyTensor(
         Held(rows, tensor.kind, device, pinned), range(len(rows)), tensor.kind, device, single=tensor.single
     )

@@ -11,12 +11,13 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils import _pytree as pytree
 
 from torchcache.lazy import graph, stays
-from torchcache.lazy.rows import Foresee, Held, Kind, Row, Source
+from torchcache.lazy.rows import Foresee, Held, Kind, Row, Rows, Source
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.logging import warn_once
 
 __all__ = [
     "digests_of",
+    "lazy_rows",
     "loaded",
     "one_row",
     "reduced",
@@ -40,6 +41,12 @@ def stack_rows(rows: Sequence[Row]) -> torch.Tensor:
     return torch.stack([one_row(row).load() for row in rows])  # raises what torch raises
 
 
+def lazy_rows(rows: Rows) -> torch.Tensor:
+    """A batch of ``rows``, not loaded."""
+    cpu = torch.device("cpu")
+    return LazyTensor(Held(rows, rows.kind, cpu), range(len(rows)), rows.kind, cpu)
+
+
 def one_row(row: Row) -> LazyTensor:
     """A sample's tensor."""
     cpu = torch.device("cpu")
@@ -50,6 +57,12 @@ def digests_of(tensor: torch.Tensor, algorithm: str) -> list[bytes] | None:
     """The digest of each row, 16 bytes, where they are known without the data."""
     if type(tensor) is not LazyTensor or tensor.single:
         return None
+    held = tensor.held
+    if held is not None and held.data is None and type(held.rows) is Rows and held.rows.untouched:
+        known = held.rows.digests
+        if held.rows.source.digest == algorithm:
+            span = tensor.span
+            return known if len(span) == len(known) else known[span.start : span.stop]
     rows = tensor.rows
     if rows is None:
         return None
@@ -101,13 +114,22 @@ def _rebuilt(
 
 def tell(owner: Any, rows: Sequence[torch.Tensor], foresee: Callable[[], Foresee]) -> None:
     """Tell where ``rows`` come from that ``owner`` looks them up by what they are alone."""
-    if len(rows) == 1 and type(rows[0]) is LazyTensor and rows[0].rows:
-        first = rows[0].rows[0]
+    tensor = rows[0]
+    if len(rows) > 1 or type(tensor) is not LazyTensor or tensor.held is None or tensor.held.data is not None:
+        return
+    held = tensor.held.rows
+    if type(held) is Rows:
+        held.source.learn(owner, held.leaf, foresee())
+    elif tensor.span:
+        first = held[tensor.span[0]]
         first.source.learn(owner, first.leaf, foresee())
 
 
 def unloaded_rows(tensor: LazyTensor) -> int:
     """How many rows have no data up to now."""
+    held = tensor.held
+    if held is not None and held.data is None and type(held.rows) is Rows and held.rows.untouched:
+        return len(tensor.span)
     rows = tensor.rows
     return 0 if rows is None else sum(row.data is None for row in rows)
 

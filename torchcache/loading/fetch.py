@@ -16,8 +16,10 @@ from torchcache.errors import Bypass
 from torchcache.lazy.rows import Kind, Row, Source
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import one_row, reduced, stack_rows
+from torchcache.loading.by_index import Block
 from torchcache.loading.chance import Chance
 from torchcache.loading.samples import Sample, alike, build, kept_index, name_of, take_sample
+from torchcache.loading.together import together
 
 __all__ = ["Arrived", "ChangedError", "Fetcher", "Learnt", "Taken", "Task", "is_default", "load_rows", "pinned"]
 
@@ -35,8 +37,9 @@ class Task(NamedTuple):
         Which batch of the pass it is.
     indices : object
         Of its samples, as the sampler gave them where the data set loads a batch at once; else a list.
-    known : list of Sample or None
-        Those samples that need not be loaded, by what is remembered of them; ``None`` where one is loaded.
+    known : list of Sample or None, or Block
+        Those samples that need not be loaded, by what is remembered of them; ``None`` where one is loaded. A block is
+        a batch of which none is.
     rows : bool
         Whether the batch consists of rows that may be loaded; else it is what PyTorch's loader makes.
     source : int
@@ -51,7 +54,7 @@ class Task(NamedTuple):
 
     number: int
     indices: Any
-    known: list[Sample | None]
+    known: list[Sample | None] | Block
     rows: bool
     source: int
     learn: bool
@@ -157,6 +160,8 @@ class Fetcher(Dataset[Any]):
     def make(self, task: Task, source: Source) -> Arrived:
         """The batch of ``task``, in which rows of ``source`` stand for what is not loaded."""
         wanted = task.indices
+        if isinstance(task.known, Block):
+            return Arrived(task.number, together(task.known, source))
         if task.rows:
             wanted = [index for index, sample in zip(task.indices, task.known, strict=True) if sample is None]
         samples, learnt, taken = self._learn(wanted, task) if len(wanted) else ([], None, [])
@@ -285,10 +290,15 @@ torch.utils.data._utils.collate.default_collate_fn_map[Row] = lambda batch, *, c
 
 
 def is_default(collate: Any) -> bool:
-    """Whether batches of tensors are made as PyTorch makes them."""
+    """Whether batches of containers and tensors are made as PyTorch makes them."""
     made_by = torch.utils.data._utils.collate.default_collate_fn_map
     module = default_collate.__module__
-    return collate is default_collate and all(made_by[kind].__module__ == module for kind in (torch.Tensor, np.ndarray))
+    containers: tuple[Any, ...] = ((), [], {})
+    return (
+        collate is default_collate
+        and all(made_by[kind].__module__ == module for kind in (torch.Tensor, np.ndarray))
+        and not any(isinstance(container, kind) for kind in made_by for container in containers)
+    )
 
 
 def _reduce(tensor: LazyTensor) -> Any:

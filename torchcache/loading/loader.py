@@ -11,6 +11,7 @@ import torch
 from torch.utils import data
 
 from torchcache.errors import ArgumentError
+from torchcache.loading.by_index import Block
 from torchcache.loading.fetch import Arrived, Fetcher, Task, is_default, pinned
 from torchcache.loading.reader import Reader, Workers, as_it_is, initialised
 from torchcache.loading.remembered import Remembered
@@ -163,7 +164,7 @@ class _Plan:
         if not known.at_once:
             indices = [*indices]
         found, rows = known.known(indices)
-        lacking = None in found
+        lacking = not isinstance(found, Block) and None in found
         learn = lacking and not known.reason
         here = not lacking and self._here
         self.planned.append(Task(self._number, indices, found, rows, known.number, learn, known.forgotten, here))

@@ -10,12 +10,13 @@ from typing import Any
 from torchcache.digest.cpu import digest_bytes
 from torchcache.lazy.rows import Foresee, Row
 from torchcache.lazy.use import register, stack_rows
-from torchcache.loading.by_index import ByIndex
+from torchcache.loading.by_index import Block, ByIndex
 from torchcache.loading.fetch import Arrived, ChangedError, Fetcher, Learnt, Task, load_rows
 from torchcache.loading.pages import SAMPLES, Pages
 from torchcache.loading.reader import Reader, Surroundings
 from torchcache.loading.samples import Sample, alike, differ, name_of, places
 from torchcache.loading.subject import Subject
+from torchcache.loading.together import is_simple, rows_of
 from torchcache.loading.uses import Uses
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
@@ -197,7 +198,7 @@ class Remembered:
 
     def holds(self, task: Task) -> bool:
         """Whether the batch that was made of ``task`` is right by what is known now; counts its samples."""
-        lacking = sum(sample is None for sample in task.known)
+        lacking = 0 if isinstance(task.known, Block) else task.known.count(None)
         stood = len(task.indices) - lacking
         self._given = len(task.indices)
         holds = not stood or task.forgotten == self.forgotten
@@ -251,9 +252,12 @@ class Remembered:
             self._pages.write(self._new)
             self._new = []
 
-    def known(self, indices: Sequence[Any]) -> tuple[list[Sample | None], bool]:
+    def known(self, indices: Sequence[Any]) -> tuple[list[Sample | None] | Block, bool]:
         """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether any is remembered."""
-        if not self.reason and any(name_of(index) is None for index in indices):
+        block = self._samples.block(indices) if self.collated and not self.reason and len(indices) else None
+        if block is not None and not is_simple(block.structure):
+            block = None
+        if block is None and not self.reason and any(name_of(index) is None for index in indices):
             self.refuse(f"its sampler gives indices of class {type(indices[0]).__qualname__}")
         if not self.reason and self.at_once and type(indices) is not list:
             self.refuse(f"it loads batches at once, whose indices come as a {type(indices).__qualname__}")
@@ -267,6 +271,8 @@ class Remembered:
         self._since += len(indices)
         if self._since > max(len(self._samples), ENOUGH):  # a pass that has no end is checked too
             self._check()
+        if block is not None and not self.reason and self._believed() and self._stays(block):
+            return block, True
         found = [self._samples.get(index) for index in indices]
         remembered = [one for one in found if one is not None]
         if not (remembered and self._believed()):
@@ -284,6 +290,15 @@ class Remembered:
                     if not hit:
                         found[place] = None
         return found, True
+
+    def _stays(self, block: Block) -> bool:
+        """Whether every region that will look rows of a block up will find all of them, as far as can be foreseen."""
+        for leaf, foresee in self.uses.foreseen():
+            if leaf < len(block.digests):
+                there = foresee([rows_of(block, leaf, self)])
+                if there is not None and not all(there):
+                    return False
+        return True
 
     def _row(self, index: Any, sample: Sample | None, leaf: int) -> Row | None:
         kinds = sample.kinds if sample is not None else []

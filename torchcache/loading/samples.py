@@ -15,7 +15,19 @@ from torchcache.digest.cpu import LARGE_ROW, digest_tensor
 from torchcache.errors import Bypass
 from torchcache.lazy.rows import Kind
 
-__all__ = ["Sample", "alike", "build", "describe", "differ", "kept_index", "name_of", "places", "take_sample"]
+__all__ = [
+    "Sample",
+    "alike",
+    "build",
+    "describe",
+    "differ",
+    "kept_index",
+    "kinds_of",
+    "name_of",
+    "places",
+    "small_values",
+    "take_sample",
+]
 
 # Structures are nested tuples: a container's class, the names of its parts, and the parts; or a place.
 _LARGE, _SMALL = "large", "small"
@@ -45,7 +57,7 @@ class Sample(NamedTuple):
     @property
     def kinds(self) -> list[Kind]:
         """Of its large tensors."""
-        return _kinds(self.structure) if isinstance(self.structure, tuple) else []
+        return kinds_of(self.structure) if isinstance(self.structure, tuple) else []
 
 
 def take_sample(sample: Any, digest: str, collated: bool) -> tuple[Sample, list[torch.Tensor]]:
@@ -178,7 +190,7 @@ def _build(structure: Structure, values: Any, large: Any) -> Any:
     kind = structure[0]
     if kind == _SMALL:
         value = next(values)
-        return value if type(value) in _PLAIN or isinstance(value, np.generic) else _copied(value)
+        return _copied(value) if isinstance(value, (torch.Tensor, np.ndarray)) else value
     if kind == _LARGE:
         return next(large)
     parts = [_build(part, values, large) for part in structure[2:]]
@@ -193,10 +205,17 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value.copy()
 
 
-def _kinds(structure: Structure) -> list[Kind]:
+def kinds_of(structure: Structure) -> list[Kind]:
+    """Dtypes and shapes of the large tensors in a structure, in their order."""
     if structure[0] == _LARGE:
         return [structure[1]]
-    return [] if structure[0] == _SMALL else [kind for part in structure[2:] for kind in _kinds(part)]
+    return [] if structure[0] == _SMALL else [kind for part in structure[2:] for kind in kinds_of(part)]
+
+
+def small_values(structure: Structure) -> tuple[int, int]:
+    """How many large tensors, and how many small values, a structure has."""
+    leaves = [leaf for _, _, leaf in places(structure)]
+    return len(leaves) - leaves.count(None), leaves.count(None)
 
 
 def describe(structure: Structure) -> str:
