@@ -301,6 +301,94 @@ def test_what_cannot_be_an_option_is_said():
             torchcache.mark(Encoder(), **options)
 
 
+def test_a_model_that_begins_to_look_at_padding_is_caught_by_the_audit(warnings):
+    class Later(Encoder):
+        def forward(self, input_ids, attention_mask):
+            made = super().forward(input_ids, attention_mask)
+            odd = attention_mask.shape[1] % 2 and (attention_mask == 0).any()
+            return {"mean": made["mean"] + 1} if odd else {"mean": made["mean"] * 1}
+
+    plain = Later().eval().requires_grad_(False)
+    module = marked(plain, audit=0.5)
+    module(*padded([2, 7], more=1))  # as long as 12: nothing is odd
+    wrong = 0
+    for _ in range(10):
+        ids, mask = padded([2, 7])
+        wrong += not torch.allclose(module(ids, mask)["mean"], plain(ids, mask)["mean"], atol=1e-4)
+    assert wrong < 5
+    assert sum("depends on the padding" in text for text in warnings) == 1
+
+
+def test_two_texts_of_one_length_are_not_cut_by_each_others_mask():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = Encoder()
+
+        def forward(self, query, query_mask, passage, passage_mask):
+            return {"both": self.encoder(query, query_mask)["mean"] + self.encoder(passage, passage_mask)["mean"]}
+
+    plain = Pair().eval().requires_grad_(False)
+    module = marked(plain, padding="query_mask")
+    longer = [row for row in range(24) if len(SENTENCES[row]) >= 20]
+    for rows, others in (([longer[0], 2], [3, 1]), ([longer[1], 3], [longer[2], longer[0]]), ([2, 3], [longer[0], 5])):
+        width = 30
+        query, passage = (
+            [nn.functional.pad(part, (0, width - part.shape[1])) for part in padded(some)] for some in (rows, others)
+        )
+        for _ in range(2):
+            assert_same(module(*query, *passage), plain(*query, *passage), query[1])
+
+
+def test_rows_of_padding_alone():
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain)
+    ids, mask = padded([1, 2, 3])
+    mask[1], ids[1] = 0, 0
+    for _ in range(2):
+        got, expected = module(ids, mask), plain(ids, mask)
+        for row in (0, 2):
+            torch.testing.assert_close(got["mean"][row], expected["mean"][row], atol=1e-5, rtol=1e-4)
+        assert torch.equal(got["mean"][1].isnan(), expected["mean"][1].isnan())
+
+
+def test_under_autocast_and_in_inference_mode():
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain)
+    for rows in ([1, 2, 3, 4], [4, 1], [3, 2]):
+        ids, mask = padded(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = module(ids, mask)["mean"], plain(ids, mask)["mean"]
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)
+        with torch.inference_mode():
+            assert_same(module(ids, mask), plain(ids, mask), mask)
+    assert torchcache.stats(module).hits
+
+
+def test_long_texts_through_a_loader_of_ours():
+    class Texts(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(SENTENCES)
+
+        def __getitem__(self, index):
+            ids = nn.functional.pad(SENTENCES[index].repeat(6), (0, 180))[:180]
+            return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    class Long(Encoder):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.Embedding(256, WIDTH)
+
+    plain = Long().eval().requires_grad_(False)
+    module, loader = marked(plain), torchcache.DataLoader(Texts(), batch_size=6)
+    for _ in range(4):
+        for batch in loader:
+            got = module(**batch)
+            assert_same(got, plain(**{name: value + 0 for name, value in batch.items()}), batch["attention_mask"] + 0)
+    assert torchcache.stats(module).hits >= 60
+
+
 PROPERTY = None
 
 
