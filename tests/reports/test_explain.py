@@ -100,7 +100,9 @@ def test_roles_of_inputs_and_structure_of_outputs_are_told():
             return {"logits": self.linear(x) @ prototypes.T, "norm": x.norm(dim=1) * scale}
 
     module = torchcache.mark(Attends(), freeze=True, cache_dtype=torch.float16)
-    (region,) = torchcache.explain(module, torch.randn(6, 4), prototypes=torch.randn(3, 4)).regions
+    explained = torchcache.explain(module, torch.randn(6, 4), prototypes=torch.randn(3, 4))
+    (region,) = explained.regions
+    assert [line.split("│")[2].strip() for line in str(explained).splitlines() if "float32" in line] == region.inputs
     assert region.inputs == ["x: float32 (4,)", "prototypes: float32 (3, 4), shared"]
     assert region.outputs == ["logits: float32 (3,)", "norm: float32 ()"]
     assert region.row_bytes == (3 + 1) * 2

@@ -99,8 +99,8 @@ class Explanation:
             cached.add_column(name, justify="right")
         cached.add_column("mode")
         for region in self.regions:
-            texts = (region.name, "\n".join(region.inputs), "\n".join(region.outputs))
-            cached.add_row(*map(shown, (*texts, f"{region.row_bytes:,}", f"{region.state_bytes:,}", region.mode)))
+            sizes = (f"{region.row_bytes:,}", f"{region.state_bytes:,}")
+            cached.add_row(*map(shown, (region.name, region.inputs, region.outputs, *sizes, region.mode)))
         left = RichTable("mark", "kind", "reason", title="not cached")
         for part in self.left_out:
             left.add_row(*map(shown, (part.name, part.kind, part.reason)))
