@@ -513,3 +513,29 @@ def test_what_is_remembered_of_a_sample_takes_little_memory():
         tracemalloc.stop()
     small_leaves = sys.getsizeof((0,)) + 16  # a tuple, with what collects garbage
     assert taken < 20_000 * (200 + small_leaves)
+
+
+class Endless(data.Sampler):
+    def __iter__(self):
+        return itertools.cycle(range(12))
+
+
+def test_a_batch_is_right_that_is_planned_when_a_change_is_found(tmp_path, caplog):
+    files = Files(tmp_path / "files", 12)
+    loader = torchcache.DataLoader(files, batch_size=4, sampler=Endless(), check=1.0)
+    batches = iter(loader)
+    for _ in range(12):
+        next(batches)
+    assert torchcache.stats(loader).skipped
+    for index in range(12):
+        files.write(index, np.full(SHAPE, index, np.float32))
+    loader.remembered._checked_at -= 3600
+    right = []
+    for number in range(9):
+        x, _ = next(batches)
+        right.append(
+            torch.equal(x + 0, torch.stack([files[index][0] for index in range(number % 3 * 4, number % 3 * 4 + 4)]))
+        )
+        if "is not what it was" in caplog.text:
+            assert right[-1]
+    assert all(right[-5:])

@@ -156,10 +156,10 @@ class ByIndex:
             return None
         return found._replace(structure=known)
 
-    def block(self, indices: Sequence[Any]) -> Block | None:
+    def block(self, indices: Sequence[int]) -> Block | None:
         """Several samples at once, where all are remembered and side by side."""
         table = self._settled()
-        if table is None or type(table.structure) is str or set(map(type, indices)) != {int}:
+        if table is None or type(table.structure) is str:
             return None
         return table.block([*indices])
 

@@ -254,10 +254,8 @@ class Remembered:
 
     def known(self, indices: Sequence[Any]) -> tuple[list[Sample | None] | Block, bool]:
         """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether any is remembered."""
-        block = self._samples.block(indices) if self.collated and not self.reason and len(indices) else None
-        if block is not None and not is_simple(block.structure):
-            block = None
-        if block is None and not self.reason and any(name_of(index) is None for index in indices):
+        plain = set(map(type, indices)) == {int}
+        if not plain and not self.reason and any(name_of(index) is None for index in indices):
             self.refuse(f"its sampler gives indices of class {type(indices[0]).__qualname__}")
         if not self.reason and self.at_once and type(indices) is not list:
             self.refuse(f"it loads batches at once, whose indices come as a {type(indices).__qualname__}")
@@ -271,7 +269,8 @@ class Remembered:
         self._since += len(indices)
         if self._since > max(len(self._samples), ENOUGH):  # a pass that has no end is checked too
             self._check()
-        if block is not None and not self.reason and self._believed() and self._stays(block):
+        block = self._samples.block(indices) if plain and self.collated else None
+        if block is not None and is_simple(block.structure) and self._believed() and self._stays(block):
             return block, True
         found = [self._samples.get(index) for index in indices]
         remembered = [one for one in found if one is not None]
