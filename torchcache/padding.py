@@ -2,102 +2,60 @@
 
 Each row is cut, or padded, to the next of a few lengths, in one way whatever its batch looked like. What is
 looked up, computed and stored is that row. It is the user's promise that a model gives the same at real positions
-then; it is compared with what the original gives for the caller's own batch, for each length of batches that comes.
+then; it is compared with what the original gives for the caller's own batch, for each length of batches and of rows.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from torchcache.batch import Given, Subject
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.compare import Rounding
+from torchcache.checks.compare import Rounding, difference
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
 from torchcache.errors import Bypass
 from torchcache.identity.numeric import autocasts
+from torchcache.identity.written import Written
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
+from torchcache.padded import GRAIN, PaddedBatch, length_of, others_of, spread
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
 __all__ = ["Padding"]
 
-# Rows are as long as the next multiple of this, or of a power of two near an eighth of what is real: of few lengths
-# there are many rows each, which are looked up and computed together.
-GRAIN = 8
 # Proofs and refusals that are remembered.
 MOST = 1024
 # In so many kinds of calls real positions depended on the padding: all calls of that form are computed.
 MOST_LEAKS = 3
+# A module may set itself up in its first calls.
+SETUP_CALLS = 3
 Tensors = Sequence[torch.Tensor]
 Ordinary = Callable[[Given], Any]
 _requires_grad = operator.attrgetter("requires_grad")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
-    """A call, and where the real positions of its rows are.
+class _Proof:
+    """What was learnt of calls of one kind, in which padding changed nothing.
 
     Parameters
     ----------
-    taken : Taken
-        Its arguments.
-    mask : int
-        Which of them tells real positions.
-    left : bool
-        Whether rows are padded on the left.
-    lengths : list of int
-        The real positions of each row.
+    along : tuple of bool
+        Which outputs have positions.
+    rounding : Rounding
+        What differences between computations of a row are rounding.
     """
 
-    taken: Taken
-    mask: int
-    left: bool
-    lengths: list[int]
-
-    @property
-    def count(self) -> int:
-        """The number of rows."""
-        return len(self.lengths)
-
-    @property
-    def width(self) -> int:
-        """The length to which they are padded."""
-        return int(self.taken.tensors[self.mask].shape[1])
-
-    @property
-    def rows(self) -> tuple[bool, ...]:
-        """Which of the arguments have rows."""
-        return tuple([tensor.ndim > 0 and tensor.shape[0] == self.count for tensor in self.taken.tensors])
-
-    @property
-    def along(self) -> tuple[bool, ...]:
-        """Which of the arguments have positions: ``(B, S, ...)``, or ``(1, S, ...)`` for all rows."""
-        kinds = [tensor.ndim > 1 and tensor.shape[0] in (1, self.count) for tensor in self.taken.tensors]
-        return tuple(
-            [kind and tensor.shape[1] == self.width for kind, tensor in zip(kinds, self.taken.tensors, strict=True)]
-        )
-
-    def pads(self, rows: Sequence[int], width: int) -> torch.Tensor:
-        """Where there is padding in ``rows`` that are as long as ``width``: ``(rows, width)``."""
-        device = self.taken.tensors[self.mask].device
-        places = torch.arange(width, device=device)
-        lengths = torch.tensor([self.lengths[row] for row in rows], device=device)[:, None]
-        return places < width - lengths if self.left else places >= lengths
-
-    def fitted(self, tensor: torch.Tensor, width: int) -> torch.Tensor:
-        """A tensor ``(B, S, ...)`` with ``width`` positions, cut or lengthened where the padding is."""
-        lacking = width - tensor.shape[1]
-        if lacking <= 0:
-            return tensor[:, -lacking:] if self.left else tensor[:, :width]
-        more = tensor.new_zeros((tensor.shape[0], lacking, *tensor.shape[2:]))
-        return torch.cat([more, tensor] if self.left else [tensor, more], 1)
+    along: tuple[bool, ...]
+    rounding: Rounding
 
 
 class Padding:
@@ -115,11 +73,14 @@ class Padding:
         self._subject = subject
         self._name, value = str(options.padding), options.padding_value
         self._blank = 0 if value is None else value
-        # For calls of one kind: which outputs have positions, or why such calls are computed.
-        self._known: dict[tuple[Any, ...], tuple[bool, ...] | Bypass] = {}
+        # For calls of one kind: what was learnt, or why such calls are computed.
+        self._known: dict[tuple[Any, ...], _Proof | Bypass] = {}
+        # For calls of one form: to which lengths rows were cut so far.
+        self._lengths: dict[tuple[Any, ...], set[int]] = {}
         self._blanks: dict[tuple[bytes, int], Any] = {}
         self._left = False
         self._leaks: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        self._pure, self._writes = options.pure, 0
         self._share, self._began, self._spent = options.audit, time.perf_counter(), 0.0
 
     def __call__(self, given: Given, ordinary: Ordinary) -> Any:
@@ -144,15 +105,16 @@ class Padding:
             return ordinary(given)
         current_ids(batch.count, self._subject.name)  # as many as there are rows, or an error
         shapes = tuple([(tensor.dtype, tensor.shape[2:]) for tensor in batch.taken.tensors])
-        how = (batch.along, batch.rows, batch.left, shapes, _length(batch.width), autocasts())
+        how = (batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
         form = (self._subject.identity.current(seen), batch.taken.key)
         known = self._known.get(form) or self._known.get((*form, how))
         if isinstance(known, Bypass):
             raise known
         try:
-            if known is None:
+            if known is None or not batch.groups.keys() <= self._lengths.get(form, set()):
                 known, outputs = self._learn(given, batch, ordinary)
                 self._remember((*form, how), known)
+                self._lengths.setdefault(form, set()).update(batch.groups)
                 return outputs
             outputs = self._merged(batch, *self._pieces(given, batch, ordinary), known)
             if self._spent <= self._share * (time.perf_counter() - self._began):
@@ -168,21 +130,22 @@ class Padding:
                 bypass.quiet = self._leaks[form] > 1
             raise
 
-    def _remember(self, kind: tuple[Any, ...], known: tuple[bool, ...] | Bypass) -> None:
+    def _remember(self, kind: tuple[Any, ...], known: _Proof | Bypass) -> None:
         if len(self._known) >= MOST:
             self._known.clear()
+            self._lengths.clear()
             self._leaks.clear()
         self._known[kind] = known
 
-    def _look_again(self, given: Given, batch: _Batch, outputs: Any, along: tuple[bool, ...]) -> None:
+    def _look_again(self, given: Given, batch: PaddedBatch, outputs: Any, proof: _Proof) -> None:
         """Compare a call that was served with what the original gives for the caller's own batch."""
         start = time.perf_counter()
         with generators_kept():
             whole = take_outputs(given.run())
-        self._agree(batch, range(batch.count), whole, take_outputs(outputs), along, batch.width)
+        self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width)
         self._spent += time.perf_counter() - start
 
-    def _take(self, given: Given) -> _Batch | None:
+    def _take(self, given: Given) -> PaddedBatch | None:
         """The call with the lengths of its rows; ``None`` where the argument was not given."""
         with computing():  # it is for the original that its arguments are loaded
             given.load()
@@ -208,21 +171,22 @@ class Padding:
         if not (right or left):
             raise Bypass("its rows begin and end at different places", "pad all rows on one side", lasting=False)
         self._left = self._left if right and left else left
-        return _Batch(taken, place, self._left, [max(0, end - start) for start, end in zip(first, last, strict=True)])
+        return PaddedBatch(
+            taken, place, self._left, [max(0, end - start) for start, end in zip(first, last, strict=True)]
+        )
 
-    def _pieces(self, given: Given, batch: _Batch, ordinary: Ordinary) -> tuple[list[list[int]], list[Taken]]:
+    def _pieces(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[list[list[int]], list[Taken]]:
         """The rows of each length, and what the region returns for them."""
-        groups: dict[int, list[int]] = collections.defaultdict(list)
-        for row, length in enumerate(batch.lengths):
-            groups[_length(length)].append(row)
         made = []
-        for width, rows in groups.items():
+        for width, rows in batch.groups.items():
             args, kwargs = batch.taken.rebuild(self._cut(batch, rows, width))
             with some_ids(rows):
                 made.append(take_outputs(ordinary(Given(self._subject, args, kwargs, given.number))))
-        return list(groups.values()), made
+        return list(batch.groups.values()), made
 
-    def _cut(self, batch: _Batch, rows: Sequence[int], width: int, others: Tensors | None = None) -> list[torch.Tensor]:
+    def _cut(
+        self, batch: PaddedBatch, rows: Sequence[int], width: int, others: Tensors | None = None
+    ) -> list[torch.Tensor]:
         """The arguments of some rows at their length; where there is padding, ``others``, or what is usual there."""
         pads, cut = batch.pads(rows, width), []
         for place, (tensor, has_rows, along) in enumerate(
@@ -234,7 +198,7 @@ class Padding:
             if along:
                 mine = batch.fitted(mine, width)
             if along and has_rows:
-                where = _spread(pads, mine)
+                where = spread(pads, mine)
                 if others is None or place == batch.mask:
                     mine = mine.masked_fill(where, self._blank_of(batch, place))
                 else:
@@ -242,7 +206,7 @@ class Padding:
             cut.append(mine)
         return cut
 
-    def _blank_of(self, batch: _Batch, place: int) -> Any:
+    def _blank_of(self, batch: PaddedBatch, place: int) -> Any:
         """What callers put where there is padding, if it is always the same; else zero."""
         if place == batch.mask:
             return self._blank
@@ -255,16 +219,16 @@ class Padding:
             self._blanks[key] = found[0].item() if bool((found == found[0]).all()) else 0
         return self._blanks[key]
 
-    def _merged(self, batch: _Batch, groups: list[list[int]], made: list[Taken], along: Sequence[bool]) -> Any:
+    def _merged(self, batch: PaddedBatch, groups: list[list[int]], made: list[Taken], proof: _Proof) -> Any:
         """One output of those of the groups, padded with zeros."""
         if len({taken.key for taken in made}) > 1:
             raise Bypass("a number or the structure of its output depends on the length", lasting=False)
         leaves = []
-        for place, has_positions in enumerate(along):
+        for place, has_positions in enumerate(proof.along):
             parts = [taken.tensors[place] for taken in made]
             if has_positions:
                 parts = [
-                    batch.fitted(part.masked_fill(_spread(batch.pads(rows, part.shape[1]), part), 0), batch.width)
+                    batch.fitted(part.masked_fill(spread(batch.pads(rows, part.shape[1]), part), 0), batch.width)
                     for rows, part in zip(groups, parts, strict=True)
                 ]
             whole = parts[0]
@@ -275,24 +239,48 @@ class Padding:
             leaves.append(whole)
         return made[0].rebuild(leaves)
 
-    def _learn(self, given: Given, batch: _Batch, ordinary: Ordinary) -> tuple[tuple[bool, ...], Any]:
-        """Which outputs have positions, and the outputs, where real positions are the same at every length."""
+    def _learn(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[_Proof, Any]:
+        """What is to be remembered, and the outputs, where real positions are the same at every length."""
         generators = Generators()
-        whole = take_outputs(given.run())
+        with self._nothing_written():
+            whole = take_outputs(given.run())
         if generators.moved():
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
-        with generators_kept(), normal_tensors(), torch.no_grad():
-            along = self._compare(batch, whole)
-        outputs = self._merged(batch, *self._pieces(given, batch, ordinary), along)
-        self._agree(batch, range(batch.count), whole, take_outputs(outputs), along, batch.width)
-        return along, outputs
+        with self._nothing_written(restore=True), generators_kept(), normal_tensors(), torch.no_grad():
+            proof = self._compare(batch, whole)
+        with self._nothing_written(restore=True):
+            outputs = self._merged(batch, *self._pieces(given, batch, ordinary), proof)
+        self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width)
+        return proof, outputs
 
-    def _compare(self, batch: _Batch, whole: Taken) -> tuple[bool, ...]:
+    @contextlib.contextmanager
+    def _nothing_written(self, *, restore: bool = False) -> Iterator[None]:
+        """Raise a ``Bypass`` where the original writes to its module within the block, unless that may be left out."""
+        if self._pure:
+            yield
+            return
+        written, error = Written(self._subject.module, self._subject.identity.outside()), None
+        try:
+            yield
+        except Bypass as bypass:
+            error = bypass
+        names = written.changes()
+        if names:
+            if restore:
+                written.restore()
+            self._writes += 1
+            advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
+            quiet = self._writes < SETUP_CALLS
+            error = Bypass(f"its forward writes to {', '.join(names[:3])}", advice, lasting=False, quiet=quiet)
+        if error is not None:
+            raise error
+
+    def _compare(self, batch: PaddedBatch, whole: Taken) -> _Proof:
         """Compute two rows at two lengths, with other things where there is padding."""
-        rows = sorted(range(batch.count), key=batch.lengths.__getitem__)[:2]
-        width = _length(batch.lengths[rows[-1]])
+        rows = (2 * sorted(range(batch.count), key=batch.lengths.__getitem__)[:2])[:2]
+        width = length_of(batch.lengths[rows[-1]])
         short = self._original(batch, self._cut(batch, rows, width))
-        others = [_others(batch, place, rows, width + GRAIN) for place in range(len(batch.rows))]
+        others = [others_of(batch, place, rows, width + GRAIN) for place in range(len(batch.rows))]
         longer = self._original(batch, self._cut(batch, rows, width + GRAIN, others))
         if not short.key == longer.key == whole.key:
             raise Bypass("a number or the structure of its output depends on the length")
@@ -308,10 +296,15 @@ class Padding:
                     f"output{whole.path(place)} follows the length otherwise than by its second dimension",
                     "mark a part that returns one value for each position, or one for each row",
                 )
-        self._agree(batch, rows, short, longer, along, width)
-        return tuple(along)
+        proof = _Proof(tuple(along), Rounding(short.tensors, coarse=bool(autocasts())))
+        alone = self._original(batch, self._cut(batch, rows[:1], width))
+        if alone.key == short.key:  # of other shapes other kernels run: what that changes is rounding
+            mine, its = ([*self._real(batch, rows[:1], taken, proof, width, 0)] for taken in (short, alone))
+            proof.rounding.learn(mine, its)
+        self._agree(batch, rows, short, longer, proof, width)
+        return proof
 
-    def _original(self, batch: _Batch, tensors: Tensors) -> Taken:
+    def _original(self, batch: PaddedBatch, tensors: Tensors) -> Taken:
         args, kwargs = batch.taken.rebuild(tensors)
         try:
             with computing():
@@ -325,46 +318,32 @@ class Padding:
                 "leave padding= out, or mark a part that takes any length",
             ) from None
 
+    def _real(
+        self, batch: PaddedBatch, rows: Sequence[int], taken: Taken, proof: _Proof, width: int, row: int
+    ) -> Iterator[torch.Tensor]:
+        """The outputs of one of some rows, without its padding."""
+        real = ~batch.pads(rows, width)[row]
+        for leaf, has_positions in zip(taken.tensors, proof.along, strict=True):
+            yield batch.fitted(leaf[row : row + 1], width)[0][real.to(leaf.device)] if has_positions else leaf[row]
+
     def _agree(
-        self, batch: _Batch, rows: Sequence[int], one: Taken, other: Taken, along: Sequence[bool], width: int
+        self, batch: PaddedBatch, rows: Sequence[int], one: Taken, other: Taken, proof: _Proof, width: int
     ) -> None:
         """Raise a ``_Leak`` where real positions of ``rows`` differ by more than rounding."""
-        real = ~batch.pads(rows, width)
-        for place, (a, b, has_positions) in enumerate(zip(one.tensors, other.tensors, along, strict=True)):
-            rounding = Rounding([a], coarse=bool(autocasts()))
-            if has_positions:
-                a, b = batch.fitted(a, width), batch.fitted(b, width)
-            for row in range(len(rows)):
-                mine, its = (leaf[row][real[row].to(leaf.device)] if has_positions else leaf[row] for leaf in (a, b))
-                if rounding.learn([mine], [its]):
-                    continue
-                found = rounding.disagreement([mine], [its])
-                share = f" by {found[1]:.1%} of its largest magnitude" if found is not None else ""
-                raise _Leak(
-                    f"output{one.path(place)} depends on the padding{share}",
-                    "leave padding= out, or mark a part in which padding is masked",
-                )
+        for row in range(len(rows)):
+            pairs = zip(*(self._real(batch, rows, taken, proof, width, row) for taken in (one, other)), strict=True)
+            for place, (mine, its) in enumerate(pairs):
+                if not proof.rounding.agrees(place, mine, its):
+                    share = (
+                        f" by {difference(mine, its)[1]:.2g} of its largest magnitude"
+                        if mine.is_floating_point()
+                        else ""
+                    )
+                    raise _Leak(
+                        f"output{one.path(place)} depends on the padding{share}",
+                        "leave padding= out, or mark a part in which padding is masked",
+                    )
 
 
 class _Leak(Bypass):
     """Real positions depend on the padding."""
-
-
-def _length(positions: int) -> int:
-    """How long a row with so many real positions is made."""
-    grain = max(GRAIN, 1 << max(0, (positions - 1) // GRAIN).bit_length())
-    return max(1, -(-positions // grain)) * grain
-
-
-def _spread(pads: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
-    """``(rows, positions)`` in a form that covers all of ``(rows, positions, ...)``."""
-    return pads.to(over.device).reshape(*pads.shape, *[1] * (over.ndim - 2))
-
-
-def _others(batch: _Batch, place: int, rows: Sequence[int], width: int) -> torch.Tensor:
-    """What may stand where there is padding: a row's own values, from its end to its beginning."""
-    tensor = batch.taken.tensors[place]
-    if not (batch.along[place] and batch.rows[place]):
-        return tensor
-    mine = tensor[list(rows)].flip(1)
-    return mine.repeat(1, -(-width // mine.shape[1]), *[1] * (mine.ndim - 2))[:, :width]

@@ -319,6 +319,27 @@ def test_a_model_that_begins_to_look_at_padding_is_caught_by_the_audit(warnings)
     assert sum("depends on the padding" in text for text in warnings) == 1
 
 
+def test_a_model_that_another_length_changes_is_left_as_it_was(warnings):
+    class Switches(Encoder):
+        def __init__(self):
+            super().__init__()
+            self.sparse = True
+
+        def forward(self, input_ids, attention_mask):
+            if input_ids.shape[1] < 12:
+                self.sparse = False
+            made = super().forward(input_ids, attention_mask)
+            return {"mean": made["mean"] * (2 if self.sparse else 1)}
+
+    plain = Switches().eval().requires_grad_(False)
+    module = marked(plain)
+    for _ in range(5):
+        ids, mask = padded([0, 3], more=8)
+        assert_same(module(ids, mask), plain(ids, mask), mask)
+    assert module.sparse
+    assert sum("writes to sparse" in text for text in warnings) == 1
+
+
 def test_two_texts_of_one_length_are_not_cut_by_each_others_mask():
     class Pair(nn.Module):
         def __init__(self):
