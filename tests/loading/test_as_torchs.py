@@ -539,3 +539,15 @@ def test_a_batch_is_right_that_is_planned_when_a_change_is_found(tmp_path, caplo
         if "is not what it was" in caplog.text:
             assert right[-1]
     assert all(right[-5:])
+
+
+def test_what_another_process_remembered_is_compared_before_it_is_left_out(tmp_path):
+    place = {"persistent": True, "persistent_cache_dir": tmp_path / "cache"}
+    files = Files(tmp_path / "files", 40)
+    for _ in range(2):
+        list(torchcache.DataLoader(files, batch_size=8, **place))
+        torchcache.flush()
+    files.write(39, np.zeros(SHAPE, np.float32))
+    loader = torchcache.DataLoader(files, batch_size=8, check=1.0, **place)
+    batches = [x + 0 for x, _ in loader]
+    assert torch.equal(batches[-1][-1], torch.zeros(SHAPE))

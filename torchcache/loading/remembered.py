@@ -82,6 +82,8 @@ class Remembered:
         self.uses = Uses()
         self._given = self._since = self._agreed = 0
         self._alone = False
+        # Whether this pass has compared no samples yet: a process that trains alone does not before it believes them.
+        self._unchecked = True
         self._renewed = self._restless = 0
         self._seconds, self._timed = 0.0, 0
         self._checked_at = time.perf_counter()
@@ -156,6 +158,7 @@ class Remembered:
     def begin(self) -> None:
         """Look whether what is remembered is still true, as a pass begins."""
         self.uses.ahead = False
+        self._unchecked = True
         if self.reader.apart:  # workers begin under what the pass begins under; without them each batch has its own
             self._take_surroundings()
         if len(self._samples) and not self.reason and self.look():
@@ -267,7 +270,8 @@ class Remembered:
             if self.uses.batches and not self._subject.seems_to_hold() and not self.look():
                 return nothing, False
         self._since += len(indices)
-        if self._since > max(len(self._samples), ENOUGH):  # a pass that has no end is checked too
+        endless = self._since > max(len(self._samples), ENOUGH)
+        if endless or (self._unchecked and self._believed()):
             self._check()
         block = self._samples.block(indices) if plain and self.collated else None
         if block is not None and is_simple(block.structure) and self._believed() and self._stays(block):
@@ -352,6 +356,7 @@ class Remembered:
         believed = self._believed()
         if not (len(self._samples) and (believed or self.reader.apart)):
             return
+        self._unchecked = False
         wanted = (
             min(len(self._samples), max(ENOUGH, int(self._share * len(self._samples))))
             if self._share or not believed
