@@ -21,6 +21,7 @@ PAGES = [
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 WITH_CODE = {"README.md", "tools/docs/training.md", "tools/docs/switching.md"}
+NEEDS = {"README.md": ["transformers"], "tools/docs/training.md": ["redis"]}
 SAID = re.compile(r"^print\(.*\)  # (True|False|\d+|torch\.Size\(\[[\d, ]*\]\))", re.MULTILINE)
 
 
@@ -38,8 +39,8 @@ def test_pages_with_code_are_known():
 
 @pytest.mark.parametrize("page", sorted(WITH_CODE))
 def test_python_blocks_run_as_one_session_and_print_what_they_say(page, tmp_path, monkeypatch, capsys):
-    if page == "README.md":
-        pytest.importorskip("transformers")
+    for needed in NEEDS.get(page, ()):
+        pytest.importorskip(needed)
     monkeypatch.setenv("TORCHCACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     scope = {"__name__": "page"}

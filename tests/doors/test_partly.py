@@ -428,6 +428,44 @@ def test_a_frozen_mark_inside_is_looked_up_by_itself():
     assert torchcache.stats(model.body).hits >= 8
 
 
+class Asking(Net):
+    """Its code asks a tensor for no more than its type, its shape, and whether it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x):
+        scale = len(self.asked) * (1.0 if self.asked.dtype == torch.float32 else 2.0) + self.asked.requires_grad
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("door", ["call", "transform"])
+def test_other_data_in_a_parameter_is_seen(door):
+    twin = Asking()
+    model = torchcache.mark(copy.deepcopy(twin))
+    run, x = opened(door, model), torch.randn(8, 6)
+    for data in (torch.ones(3), torch.ones(3).double(), torch.ones(5).double(), torch.ones(7)):
+        for asking in (model, twin):
+            asking.asked.data = data
+        for _ in range(2):
+            torch.testing.assert_close(run(x), twin(x))
+    for asking in (model, twin):
+        asking.asked.requires_grad_(True)
+    torch.testing.assert_close(run(x), twin(x))
+    assert torchcache.stats(model).bypasses == 0
+
+
+def test_a_lazy_layer_is_computed_until_it_has_its_shape():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Tanh(), nn.LazyLinear(3))
+    torchcache.mark(model)
+    x = torch.randn(8, 6)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), model[2](model[0](x).tanh()))
+    assert torchcache.stats(model).hits >= 8
+
+
 @pytest.mark.skipif(not dynamo.names_parts(), reason="this torch does not say of nodes whose they are")
 def test_misses_are_compiled_for_any_number_of_rows():
     seen = []

@@ -10,7 +10,7 @@ from models import CASES, Adapter, adapt_last, build, captioned, clip_model, pai
 from torch import nn
 
 import torchcache
-from torchcache import torchcache_backend
+from torchcache import dynamo, torchcache_backend
 
 BATCH, NEW = 8, 3
 # One that reshapes by the batch size, and one that writes in place.
@@ -51,7 +51,8 @@ def opened(door, model):
         return torchcache.transform(model)
     if door == "call":
         return model
-    return torch.compile(model, backend=torchcache_backend, options={"inner": door}, fullgraph=True)
+    whole = dynamo.passes_structures() and dynamo.names_parts()  # an older torch ends its graph at a mark
+    return torch.compile(model, backend=torchcache_backend, options={"inner": door}, fullgraph=whole)
 
 
 def batches(case):

@@ -192,6 +192,53 @@ def test_functions_that_mix_rows_are_never_served_wrongly(name, rows):
     assert torchcache.stats(features).hits == 0 or (name == "experts with a capacity" and rows < 4)
 
 
+class Stateful(nn.Module):
+    """Takes what an LSTM gives: its states have their rows along the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, tokens, hidden, cells):
+        return self.linear(tokens[:, -1] + hidden[0]) + cells[0]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_arguments_with_their_rows_elsewhere_are_computed(rows, layers):
+    plain = Stateful().eval()
+    cached = torchcache.mark(copy.deepcopy(plain), freeze=True)
+    for _ in range(3):
+        states = torch.randn(layers, rows, 4), torch.randn(layers, rows, 4)
+        inputs = (torch.randn(rows, 5, 4), *states)
+        for _ in range(2):
+            torch.testing.assert_close(cached(*inputs), plain(*inputs))
+    assert counts(cached)[0] == 0
+    assert torchcache.stats(cached).bypasses == 6 * rows
+
+
+@pytest.mark.parametrize("door", ["eager", "transform"])
+def test_a_head_on_a_frozen_recurrent_net_trains(door):
+    torch.manual_seed(0)
+    scan = nn.LSTM(4, 4, batch_first=True).requires_grad_(False)
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scan, self.between, self.head = scan, nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2)
+
+        def forward(self, x):
+            tokens, (hidden, _) = self.scan(x)
+            return self.head(self.between(tokens[:, -1] + hidden[0]))
+
+    model = torchcache.mark(Reader())
+    run = DOORS[door](model)
+    x = torch.randn(6, 5, 4)
+    for _ in range(3):
+        tokens, (hidden, _) = scan(x)
+        torch.testing.assert_close(run(x), model.head(model.between(tokens[:, -1] + hidden[0])))
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_rows_of_a_batch_of_one_are_not_trusted_before_more_are_seen(door):
     run, model, twin = opened(Shares, door)

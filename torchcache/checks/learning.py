@@ -10,7 +10,7 @@ import torch
 from torchcache.batch import Batch, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.plan import CHANGED, Plan, layout_digest
-from torchcache.checks.probe import Learnt, Roles, Unproven, learn, rows_of, select
+from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
@@ -263,6 +263,11 @@ class Learning:
             names = written.changes() if written is not None else []
             if not names and (batch.moved or not steady.holds(self._subject.identity.look().tensors)):
                 raise Bypass(CHANGED, lasting=False, quiet=True) from None
+            if (written is None or not names) and may_lie_elsewhere(batch.taken.tensors, self._options.batch_dim):
+                raise Bypass(
+                    "its rows depend on each other, or do not lie along the first dimension of every argument",
+                    "mark a part whose arguments have their rows first",
+                ) from None
             if written is None or not names:
                 raise
             written.restore()

@@ -154,6 +154,17 @@ def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[
                 yield tuple(None if place in shared else dim for place, dim in enumerate(roles))
 
 
+def may_lie_elsewhere(tensors: Tensors, batch_dim: int) -> bool:
+    """Whether one tensor has as many of something as another has rows, but not along a dimension that is tried."""
+    tried = [{tensor.shape[dim] for dim in (batch_dim, 0) if tensor.ndim > dim} for tensor in tensors]
+    counts = set().union(*tried) - {1}
+    return any(
+        size in tensor.shape and size not in mine
+        for size in counts
+        for tensor, mine in zip(tensors, tried, strict=True)
+    )
+
+
 def rows_of(tensors: Tensors, roles: Sequence[int | None]) -> list[torch.Tensor]:
     """The tensors that have rows, with their rows first."""
     return [
