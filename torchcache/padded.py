@@ -31,12 +31,15 @@ class PaddedBatch:
         Whether rows are padded on the left.
     lengths : list of int
         The real positions of each row.
+    widest : int
+        The longest that any batch of the caller's was: the original may end the run on longer rows.
     """
 
     taken: Taken
     mask: int
     left: bool
     lengths: list[int]
+    widest: int
 
     @property
     def count(self) -> int:
@@ -48,8 +51,13 @@ class PaddedBatch:
         """The rows by the length to which they are cut."""
         groups: dict[int, list[int]] = {}
         for row, length in enumerate(self.lengths):
-            groups.setdefault(length_of(length), []).append(row)
+            groups.setdefault(self.cut_to(length), []).append(row)
         return groups
+
+    def cut_to(self, length: int) -> int:
+        """How long a row with so many real positions is made, whatever its batch is like: never longer than any was."""
+        wanted = length_of(length)
+        return wanted if wanted <= self.widest else max(1, length)
 
     @property
     def width(self) -> int:
@@ -86,7 +94,7 @@ class PaddedBatch:
 
 
 def length_of(positions: int) -> int:
-    """How long a row with so many real positions is made."""
+    """The length of rows with about so many positions."""
     grain = max(GRAIN, 1 << max(0, (positions - 1) // GRAIN).bit_length())
     return max(1, -(-positions // grain)) * grain
 

@@ -21,7 +21,7 @@ from torchcache.batch import Given, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.compare import Rounding, difference
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
-from torchcache.errors import Bypass
+from torchcache.errors import Bypass, brief
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
 from torchcache.logging import warn_once
@@ -78,7 +78,7 @@ class Padding:
         # For calls of one form: to which lengths rows were cut so far.
         self._lengths: dict[tuple[Any, ...], set[int]] = {}
         self._blanks: dict[tuple[bytes, int], Any] = {}
-        self._left = False
+        self._left, self._widest = False, 0
         self._leaks: collections.Counter[tuple[Any, ...]] = collections.Counter()
         self._pure, self._writes = options.pure, 0
         self._share, self._began, self._spent = options.audit, time.perf_counter(), 0.0
@@ -104,15 +104,18 @@ class Padding:
         if batch is None or trains or (torch.is_grad_enabled() and any(map(_requires_grad, batch.taken.tensors))):
             return ordinary(given)
         current_ids(batch.count, self._subject.name)  # as many as there are rows, or an error
+        if batch.widest == batch.width and min(batch.lengths) == batch.width:  # nothing is padding, nor could it be
+            return ordinary(given)
+        clean = self._is_clean(batch)
         shapes = tuple([(tensor.dtype, tensor.shape[2:]) for tensor in batch.taken.tensors])
-        how = (batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
+        how = (clean, batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
         form = (self._subject.identity.current(seen), batch.taken.key)
         known = self._known.get(form) or self._known.get((*form, how))
         if isinstance(known, Bypass):
             raise known
         try:
             if known is None or not batch.groups.keys() <= self._lengths.get(form, set()):
-                known, outputs = self._learn(given, batch, ordinary)
+                known, outputs = self._learn(given, batch, ordinary, clean)
                 self._remember((*form, how), known)
                 self._lengths.setdefault(form, set()).update(batch.groups)
                 return outputs
@@ -129,6 +132,12 @@ class Padding:
                     self._remember(form, bypass)
                 bypass.quiet = self._leaks[form] > 1
             raise
+        except Exception as error:
+            if error is given.error:
+                raise
+            refused = _not_run(error)
+            self._remember((*form, how), refused)
+            raise refused from None
 
     def _remember(self, kind: tuple[Any, ...], known: _Proof | Bypass) -> None:
         if len(self._known) >= MOST:
@@ -171,9 +180,9 @@ class Padding:
         if not (right or left):
             raise Bypass("its rows begin and end at different places", "pad all rows on one side", lasting=False)
         self._left = self._left if right and left else left
-        return PaddedBatch(
-            taken, place, self._left, [max(0, end - start) for start, end in zip(first, last, strict=True)]
-        )
+        self._widest = max(self._widest, width)
+        lengths = [max(0, end - start) for start, end in zip(first, last, strict=True)]
+        return PaddedBatch(taken, place, self._left, lengths, self._widest)
 
     def _pieces(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[list[list[int]], list[Taken]]:
         """The rows of each length, and what the region returns for them."""
@@ -219,6 +228,18 @@ class Padding:
             self._blanks[key] = found[0].item() if bool((found == found[0]).all()) else 0
         return self._blanks[key]
 
+    def _is_clean(self, batch: PaddedBatch) -> bool:
+        """Whether padding holds what it usually does, in all arguments: what else may stand there was not compared."""
+        pads = batch.pads(range(batch.count), batch.width)
+        for place, (tensor, has_rows, along) in enumerate(
+            zip(batch.taken.tensors, batch.rows, batch.along, strict=True)
+        ):
+            if along and has_rows and place != batch.mask:
+                other = (tensor != self._blank_of(batch, place)) & spread(pads, tensor)
+                if bool(other.any()):
+                    return False
+        return True
+
     def _merged(self, batch: PaddedBatch, groups: list[list[int]], made: list[Taken], proof: _Proof) -> Any:
         """One output of those of the groups, padded with zeros."""
         if len({taken.key for taken in made}) > 1:
@@ -239,7 +260,7 @@ class Padding:
             leaves.append(whole)
         return made[0].rebuild(leaves)
 
-    def _learn(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[_Proof, Any]:
+    def _learn(self, given: Given, batch: PaddedBatch, ordinary: Ordinary, clean: bool) -> tuple[_Proof, Any]:
         """What is to be remembered, and the outputs, where real positions are the same at every length."""
         generators = Generators()
         with self._nothing_written():
@@ -247,7 +268,7 @@ class Padding:
         if generators.moved():
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
         with self._nothing_written(restore=True), generators_kept(), normal_tensors(), torch.no_grad():
-            proof = self._compare(batch, whole)
+            proof = self._compare(batch, whole, clean)
         with self._nothing_written(restore=True):
             outputs = self._merged(batch, *self._pieces(given, batch, ordinary), proof)
         self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width)
@@ -275,13 +296,16 @@ class Padding:
         if error is not None:
             raise error
 
-    def _compare(self, batch: PaddedBatch, whole: Taken) -> _Proof:
-        """Compute two rows at two lengths, with other things where there is padding."""
+    def _compare(self, batch: PaddedBatch, whole: Taken, clean: bool) -> _Proof:
+        """Compute two rows at two lengths; with other things in the padding, where callers put anything there."""
         rows = (2 * sorted(range(batch.count), key=batch.lengths.__getitem__)[:2])[:2]
-        width = length_of(batch.lengths[rows[-1]])
+        if batch.lengths[rows[1]] == batch.width:  # of a row that is not padded no shorter one can be made
+            rows = rows[:1] * 2
+        width = max(1, batch.lengths[rows[1]])
+        wider = batch.width if batch.width > width else min(width + GRAIN, batch.widest)
         short = self._original(batch, self._cut(batch, rows, width))
-        others = [others_of(batch, place, rows, width + GRAIN) for place in range(len(batch.rows))]
-        longer = self._original(batch, self._cut(batch, rows, width + GRAIN, others))
+        others = None if clean else [others_of(batch, place, rows, wider) for place in range(len(batch.rows))]
+        longer = self._original(batch, self._cut(batch, rows, wider, others))
         if not short.key == longer.key == whole.key:
             raise Bypass("a number or the structure of its output depends on the length")
         along = []
@@ -289,7 +313,7 @@ class Padding:
             two, three, given = (tuple(leaf.shape) for leaf in leaves)
             if (two[:1], three[:1], given[:1]) != ((len(rows),), (len(rows),), (batch.count,)):
                 raise Bypass(f"output{whole.path(place)} has not its rows first", "mark a part that has")
-            along.append((two[1:2], three[1:2], given[1:2]) == ((width,), (width + GRAIN,), (batch.width,)))
+            along.append((two[1:2], three[1:2], given[1:2]) == ((width,), (wider,), (batch.width,)))
             rest = 1 + along[-1]
             if not two[rest:] == three[rest:] == given[rest:]:
                 raise Bypass(
@@ -312,11 +336,7 @@ class Padding:
         except Bypass:
             raise
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0][:200]
-            raise Bypass(
-                f"it does not run on rows of another length than it was given ({type(error).__name__}: {said})",
-                "leave padding= out, or mark a part that takes any length",
-            ) from None
+            raise _not_run(error) from None
 
     def _real(
         self, batch: PaddedBatch, rows: Sequence[int], taken: Taken, proof: _Proof, width: int, row: int
@@ -343,6 +363,13 @@ class Padding:
                         f"output{one.path(place)} depends on the padding{share}",
                         "leave padding= out, or mark a part in which padding is masked",
                     )
+
+
+def _not_run(error: Exception) -> Bypass:
+    return Bypass(
+        f"it does not run on rows of another length than it was given ({type(error).__name__}: {brief(error)})",
+        "leave padding= out, or mark a part that takes any length",
+    )
 
 
 class _Leak(Bypass):

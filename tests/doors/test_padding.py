@@ -264,6 +264,37 @@ def test_without_the_argument_all_positions_count(warnings):
     assert ["all positions count" in text for text in warnings] == [True]
 
 
+def test_no_row_is_made_longer_than_any_batch_was():
+    """A model has room for some positions only, and one that is asked for more can end more than the call."""
+
+    longest = max(map(len, SENTENCES))
+
+    class Short(Encoder):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.Embedding(longest, WIDTH)
+
+    assert longest % 8
+    plain = Short().eval().requires_grad_(False)
+    module = marked(plain)
+    for epoch in epochs(4):
+        for rows in epoch:
+            ids, mask = padded(rows)
+            assert_same(module(ids, mask), plain(ids, mask), mask)
+    assert torchcache.stats(module).hits >= 2 * len(SENTENCES)
+    assert not any("run on rows" in reason for reason in torchcache.stats(module).regions[0].reasons)
+
+
+def test_rows_alone_of_several_lengths():
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain, padding=None)
+    for _ in range(2):
+        for row in range(8):
+            ids = SENTENCES[row][None]
+            torch.testing.assert_close(module(ids)["mean"], plain(ids)["mean"], atol=1e-5, rtol=1e-4)
+    assert torchcache.stats(module).hits
+
+
 def test_ids_of_samples_are_taken_apart_with_the_batch():
     plain = Encoder().eval().requires_grad_(False)
     module = marked(plain)

@@ -250,7 +250,7 @@ class Learning:
                     whole,
                     lambda tensors: take_outputs(batch.original(tensors)),
                     batch_dim=self._options.batch_dim,
-                    spare=form.spare,
+                    spare=form.spare if form.spare is not None and self._alike(form.spare, batch) else None,
                     coarse=batch.coarse,
                 )
         except Unproven:
@@ -277,6 +277,16 @@ class Learning:
         form.roles, form.learnt, form.spare = learnt.rows, learnt, None
         self._assign(batch, learnt.rows)
         return self._keep(batch, learnt, output, proven=True)
+
+    def _alike(self, spare: Sequence[torch.Tensor], batch: Batch) -> bool:
+        """Whether rows of an earlier call are as long and wide as those of this one."""
+        dims = {0, self._options.batch_dim}
+        return all(
+            one.dtype == other.dtype
+            and one.ndim == other.ndim
+            and all(dim in dims or one.shape[dim] == other.shape[dim] for dim in range(one.ndim))
+            for one, other in zip(spare, batch.taken.tensors, strict=True)
+        )
 
     def _run_watched(self, batch: Batch) -> Taken:
         """The original on the caller's own arguments: what it is given must stay as it is, and nothing be drawn."""
