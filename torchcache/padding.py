@@ -21,7 +21,7 @@ from torchcache.batch import Given, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.compare import Rounding, difference
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
-from torchcache.errors import Bypass, brief
+from torchcache.errors import Bypass, TorchcacheError, brief
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
 from torchcache.logging import warn_once
@@ -133,7 +133,7 @@ class Padding:
                 bypass.quiet = self._leaks[form] > 1
             raise
         except Exception as error:
-            if error is given.error:
+            if error is given.error or isinstance(error, TorchcacheError):
                 raise
             refused = _not_run(error)
             self._remember((*form, how), refused)

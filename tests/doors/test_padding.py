@@ -295,6 +295,16 @@ def test_rows_alone_of_several_lengths():
     assert torchcache.stats(module).hits
 
 
+def test_rows_that_depend_on_each_other_are_the_error_that_they_are():
+    class Centred(Encoder):
+        def forward(self, input_ids, attention_mask):
+            mean = super().forward(input_ids, attention_mask)["mean"]
+            return {"mean": mean - mean.mean(0)}
+
+    with pytest.raises(torchcache.RowwiseError, match="the other rows of the batch"):
+        marked(Centred())(*padded([0, 1], more=10))
+
+
 def test_ids_of_samples_are_taken_apart_with_the_batch():
     plain = Encoder().eval().requires_grad_(False)
     module = marked(plain)
