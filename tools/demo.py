@@ -304,7 +304,7 @@ def main() -> None:
         first.pictures.mkdir()
         draw(first.pictures, first.count)
         for job, train in JOBS.items():
-            directory = Path(name, job)
+            directory = Path(name, "cache", job)
             epochs = train("uncached", first, None) + train("cached", first, directory)
             epochs += second_process(job, arguments, directory)
             show(TITLES[job], epochs)

@@ -154,3 +154,15 @@ def test_the_number_of_items_is_left_to_code_that_reads_it():
         )
         assert torch.allclose(one, other, rtol=1e-4)
         assert torch.allclose(own(ids, **given), marked_own(ids, **given), rtol=1e-4)
+
+
+def test_other_models_that_are_made_meanwhile_change_nothing():
+    model = classifier().vit.eval().requires_grad_(False)
+    torchcache.mark(model)
+    pixels = Images().pixels[:8]
+    model(pixels)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=20))
+    model(pixels)
+    stats = torchcache.stats(model)
+    assert (stats.hits, stats.misses) == (8, 8)

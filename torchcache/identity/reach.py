@@ -28,6 +28,7 @@ from torchcache.identity.modules import CONTAINERS, GlobalHooks
 from torchcache.identity.node import Node, Space
 from torchcache.identity.objects import member_space
 from torchcache.identity.reads import Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
+from torchcache.identity.tables import OwnEntries
 from torchcache.identity.values import ATOMS
 
 __all__ = ["Reach"]
@@ -51,10 +52,7 @@ _TREE_HOMES = ("torch.func", "torch._functorch", "torch.nn.utils", "torch.export
 class Reach:
     """The objects of a program, found from its roots; what is reached and what is read grow until neither does.
 
-    Parameters
-    ----------
-    without : frozenset of str
-        Names of attributes and variables that are no part, whatever reads them.
+    ``without`` are names of attributes and variables that are no part, whatever reads them.
     """
 
     def __init__(self, without: frozenset[str] = frozenset()) -> None:
@@ -73,11 +71,13 @@ class Reach:
         self._packages: set[str] = set()
         self._fragments: set[str] = set()
         self._everything = self._tree = self._scopes = False
+        self._tables: OwnEntries | None = None
 
     def from_subject(self, module: nn.Module | None, function: Any) -> None:
         """Find all that a call of ``function`` can reach; it takes ``module`` first, if there is one."""
         root, owner = Node(None, kind="root"), None
         if module is not None:
+            self._tables = OwnEntries(module)
             node = self._reach(module, root, "")
             if getattr(simplify(function), "__name__", "forward") != "forward":
                 self.own_forward = node
@@ -335,6 +335,7 @@ class Reach:
         if value is MISSING:
             node.parts.append((label, "missing"))
             return
+        value = value if self._tables is None else self._tables.of(value)
         if type(value) is str:
             self._text(value)
         if as_type and is_class(value):
