@@ -281,7 +281,7 @@ def main() -> None:
     """Run both jobs, each three times, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=5600, help="docstrings to train on")
-    parser.add_argument("--count", type=int, default=1024, help="pictures to train on")
+    parser.add_argument("--count", type=int, default=384, help="pictures to train on")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of the cached runs")
     parser.add_argument("--uncached-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -20,6 +20,7 @@ import torch
 from torchcache.batch import Given, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.compare import Rounding, difference
+from torchcache.checks.learning import SETUP_CALLS, written_text
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
 from torchcache.errors import Bypass, TorchcacheError, brief
 from torchcache.identity.numeric import autocasts
@@ -35,8 +36,6 @@ __all__ = ["Padding"]
 MOST = 1024
 # In so many kinds of calls real positions depended on the padding: all calls of that form are computed.
 MOST_LEAKS = 3
-# A module may set itself up in its first calls.
-SETUP_CALLS = 3
 Tensors = Sequence[torch.Tensor]
 Ordinary = Callable[[Given], Any]
 _requires_grad = operator.attrgetter("requires_grad")
@@ -120,7 +119,7 @@ class Padding:
                 self._lengths.setdefault(form, set()).update(batch.groups)
                 return outputs
             outputs = self._merged(batch, *self._pieces(given, batch, ordinary), known)
-            if self._spent <= self._share * (time.perf_counter() - self._began):
+            if self._spent < self._share * (time.perf_counter() - self._began):
                 self._look_again(given, batch, outputs, known)
             return outputs
         except Bypass as bypass:
@@ -136,7 +135,8 @@ class Padding:
             if error is given.error or isinstance(error, TorchcacheError):
                 raise
             refused = _not_run(error)
-            self._remember((*form, how), refused)
+            if refused.lasting:
+                self._remember((*form, how), refused)
             raise refused from None
 
     def _remember(self, kind: tuple[Any, ...], known: _Proof | Bypass) -> None:
@@ -144,6 +144,7 @@ class Padding:
             self._known.clear()
             self._lengths.clear()
             self._leaks.clear()
+            self._blanks.clear()
         self._known[kind] = known
 
     def _look_again(self, given: Given, batch: PaddedBatch, outputs: Any, proof: _Proof) -> None:
@@ -290,9 +291,7 @@ class Padding:
             if restore:
                 written.restore()
             self._writes += 1
-            advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
-            quiet = self._writes < SETUP_CALLS
-            error = Bypass(f"its forward writes to {', '.join(names[:3])}", advice, lasting=False, quiet=quiet)
+            error = Bypass(*written_text(names), lasting=False, quiet=self._writes < SETUP_CALLS)
         if error is not None:
             raise error
 
@@ -369,6 +368,7 @@ def _not_run(error: Exception) -> Bypass:
     return Bypass(
         f"it does not run on rows of another length than it was given ({type(error).__name__}: {brief(error)})",
         "leave padding= out, or mark a part that takes any length",
+        lasting=not isinstance(error, (MemoryError, torch.OutOfMemoryError)),
     )
 
 

@@ -381,6 +381,42 @@ def test_a_model_that_another_length_changes_is_left_as_it_was(warnings):
     assert sum("writes to sparse" in text for text in warnings) == 1
 
 
+class Counted(Encoder):
+    """Counts its calls, and lacks memory when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.lacking = 0, 0
+
+    def forward(self, input_ids, attention_mask):
+        self.calls += 1
+        if self.lacking and input_ids.shape[1] < self.lacking:
+            raise torch.OutOfMemoryError("no memory")
+        return {"mean": super().forward(input_ids, attention_mask)["mean"]}
+
+
+def test_without_audits_nothing_that_is_served_is_computed():
+    module = marked(Counted(), audit=0.0, pure=True)
+    batch, calls = padded([2, 7, 9]), []
+    for _ in range(4):
+        module(*batch)
+        calls.append(module.calls)
+    assert calls[1] - calls[0] <= 3  # how a row that was alone lies in memory is seen when it is served first
+    assert calls[1] == calls[2] == calls[3]
+
+
+def test_a_lack_of_memory_is_no_reason_for_later_calls():
+    module = marked(Counted(), pure=True, persistent_module_hash="counted")
+    batch = padded([2, 7, 9])
+    module.lacking = 12
+    module(*batch)
+    assert torchcache.stats(module).bypasses == 3
+    module.lacking = 0
+    for _ in range(2):
+        module(*batch)
+    assert torchcache.stats(module).hits == 3
+
+
 def test_two_texts_of_one_length_are_not_cut_by_each_others_mask():
     class Pair(nn.Module):
         def __init__(self):

@@ -22,7 +22,7 @@ from torchcache.options import CacheOptions
 from torchcache.values.layout import pick_rows
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
-__all__ = ["Learning"]
+__all__ = ["SETUP_CALLS", "Learning", "written_text"]
 
 # A module may set itself up in its first calls; one that changes in so many keeps state.
 SETUP_CALLS = 3
@@ -372,10 +372,14 @@ class Learning:
     def _writes(self, form: _Form, names: list[str]) -> Writes:
         """Why a call that writes is computed; said where it is no setting up."""
         form.unsettled += 1
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        reason = f"its forward writes to {shown}"
-        advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
-        return Writes(reason, advice, lasting=False, quiet=form.unsettled < SETUP_CALLS)
+        return Writes(*written_text(names), lasting=False, quiet=form.unsettled < SETUP_CALLS)
+
+
+def written_text(names: Sequence[str]) -> tuple[str, str]:
+    """That a forward writes to what has these names, and what to do about it."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
+    return f"its forward writes to {shown}", advice
 
 
 def _backwards(again: Taken, whole: Taken, learnt: Learnt) -> bool:
