@@ -42,7 +42,7 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         What it looks like, where the mark itself does not say.
     """
     shown = mark.function if mark.function is not None else of
-    base, name, own = mark.base, mark.name, mark.own
+    base, name, own, output = mark.base, mark.name, mark.own, mark.output
 
     @dynamo.constant
     def traced(address: int, gradients: bool, enabled: bool | None) -> str:
@@ -76,13 +76,15 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         if how == APART:
             return _enter(mark, args, kwargs)
         inlined(address)
-        if how == OWN:
-            return getattr(module, own)(*args[1:], **kwargs)
         original: Any = shown if base is None else _beneath(base, name)
+        if how == OWN:
+            original, args = getattr(module, own), args[1:]
         if how == PART:
             with torch.fx.traceback.annotate({"torchcache": subject}):
-                return original(*args, **kwargs)
-        return original(*args, **kwargs)
+                found = original(*args, **kwargs)
+                return found if output is None else output(found)
+        found = original(*args, **kwargs)
+        return found if output is None else output(found)
 
     if shown is not None:
         functools.update_wrapper(opened, shown)

@@ -38,12 +38,15 @@ class Mark:
         in the class ``base`` at every call: a class may be given another one.
     base : type or None
         The class of a module that was marked as an instance.
+    output : callable or None
+        What is made of what the original returns, and returned in its place.
     """
 
     name: str
     options: CacheOptions
     function: Callable[..., Any] | None = None
     base: type[nn.Module] | None = None
+    output: Callable[[Any], Any] | None = None
 
     def options_for(self, module: nn.Module | None) -> CacheOptions:
         """The options, with the ``torchcache_<option>`` attributes of the instance and its class applied."""
@@ -64,10 +67,9 @@ class Mark:
 
     def original(self, module: nn.Module | None) -> Callable[..., Any]:
         """What runs in place of a lookup; it takes the module first, if there is one."""
-        if self.function is not None:
-            return self.function
         own = self._own(module)
-        return _without_module(own) if own is not None else original_of(getattr(self.base, self.name))
+        original = self._original() if own is None else _without_module(own)
+        return original if self.output is None else _and_then(original, self.output)
 
     def names(self, module: nn.Module | None) -> tuple[str, ...]:
         """Names of the original's positional parameters, without the module."""
@@ -76,7 +78,10 @@ class Mark:
     def called(self, module: nn.Module | None) -> Callable[..., Any]:
         """What has the parameters: the function that the instance itself had, or the original."""
         own = self._own(module)
-        return self.original(module) if own is None else own
+        return self._original() if own is None else own
+
+    def _original(self) -> Callable[..., Any]:
+        return original_of(getattr(self.base, self.name)) if self.function is None else self.function
 
     def without_defaults(
         self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -168,6 +173,15 @@ def _without_module(bound: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(bound)
     def function(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return bound(*args, **kwargs)
+
+    return function
+
+
+def _and_then(original: Callable[..., Any], output: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The original, and what is made of what it returns."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return output(original(*args, **kwargs))
 
     return function
 

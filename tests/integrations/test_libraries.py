@@ -299,6 +299,19 @@ def test_diffusers_denoiser_on_latents_and_texts(pictures, captions):
     assert_each_row_is_computed_once(model, regions=2)
 
 
+def test_diffusers_encode_by_what_its_distribution_is_made_of(pictures):
+    """``encode`` returns an object of a class of its own, which holds one tensor."""
+    distributions = pytest.importorskip("diffusers.models.autoencoders.vae")
+    images = latent_diffusion()["images"].eval()
+    expected = images.encode(pictures).latent_dist
+    encode = torchcache.mark(images.encode, output=lambda found: found.latent_dist.parameters)
+    for _ in range(2):
+        found = distributions.DiagonalGaussianDistribution(encode(pictures))
+        torch.testing.assert_close(found.mean, expected.mean)
+        torch.testing.assert_close(found.std, expected.std)
+    assert torchcache.stats(images).hits == len(pictures)
+
+
 VOCABULARY = ["[PAD]", "[UNK]", "a", "the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "fast", "slow"]
 
 

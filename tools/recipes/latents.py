@@ -42,11 +42,11 @@ class Diffusion(nn.Module):
         super().__init__()
         options = {"persistent": True, "persistent_cache_dir": directory, "freeze": True}
         self.images = torchcache.mark(images, cache_dtype=torch.float16, **options)
-        self.texts = torchcache.mark(texts, **options)
+        self.texts = torchcache.mark(texts, output=lambda found: found.pooler_output, **options)  # no tokens
         self.denoiser = Denoiser(texts.config.hidden_size)
 
     def forward(self, images, input_ids):
-        latents, text = self.images(images), self.texts(input_ids).pooler_output
+        latents, text = self.images(images), self.texts(input_ids)
         level, noise = torch.rand(len(latents)), torch.randn_like(latents)
         noisy = latents + level.view(-1, 1, 1, 1) * (noise - latents)
         return nn.functional.mse_loss(self.denoiser(noisy, level, text), noise)

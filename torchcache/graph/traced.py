@@ -109,14 +109,13 @@ class Traced:
 
 def traceable(mark: Mark, module: nn.Module) -> Callable[..., Any]:
     """The original of ``mark``, taking its module first."""
-    own = mark.own
-    original = mark.original(module) if own not in vars(module) else None
+    own, output = mark.own, mark.output
+    original = mark.called(module) if own not in vars(module) else None
 
     def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_trace()
-        if original is None:
-            return getattr(module, own)(*args, **kwargs)
-        return original(module, *args, **kwargs)
+        found = getattr(module, own)(*args, **kwargs) if original is None else original(module, *args, **kwargs)
+        return found if output is None else output(found)
 
     return function
 

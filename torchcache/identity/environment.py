@@ -41,21 +41,24 @@ def variables_of(value: Any, names: tuple[str, ...] = ()) -> frozenset[str] | No
     """
     if names and isinstance(value, type):
         value = next((vars(base)[names[0]] for base in value.__mro__ if names[0] in vars(base)), None)
-    function = beneath(getattr(value, "__func__", value))
-    return _variables_of(function, MOST) if type(function) is types.FunctionType else frozenset()
+    return _variables_of(beneath(getattr(value, "__func__", value)), MOST)
+
+
+def _variables_of(function: Any, further: int) -> frozenset[str] | None:
+    """Only functions of the standard library are remembered: those of others may hold anything."""
+    if type(function) is not types.FunctionType or is_environment(function) or not further:
+        return frozenset()
+    home = home_of(function)
+    if not is_named(home) or home.partition(".")[0] in ("torch", "torchcache", "numpy"):
+        return frozenset()
+    return _read_by(function, further)
 
 
 @functools.lru_cache(maxsize=4096)
-def _variables_of(function: types.FunctionType, further: int) -> frozenset[str] | None:
-    home = home_of(function)
-    if is_environment(function) or not further or not is_named(home):
-        return frozenset()
-    if home.partition(".")[0] in ("torch", "torchcache", "numpy"):
-        return frozenset()
+def _read_by(function: types.FunctionType, further: int) -> frozenset[str] | None:
     reads = reads_of(function.__code__)
     found = named_variables(function, reads)
     for chain in reads.chains:
-        called = resolve(chain, function.__globals__).value
-        its = _variables_of(called, further - 1) if type(called) is types.FunctionType else frozenset()
+        its = _variables_of(resolve(chain, function.__globals__).value, further - 1)
         found = None if found is None or its is None else found | its
     return found
