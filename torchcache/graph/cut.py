@@ -1,28 +1,20 @@
-"""What a region takes and gives: a partition shrunk until its outputs are rows, without what is cheap to redo."""
+"""What a region takes and gives: a partition shrunk until all that is read of it follows from rows."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
 
 from torchcache.dynamo import expression_of, storage_of
+from torchcache.graph.fewest import fewest, is_cheap
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
 
 __all__ = ["Cut", "batch_of", "cut_region", "has_rows"]
-
-# Operators so cheap that their results are recomputed rather than stored.
-CHEAP = frozenset(
-    """
-    view reshape transpose permute unsqueeze squeeze expand expand_as flatten unflatten contiguous t getitem getattr to
-    float half bfloat16 bool int long type type_as clone detach size eq ne lt le gt ge and_ or_ not_ invert logical_not
-    logical_and logical_or neg sub rsub add mul truediv masked_fill where zeros ones full zeros_like ones_like full_like
-    arange tensor empty split chunk unbind cat stack dropout identity
-    """.split()
-)
 
 
 @dataclasses.dataclass
@@ -36,91 +28,41 @@ class Cut:
     outputs : list of Node
         Those among them whose values are stored.
     recomputed : list of Node
-        Those that are cheap to compute from the stored ones, and are read outside: in order.
+        Those that lead from the stored ones to what is read outside, and stay where they are: in order.
     """
 
     nodes: list[fx.Node]
     outputs: list[fx.Node]
     recomputed: list[fx.Node]
 
+    def __post_init__(self) -> None:
+        self._apart = set(self.nodes) - set(self.recomputed)
+
+    def readers(self, output: fx.Node) -> list[fx.Node]:
+        """The nodes that read a stored value outside of the region."""
+        return [user for user in output.users if user not in self._apart]
+
 
 def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
-    """Shrink a partition until each of its outputs has the batch as first dimension; ``None`` if nothing is left."""
+    """Shrink a partition until all that is read of it follows from rows; ``None`` if nothing is left."""
     members = dict.fromkeys(nodes)
     while members:
-        outputs = _outputs(members, analysis)
-        if not outputs:
+        read = [
+            node for node in members if node in analysis.varying and any(user not in members for user in node.users)
+        ]
+        if not read:
             return None
-        batch = batch_of(members, outputs, analysis)
-        bad = [node for node in outputs if not has_rows(node, batch)]
-        if not bad:
-            outputs, recomputed = _spare(outputs, members, analysis)
+        batch = batch_of(members, read, analysis)
+        found = fewest(read, members, functools.partial(has_rows, batch=batch), analysis)
+        if found is not None:
+            outputs, recomputed = found
             needed = _ancestors(outputs, members, analysis)
             kept = [node for node in members if node in needed]
-            if not _worthwhile(kept, nodes, analysis) or not _orderly(kept, outputs, analysis):
-                return None
-            return Cut(kept, outputs, [node for node in members if node in recomputed])
-        for node in _descendants(bad, members):
+            cut = Cut(kept, outputs, [node for node in members if node in recomputed])
+            return cut if _worthwhile(kept, nodes, analysis) and _orderly(cut, analysis) else None
+        for node in _descendants([node for node in read if not has_rows(node, batch)], members):
             members.pop(node, None)
     return None
-
-
-def _outputs(members: dict[fx.Node, None], analysis: Analysis) -> list[fx.Node]:
-    """The members read outside that must be stored: not what is the same for all rows, nor what is cheap to redo."""
-    outputs = []
-    for node in members:
-        if all(user in members for user in node.users) or node not in analysis.varying:
-            continue
-        if not _is_cheap_from_inputs(node, members, analysis):
-            outputs.append(node)
-    return outputs
-
-
-def _is_cheap_from_inputs(node: fx.Node, members: dict[fx.Node, None], analysis: Analysis) -> bool:
-    """Whether ``node`` follows from the region's inputs by cheap operators alone, while others in it do more."""
-    closure = _ancestors([node], members, analysis)
-    if len(closure) == len(members) or any(member in analysis.written for member in closure):
-        return False
-    return all(_is_cheap(member, analysis) for member in closure)
-
-
-def _spare(
-    outputs: list[fx.Node], members: dict[fx.Node, None], analysis: Analysis
-) -> tuple[list[fx.Node], set[fx.Node]]:
-    """The outputs that must be stored, and the nodes that lead from them to those that need not be."""
-    stored = list(outputs)
-    recomputed: set[fx.Node] = set()
-    for output in reversed(outputs):
-        others = set(stored) - {output}
-        path: set[fx.Node] = set()
-        pending = [output]
-        reached = False
-        while pending:
-            node = pending.pop()
-            if node in others:
-                reached = True
-            elif node in members and node not in path:
-                path.add(node)
-                pending.extend(node.all_input_nodes)
-        if reached and all(_is_light(node, analysis) for node in path):
-            stored.remove(output)
-            recomputed |= path
-    return stored, recomputed
-
-
-def _is_light(node: fx.Node, analysis: Analysis) -> bool:
-    """Whether computing ``node`` again costs about as much as reading it: no weights, no products of matrices."""
-    name = getattr(node.target, "__name__", str(node.target))
-    heavy = any(
-        part in name for part in ("matmul", "mm", "conv", "linear", "attention", "einsum", "lstm", "gru", "fft")
-    )
-    reads_state = any(source in analysis.state for source in node.all_input_nodes)
-    return not heavy and not reads_state and node not in analysis.written
-
-
-def _is_cheap(node: fx.Node, analysis: Analysis) -> bool:
-    name = getattr(node.target, "__name__", str(node.target)).strip("_")
-    return name in CHEAP and not any(source in analysis.state for source in node.all_input_nodes)
 
 
 def batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis: Analysis) -> Any:
@@ -170,7 +112,7 @@ def _descendants(nodes: Iterable[fx.Node], members: dict[fx.Node, None]) -> set[
 
 def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -> bool:
     """Whether the region does more than rearrange, unless it is all there is of its marks."""
-    if not all(_is_cheap(node, analysis) for node in kept):
+    if not all(is_cheap(node, analysis) for node in kept):
         return True
     parts = set(parts_of(kept))
     everything = [
@@ -181,9 +123,9 @@ def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -
     return len(everything) <= len(nodes)
 
 
-def _orderly(kept: list[fx.Node], outputs: list[fx.Node], analysis: Analysis) -> bool:
+def _orderly(cut: Cut, analysis: Analysis) -> bool:
     """Whether in-place writes keep their order when the region runs at one point of the graph."""
-    inside = set(kept)
+    kept, inside = cut.nodes, set(cut.nodes)
     written = set().union(*(analysis.written.get(node, set()) for node in kept))
     elsewhere = {node: storages for node, storages in analysis.written.items() if node not in inside}
     if not written and not elsewhere:
@@ -194,11 +136,11 @@ def _orderly(kept: list[fx.Node], outputs: list[fx.Node], analysis: Analysis) ->
     touched = {storage_of(tensor) for node in [*kept, *inputs] if (tensor := tensor_of(node)) is not None}
     if any(storages & touched and first < order[node] < last for node, storages in elsewhere.items()):
         return False
-    for node in outputs:
+    for node in cut.outputs:
         tensor = tensor_of(node)
         assert tensor is not None
         # A reader outside sees the value after every write of the region, so none may come before one.
-        readers = [order[user] for user in node.users if user not in inside]
+        readers = [order[user] for user in cut.readers(node)]
         writers = [order[member] for member in kept if storage_of(tensor) in analysis.written.get(member, ())]
         if writers and min(readers) < max(writers):
             return False

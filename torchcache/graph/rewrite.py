@@ -169,10 +169,8 @@ def _node_arguments(inputs: Inputs, rows: Rows, held: Any) -> tuple[list[fx.Node
 
 def _anchor(graph: fx.Graph, cut: Cut, inputs: Inputs) -> fx.Node:
     """The node before which the lookup goes: after all that it is given, before all that read it."""
-    inside = set(cut.nodes)
     order = {node: position for position, node in enumerate(graph.nodes)}
-    readers = [user for node in [*cut.outputs, *cut.recomputed] for user in node.users if user not in inside]
-    first = min(readers, key=order.__getitem__)
+    first = min((user for node in cut.outputs for user in cut.readers(node)), key=order.__getitem__)
     if order[first] <= max(order[node] for node in [*inputs.data, *inputs.state, *inputs.sizes]):
         raise Unfit("it is read before all that it reads is ready")
     last = cut.nodes[-1]
@@ -187,7 +185,6 @@ def _replace(
     arguments: tuple[list[fx.Node], list[fx.Node], str],
     plan: Plan,
 ) -> None:
-    order = {node: position for position, node in enumerate(graph.nodes)}
     with graph.inserting_before(anchor):
         lookup = graph.call_function(LOOKUP, arguments)
         lookup.meta["example_value"] = list(plan.outputs)
@@ -198,16 +195,10 @@ def _replace(
             replacements[node] = item
             analysis.varying.add(item)
             analysis.contexts[item] = analysis.contexts[node]
-    apart = set(cut.nodes) - set(cut.recomputed)
     for node, item in replacements.items():
-        for user in list(node.users):
-            if user not in apart and user is not lookup:
+        for user in cut.readers(node):
+            if user is not lookup:
                 user.replace_input_with(node, item)
-    at = next(reversed(replacements.values()))
-    for node in cut.recomputed:
-        if order[node] < order[anchor]:
-            at.append(node)
-            at = node
 
 
 def _checkpoint_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
