@@ -1,0 +1,179 @@
+"""What is stored of a partly trainable mark: the values of fewest bytes from which the rest is cheap to compute."""
+
+import copy
+
+import pytest
+import torch
+from test_partly import DOORS, assert_trains_the_same, opened
+from torch import nn
+
+import torchcache
+
+WIDTH, LENGTH, ROWS = 16, 5, 6
+HIDDEN = LENGTH * WIDTH * 4  # bytes a row of one state between blocks
+
+
+class Attention(nn.Module):
+    """Attention over tokens, with a mask made from the arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, tokens, mask):
+        normed = self.norm(tokens)
+        found = nn.functional.scaled_dot_product_attention(
+            self.query(normed), self.key(normed), self.value(normed), attn_mask=mask
+        )
+        return tokens + self.out(found)
+
+
+class Blocks(nn.Module):
+    """Frozen blocks, and a last one of which a part trains."""
+
+    def __init__(self, depth=8):
+        super().__init__()
+        self.words = nn.Embedding(20, WIDTH)
+        self.blocks = nn.ModuleList(Attention() for _ in range(depth))
+        self.head = nn.Linear(WIDTH, 3)
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+
+    def forward(self, ids, mask):
+        hidden = self.words(ids)
+        mask = mask[:, None, :].expand(-1, LENGTH, -1).bool()
+        for block in self.blocks:
+            hidden = self.between(block(hidden, mask))
+        return self.head(hidden.mean(1))
+
+    def between(self, hidden):
+        return hidden
+
+
+def trains(part):
+    """Blocks whose last block trains one linear layer."""
+
+    def make():
+        net = Blocks()
+        getattr(net.blocks[-1], part).requires_grad_(True)
+        return net
+
+    return make
+
+
+class Deep(Blocks):
+    """The last frozen value is read twice, by light operators."""
+
+    def between(self, hidden):
+        return nn.functional.gelu(hidden) * 0.5 + hidden
+
+
+class Half(Blocks):
+    """Blocks under autocast, inside of the mark."""
+
+    def forward(self, ids, mask):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(ids, mask).float()
+
+
+class Writing(Blocks):
+    """Writes in place to what is read later."""
+
+    def between(self, hidden):
+        kept = hidden.relu()
+        hidden.mul_(0.5)
+        return hidden + kept
+
+
+class Two(Blocks):
+    """Two values of other sizes are read: of one, what is smaller follows."""
+
+    def forward(self, ids, mask):
+        hidden = self.words(ids)
+        for block in self.blocks:
+            hidden = block(hidden, mask[:, None, :].expand(-1, LENGTH, -1).bool())
+        return self.head(hidden[:, 0]) + self.head(hidden.float().amax(1).tanh())
+
+
+def made(kind, seed=0):
+    torch.manual_seed(seed)
+    net = kind()
+    return net.train(), copy.deepcopy(net)
+
+
+def batch(count=ROWS, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 20, (count, LENGTH), generator=chance)
+    mask = (torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (count, 1), generator=chance)).long()
+    return ids, mask
+
+
+def bytes_a_row(model):
+    regions = torchcache.stats(model).regions
+    return sum(region.memory_bytes for region in regions) / sum(region.misses for region in regions)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (trains("query"), HIDDEN),
+        (trains("value"), HIDDEN),
+        (trains("norm"), HIDDEN),
+        (trains("out"), 2 * HIDDEN),  # the attention and what it is added to
+        (Blocks, WIDTH * 4),  # the mean is the smallest
+        (Deep, WIDTH * 4),
+        (Half, WIDTH * 4),
+        (Writing, WIDTH * 4),
+        (Two, 2 * WIDTH * 4),
+    ],
+)
+def test_the_fewest_bytes_are_stored_and_it_trains_the_same(door, kind, size):
+    net, twin = made(kind)
+    model = torchcache.mark(net, audit=0)
+    run = opened(door, model)
+    for seed in (0, 1, 0):
+        assert_trains_the_same(run, model, twin, batch(seed=seed))
+    stats = torchcache.stats(model)
+    assert (stats.misses, stats.hits, stats.bypasses) == (2 * ROWS, ROWS, 0)
+    assert bytes_a_row(model) == size
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_products_are_done_again_only_where_that_is_little_of_the_work(door):
+    net, twin = made(lambda: Blocks(depth=2))
+    for each in (net, twin):
+        each.blocks[-1].query.requires_grad_(True)
+    model = torchcache.mark(net, audit=0)
+    run = opened(door, model)
+    for _ in range(2):
+        assert_trains_the_same(run, model, twin, batch())
+    assert bytes_a_row(model) == 3 * HIDDEN  # the state, key and value; its norm is done again
+
+
+def test_frozen_weights_of_what_is_computed_again_may_change():
+    """They are no part of what is stored: rows that were stored before are found, and are right."""
+    net, twin = made(trains("query"))
+    model = torchcache.mark(net, audit=0)
+    assert_trains_the_same(model, model, twin, batch())
+    for each in (model, twin):
+        with torch.no_grad():
+            each.blocks[-1].key.weight.mul_(3)
+            each.blocks[-1].norm.bias.add_(1)
+    assert_trains_the_same(model, model, twin, batch())
+    assert torchcache.stats(model).hits == ROWS
+    for each in (model, twin):
+        with torch.no_grad():
+            each.blocks[0].key.weight.mul_(3)
+    assert_trains_the_same(model, model, twin, batch())
+    assert torchcache.stats(model).hits == ROWS
+
+
+def test_it_is_found_again_in_batches_of_any_size():
+    net, twin = made(trains("value"))
+    model = torchcache.mark(net, audit=0)
+    ids, mask = batch(12)
+    for rows in (range(6), range(6, 12), range(12), [3, 7], [11, 0, 0, 5]):
+        assert_trains_the_same(model, model, twin, (ids[[*rows]], mask[[*rows]]))
+    assert torchcache.stats(model).misses == 12
