@@ -103,18 +103,25 @@ class Given:
     @property
     def rows(self) -> int:
         """About how many rows it has, for counting: the first dimension of the first tensor that has one, else 1."""
-        pending: list[Any] = [*reversed([*self.args, *self.kwargs.values()])]
-        while pending:
-            value = pending.pop()
-            if isinstance(value, torch.Tensor) and value.ndim:
-                return int(value.shape[0])
-            if isinstance(value, (list, tuple)):
-                if value and isinstance(value[0], torch.Tensor):
-                    return len(value)
-                pending += reversed(value[:MOST_ARGUMENTS])
-            elif isinstance(value, Mapping):
-                pending += reversed([*itertools.islice(value.values(), MOST_ARGUMENTS)])
-        return 1
+        try:
+            return _rows_of([*self.args, *self.kwargs.values()])
+        except Exception:  # tensors that have no sizes, containers that cannot be walked
+            return 1
+
+
+def _rows_of(values: list[Any]) -> int:
+    pending = values[::-1]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return int(value.shape[0])
+        if isinstance(value, (list, tuple)):
+            if value and isinstance(value[0], torch.Tensor):
+                return len(value)
+            pending += reversed(value[:MOST_ARGUMENTS])
+        elif isinstance(value, Mapping):
+            pending += reversed([*itertools.islice(value.values(), MOST_ARGUMENTS)])
+    return 1
 
 
 @dataclasses.dataclass

@@ -86,6 +86,8 @@ class Region:
         Whether a call of it is a part of a compiled graph, where calls are not counted.
     apart : bool
         Whether it returns what this release of torch cannot pass through a graph.
+    partial : bool
+        Whether its frozen part is looked up where it trains, and so elsewhere: the whole differs after every step.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -105,7 +107,7 @@ class Region:
             subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
         )
         self._usefulness.watch(self)
-        self.writes = self.inlined = self.apart = False
+        self.writes = self.inlined = self.apart = self.partial = False
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
         self._padding = Padding(subject, options) if options.padding is not None else None
@@ -217,7 +219,7 @@ class Region:
         if dynamo.keeps_parametrized(self.subject.module):
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         seen = self.subject.identity.look()
-        if torch.is_grad_enabled() and any(map(_requires_grad, seen.tensors)):
+        if (torch.is_grad_enabled() or self.partial) and any(map(_requires_grad, seen.tensors)):
             advice = "freeze it with torchcache.mark(module, freeze=True)"
             raise Trains(f"it trains {trained(self.subject.module)}", advice)
         who = self.subject.identity.current(seen)

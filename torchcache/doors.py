@@ -163,7 +163,7 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     if region.subject.identity.reads(*dynamo.pending_writes()):
         return PLAIN  # what was written does not show before the graph has run
     identity = region.subject.identity
-    if gradients and identity.trains():
+    if (gradients or region.partial) and identity.trains():
         return PLAIN if module is None else PART if dynamo.names_parts() else APART
     if region.writes:
         return PLAIN
@@ -177,7 +177,7 @@ def _still(region: Region, gradients: bool) -> Callable[[], bool]:
         reference = held()
         if reference is None:
             return False, False
-        return reference.writes, gradients and reference.subject.identity.trains()
+        return reference.writes, (gradients or reference.partial) and reference.subject.identity.trains()
 
     held = weakref.ref(region)
     before = now()

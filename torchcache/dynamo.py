@@ -389,7 +389,7 @@ def takes_rows(backend: F) -> F:
 def _takes_rows(backend: Any) -> bool:
     """Whether a backend is one of ours, or passes graphs on to one."""
     while backend is not None and not hasattr(backend, "torchcache_takes_rows"):
-        ways = ("_torchdynamo_orig_backend", "compiler_fn", "func")
+        ways = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__self__", "backend_compile_fn")
         backend = next((found for way in ways if (found := getattr(backend, way, None)) is not None), None)
     return backend is not None
 

@@ -134,6 +134,10 @@ def mark(
     for name in names:
         if not callable(getattr(module, name, None)):
             raise MarkError(f"torchcache.mark: {type(module).__name__} has no method {name!r}")
+        found = inspect.getattr_static(module, name)
+        if isinstance(found, (staticmethod, classmethod, property)):
+            kind = type(found).__name__
+            raise MarkError(f"torchcache.mark: {type(module).__name__}.{name} is a {kind}: mark a method or a function")
     if freeze:
         if any(map(nn.parameter.is_lazy, module.parameters())):
             raise MarkError(

@@ -10,7 +10,7 @@ import torch
 
 from torchcache.values.take import Taken
 
-__all__ = ["GRAIN", "PaddedBatch", "length_of", "others_of", "spread"]
+__all__ = ["GRAIN", "PaddedBatch", "length_of", "spread"]
 
 # Rows are as long as the next multiple of this, or of a power of two near an eighth of what is real: of few lengths
 # there are many rows each, which are looked up and computed together.
@@ -102,12 +102,3 @@ def length_of(positions: int) -> int:
 def spread(pads: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
     """``(rows, positions)`` in a form that covers all of ``(rows, positions, ...)``."""
     return pads.to(over.device).reshape(*pads.shape, *[1] * (over.ndim - 2))
-
-
-def others_of(batch: PaddedBatch, place: int, rows: Sequence[int], width: int) -> torch.Tensor:
-    """What may stand where there is padding: a row's own values, from its end to its beginning."""
-    tensor = batch.taken.tensors[place]
-    if not (batch.along[place] and batch.rows[place]):
-        return tensor
-    mine = tensor[list(rows)].flip(1)
-    return mine.repeat(1, -(-width // mine.shape[1]), *[1] * (mine.ndim - 2))[:, :width]

@@ -27,7 +27,7 @@ from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
-from torchcache.padded import GRAIN, PaddedBatch, length_of, others_of, spread
+from torchcache.padded import GRAIN, PaddedBatch, length_of, spread
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
 __all__ = ["Padding"]
@@ -36,6 +36,10 @@ __all__ = ["Padding"]
 MOST = 1024
 # In so many kinds of calls real positions depended on the padding: all calls of that form are computed.
 MOST_LEAKS = 3
+# Another sequence may hold the same thing by chance in fewer places than this.
+MOST_CHANCE = 16
+# What labels are in padding, for losses to leave them out.
+IGNORED = -100
 Tensors = Sequence[torch.Tensor]
 Ordinary = Callable[[Given], Any]
 _requires_grad = operator.attrgetter("requires_grad")
@@ -76,7 +80,8 @@ class Padding:
         self._known: dict[tuple[Any, ...], _Proof | Bypass] = {}
         # For calls of one form: to which lengths rows were cut so far.
         self._lengths: dict[tuple[Any, ...], set[int]] = {}
-        self._blanks: dict[tuple[bytes, int], Any] = {}
+        # What stands where there is padding, for calls of one form and one of their arguments.
+        self._blanks: dict[tuple[bytes, int], torch.Tensor] = {}
         self._left, self._widest = False, 0
         self._leaks: collections.Counter[tuple[Any, ...]] = collections.Counter()
         self._pure, self._writes = options.pure, 0
@@ -105,16 +110,16 @@ class Padding:
         current_ids(batch.count, self._subject.name)  # as many as there are rows, or an error
         if batch.widest == batch.width and min(batch.lengths) == batch.width:  # nothing is padding, nor could it be
             return ordinary(given)
-        clean = self._is_clean(batch)
+        self._check_pads(batch)
         shapes = tuple([(tensor.dtype, tensor.shape[2:]) for tensor in batch.taken.tensors])
-        how = (clean, batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
+        how = (batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
         form = (self._subject.identity.current(seen), batch.taken.key)
         known = self._known.get(form) or self._known.get((*form, how))
         if isinstance(known, Bypass):
             raise known
         try:
             if known is None or not batch.groups.keys() <= self._lengths.get(form, set()):
-                known, outputs = self._learn(given, batch, ordinary, clean)
+                known, outputs = self._learn(given, batch, ordinary)
                 self._remember((*form, how), known)
                 self._lengths.setdefault(form, set()).update(batch.groups)
                 return outputs
@@ -194,10 +199,8 @@ class Padding:
                 made.append(take_outputs(ordinary(Given(self._subject, args, kwargs, given.number))))
         return list(batch.groups.values()), made
 
-    def _cut(
-        self, batch: PaddedBatch, rows: Sequence[int], width: int, others: Tensors | None = None
-    ) -> list[torch.Tensor]:
-        """The arguments of some rows at their length; where there is padding, ``others``, or what is usual there."""
+    def _cut(self, batch: PaddedBatch, rows: Sequence[int], width: int) -> list[torch.Tensor]:
+        """The arguments of some rows at their length, with what is usual where there is padding."""
         pads, cut = batch.pads(rows, width), []
         for place, (tensor, has_rows, along) in enumerate(
             zip(batch.taken.tensors, batch.rows, batch.along, strict=True)
@@ -209,37 +212,45 @@ class Padding:
                 mine = batch.fitted(mine, width)
             if along and has_rows:
                 where = spread(pads, mine)
-                if others is None or place == batch.mask:
-                    mine = mine.masked_fill(where, self._blank_of(batch, place))
+                if place == batch.mask:
+                    mine = mine.masked_fill(where, self._blank)
                 else:
-                    mine = torch.where(where, others[place], mine)
+                    mine = torch.where(where, self._blanks.get((batch.taken.key, place), mine.new_zeros(())), mine)
             cut.append(mine)
         return cut
 
-    def _blank_of(self, batch: PaddedBatch, place: int) -> Any:
-        """What callers put where there is padding, if it is always the same; else zero."""
-        if place == batch.mask:
-            return self._blank
-        key = batch.taken.key, place
-        if key not in self._blanks:
-            tensor = batch.taken.tensors[place]
-            found = tensor[batch.pads(range(batch.count), batch.width).to(tensor.device)].flatten()
-            if not found.numel():
-                return 0
-            self._blanks[key] = found[0].item() if bool((found == found[0]).all()) else 0
-        return self._blanks[key]
+    def _check_pads(self, batch: PaddedBatch) -> None:
+        """Raise a ``Bypass`` where an argument is as long as the mask and is not known to be padded where that says so.
 
-    def _is_clean(self, batch: PaddedBatch) -> bool:
-        """Whether padding holds what it usually does, in all arguments: what else may stand there was not compared."""
+        It may be another sequence. One that is padded holds the same thing in all padding of all calls.
+        """
         pads = batch.pads(range(batch.count), batch.width)
         for place, (tensor, has_rows, along) in enumerate(
             zip(batch.taken.tensors, batch.rows, batch.along, strict=True)
         ):
-            if along and has_rows and place != batch.mask:
-                other = (tensor != self._blank_of(batch, place)) & spread(pads, tensor)
-                if bool(other.any()):
-                    return False
-        return True
+            if not (along and has_rows) or place == batch.mask:
+                continue
+            found, key = tensor[pads.to(tensor.device)], (batch.taken.key, place)
+            if not len(found):
+                continue
+            blank = self._blanks.get(key)
+            if not bool((found == (found[0] if blank is None else blank)).all()) or (
+                blank is None and bool((found[0] == 1).all()) and bool(((tensor == 0) | (tensor == 1)).all())
+            ):
+                raise Bypass(
+                    f"argument{batch.taken.path(place)} holds more than padding where {self._name!r} says padding",
+                    "name what tells its padding, fill padding with one value, or leave padding= out",
+                    lasting=False,
+                )
+            if blank is None:
+                usual = found[0] == 0 if found[0].is_floating_point() else torch.isin(found[0], self._usual(tensor))
+                if len(found) < MOST_CHANCE and not bool(usual.all()):
+                    raise Bypass("too little padding was seen to tell what it holds", lasting=False, quiet=True)
+                self._blanks[key] = found[0].clone()
+
+    def _usual(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What collate functions put where there is padding."""
+        return torch.tensor([0, self._blank, IGNORED], device=tensor.device).to(tensor.dtype)
 
     def _merged(self, batch: PaddedBatch, groups: list[list[int]], made: list[Taken], proof: _Proof) -> Any:
         """One output of those of the groups, padded with zeros."""
@@ -261,7 +272,7 @@ class Padding:
             leaves.append(whole)
         return made[0].rebuild(leaves)
 
-    def _learn(self, given: Given, batch: PaddedBatch, ordinary: Ordinary, clean: bool) -> tuple[_Proof, Any]:
+    def _learn(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[_Proof, Any]:
         """What is to be remembered, and the outputs, where real positions are the same at every length."""
         generators = Generators()
         with self._nothing_written():
@@ -269,7 +280,7 @@ class Padding:
         if generators.moved():
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
         with self._nothing_written(restore=True), generators_kept(), normal_tensors(), torch.no_grad():
-            proof = self._compare(batch, whole, clean)
+            proof = self._compare(batch, whole)
         with self._nothing_written(restore=True):
             outputs = self._merged(batch, *self._pieces(given, batch, ordinary), proof)
         self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width)
@@ -295,16 +306,15 @@ class Padding:
         if error is not None:
             raise error
 
-    def _compare(self, batch: PaddedBatch, whole: Taken, clean: bool) -> _Proof:
-        """Compute two rows at two lengths; with other things in the padding, where callers put anything there."""
+    def _compare(self, batch: PaddedBatch, whole: Taken) -> _Proof:
+        """Compute two rows at two lengths."""
         rows = (2 * sorted(range(batch.count), key=batch.lengths.__getitem__)[:2])[:2]
         if batch.lengths[rows[1]] == batch.width:  # of a row that is not padded no shorter one can be made
             rows = rows[:1] * 2
         width = max(1, batch.lengths[rows[1]])
         wider = batch.width if batch.width > width else min(width + GRAIN, batch.widest)
         short = self._original(batch, self._cut(batch, rows, width))
-        others = None if clean else [others_of(batch, place, rows, wider) for place in range(len(batch.rows))]
-        longer = self._original(batch, self._cut(batch, rows, wider, others))
+        longer = self._original(batch, self._cut(batch, rows, wider))
         if not short.key == longer.key == whole.key:
             raise Bypass("a number or the structure of its output depends on the length")
         along = []

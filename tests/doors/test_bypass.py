@@ -1,5 +1,6 @@
 """What cannot be cached is computed: the right answer, a reason, one warning; and nothing of ours ends a run."""
 
+import copy
 import gc
 import logging
 import weakref
@@ -26,6 +27,20 @@ def computed(module, *batches, why):
     assert counts(module) == (0, 0)
     assert torchcache.stats(module).bypasses == sum(len(batch[0]) for batch in batches)
     assert why in reasons(module)
+
+
+def test_nested_tensors_of_any_layout():
+    """As an encoder's layers get them, where a mask leaves some of a batch out."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval().requires_grad_(False)
+    module = copy.deepcopy(plain)
+    torchcache.mark(module.layers[1])
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    x = torch.randn(3, 5, 8)
+    for _ in range(2):
+        assert_same(module(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask))
+    assert "nested" in reasons(module)
 
 
 RANDOM = {

@@ -16,6 +16,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from marked import frozen, unmarked
 from torch import nn
 
 import torchcache
@@ -867,3 +868,14 @@ def test_what_is_put_into_torch_is_a_miss(name, monkeypatch):
     for _ in range(2):
         torch.testing.assert_close(module(x), twin(x))
     monkeypatch.undo()
+
+
+def test_the_order_of_a_weight_in_memory_is_seen():
+    """Code may ask for it, and kernels round otherwise."""
+    module = frozen(lambda self, x: self.parts[0](x) * (1 + self.parts[0].weight.is_contiguous()), nn.Linear(3, 3))
+    twin, x = unmarked(module), torch.randn(4, 3)
+    for each in (module, twin):
+        each(x)
+        weight = each.parts[0].weight
+        weight.data = weight.data.t().contiguous().t()
+    torch.testing.assert_close(module(x), twin(x))

@@ -315,3 +315,12 @@ def test_a_lazy_module_keeps_its_mark_when_it_becomes_another_class():
     assert type(torchcache.unmark(module)) is nn.Linear
     with pytest.raises(torchcache.MarkError, match="call it once on a batch"):
         torchcache.mark(nn.LazyLinear(4), freeze=True)
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod, property])
+def test_what_is_no_method_of_the_instance_is_not_marked(kind):
+    class Odd(nn.Module):
+        other = kind(lambda *args: torch.ones_like)
+
+    with pytest.raises(torchcache.MarkError, match=f"Odd.other is a {kind.__name__}"):
+        torchcache.mark(Odd(), method="other")

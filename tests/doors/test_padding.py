@@ -172,10 +172,10 @@ def test_token_ids_and_inverted_masks_tell_padding_too():
 
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0).eval().requires_grad_(False)
     module = marked(layer, padding="src_key_padding_mask", padding_value=True)
-    x = torch.randn(len(SENTENCES), 40, WIDTH)
-    for rows in ([1, 2, 3], [3, 4, 5, 1], [2, 5]):
+    x, blank = torch.randn(len(SENTENCES), 40, WIDTH), torch.randn(WIDTH)
+    for rows in (range(8), [3, 4, 5, 1], [2, 5]):
         _, mask = padded(rows)
-        given = x[rows][:, : mask.shape[1]]
+        given = torch.where(mask[..., None] == 1, x[list(rows)][:, : mask.shape[1]], blank)
         got, expected = (one(given, src_key_padding_mask=mask == 0) for one in (module, layer))
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
     assert torchcache.stats(module).hits >= 3
@@ -436,6 +436,78 @@ def test_two_texts_of_one_length_are_not_cut_by_each_others_mask():
         )
         for _ in range(2):
             assert_same(module(*query, *passage), plain(*query, *passage), query[1])
+
+
+class TwoSequences(nn.Module):
+    """Tokens that have a mask, and something else that has as many places, or not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.other = nn.Embedding(WORDS, WIDTH), nn.Linear(3, WIDTH)
+
+    def forward(self, ids, mask, other):
+        return {"tokens": self.words(ids) * mask[..., None], "other": self.other(other)}
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_another_sequence_of_the_same_length_is_not_cut(data):
+    """In whichever batches it happens to be as long as the mask, and whatever it holds: but what padding holds."""
+    plain = TwoSequences().eval().requires_grad_(False)
+    module = marked(plain, padding="mask")
+    length = data.draw(st.sampled_from([7, 12, 15]))
+    kinds = {"any": torch.randn, "flags": lambda *shape: torch.rand(*shape).gt(0.3).float(), "ones": torch.ones}
+    make = kinds[data.draw(st.sampled_from(sorted(kinds)))]
+    for _ in range(4):
+        rows = data.draw(st.lists(st.integers(0, len(SENTENCES) - 1), min_size=2, max_size=5, unique=True))
+        ids, mask = padded(rows)
+        more = max(0, length - ids.shape[1])
+        ids, mask = nn.functional.pad(ids, (0, more)), nn.functional.pad(mask, (0, more))
+        other = make(len(rows), length, 3)
+        for _ in range(2):
+            got, expected = module(ids, mask, other), plain(ids, mask, other)
+            torch.testing.assert_close(got["other"], expected["other"], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got["tokens"], expected["tokens"], atol=1e-5, rtol=1e-4)
+
+
+def test_an_end_of_text_that_is_also_padding_is_computed_where_the_mask_says_otherwise():
+    end = WORDS - 1
+
+    class Last(Encoder):
+        def forward(self, input_ids, attention_mask):
+            return {"tokens": super().forward(input_ids, attention_mask)["tokens"]}
+
+    plain = Last().eval().requires_grad_(False)
+    module = marked(plain, padding="input_ids", padding_value=end)
+    for rows in ([1, 2, 3], [4, 5, 6], [2, 2, 2], [3, 1]):
+        ids, mask = padded(rows, blank=end, more=1)
+        for row, other in enumerate(rows):
+            ids[row, len(SENTENCES[other])], mask[row, len(SENTENCES[other])] = end, 1
+        got, expected = module(ids, mask)["tokens"], plain(ids, mask)["tokens"]
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+    assert "holds more than padding where 'input_ids' says padding" in str(torchcache.stats(module))
+
+
+def test_padding_of_any_one_value_is_known_once_there_is_enough_of_it():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(64, WIDTH)
+
+        def forward(self, ids, mask, places):
+            return self.words(ids) + self.places(places)
+
+    plain = Placed().eval().requires_grad_(False)
+    module = marked(plain, padding="mask")
+    for epoch in epochs(3):
+        for rows in epoch:
+            ids, mask = padded(rows, left=True)
+            places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+            got, expected = module(ids, mask, places), plain(ids, mask, places)
+            torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+    assert torchcache.stats(module).hits >= len(SENTENCES)
 
 
 def test_rows_of_padding_alone():

@@ -405,6 +405,40 @@ def test_evaluation_without_gradients_between_steps():
     assert counted(model)[0] >= 16
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("door", ["call", "eager", "transform"])
+@pytest.mark.parametrize("first", ["validation", "training"])
+def test_validation_finds_its_rows_again_while_the_rest_trains(first, door, mode):
+    model, twin = nets()
+    run, x, held_out = opened(door, model), torch.randn(8, 6), torch.randn(4, 6)
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1) for net in (model, twin)]
+    if first == "validation":
+        with mode():
+            torch.testing.assert_close(run(held_out), twin(held_out))
+    for epoch in range(4):
+        assert_trains_the_same(run, model, twin, [x])
+        for optimizer in optimizers:
+            optimizer.step()
+        before = counted(model)
+        with mode():
+            torch.testing.assert_close(run(held_out), twin(held_out))
+        after = counted(model)
+        assert [now - was for now, was in zip(after, before, strict=True)] == ([4, 0, 0] if epoch else [0, 4, 0])
+
+
+def test_padding_is_for_what_is_frozen_as_a_whole(warnings):
+    class Masked(Net):
+        def forward(self, x, mask):
+            return super().forward(x) + mask.sum(1, keepdim=True)
+
+    model, twin = nets(Masked, padding="mask")
+    batch = [torch.randn(4, 6), torch.tensor([[1.0, 1.0, 0.0]] * 4)]
+    for _ in range(2):
+        assert_trains_the_same(model, model, twin, batch)
+    assert ["padding= is for marks that are frozen as a whole" in text for text in warnings] == [True]
+    assert counted(model)[0] == 4
+
+
 @pytest.mark.parametrize("door", ["call", "aot_eager"])
 def test_a_dropped_model_is_given_back(door):
     model, _ = nets()

@@ -39,8 +39,10 @@ def test_every_kind_of_tensor(name: str) -> None:
     tensor = KINDS[name].clone() if KINDS[name].is_contiguous() else KINDS[name]
     plain = tensor.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
     state = known([tensor])
-    assert state.digest == known([plain]).digest
-    assert content_digest(tensor) == content_digest(plain)
+    same = name not in ("transposed", "channels_last")  # the order in memory counts, and gaps do not
+    assert (state.digest == known([plain]).digest) is same
+    assert (content_digest(tensor) == content_digest(plain)) is same
+    assert content_digest(tensor) == content_digest(tensor.clone().resolve_conj().resolve_neg())
     if not tensor.numel():
         return
     before = content_digest(tensor)

@@ -190,6 +190,47 @@ def test_gradients_reach_it():
     assert torch.equal(x.grad, plain.grad)
 
 
+GRADIENTS = {
+    "backward": lambda net, x: torch.autograd.grad(net(x.requires_grad_()).square().sum(), x)[0],
+    "clone": lambda net, x: torch.autograd.grad(net(x.requires_grad_().clone()).square().sum(), x)[0],
+    "parameter": lambda net, x: torch.autograd.grad(net(y := nn.Parameter(x)).square().sum(), y)[0],
+    "jacobian": lambda net, x: torch.autograd.functional.jacobian(lambda y: net(y).sum(), x),
+    "vjp": lambda net, x: torch.autograd.functional.vjp(lambda y: net(y).sum(), x)[1],
+    "keyword": lambda net, x: torch.autograd.grad(net(x=x.requires_grad_()).square().sum(), x)[0],
+}
+
+
+class Features(nn.Module):
+    """A frozen convolution, and a trained layer on it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.head = nn.Conv2d(SHAPE[0], 4, 3), nn.Linear(4, 3)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.frozen(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("door", ["call", "transform", "eager", "bypass"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_reach_it_through_a_mark(name, door, trains):
+    store = Store()
+    plain, net = Features(), torchcache.mark(Features())
+    for each in (plain, net):
+        each.head.requires_grad_(trains)
+    net(store.lazy([0, 1, 2]))
+    run = torchcache.transform(net) if door == "transform" else net
+    run = torch.compile(net, backend="eager") if door == "eager" else run
+    with torchcache.bypass() if door == "bypass" else torch.enable_grad():
+        found = GRADIENTS[name](run, store.lazy([2, 3, 4]))
+    expected = GRADIENTS[name](plain, store.rows[[2, 3, 4]].clone())
+    assert expected.any()
+    torch.testing.assert_close(found + 0, expected)
+
+
 def test_threads_share_one_memory():
     store = Store()
     x, seen = store.lazy([0, 1, 2]), []

@@ -22,6 +22,7 @@ from torchcache.graph.state import ModuleState, Paths
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
+from torchcache.logging import warn_once
 from torchcache.op import unaliased
 from torchcache.regions import add_region, kept_region, region_of
 from torchcache.store.select import concatenate
@@ -282,7 +283,10 @@ def region_for(plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphMod
     key = plan.digest, paths, tuple(part.subject for part in plan.parts), plan.parts[0].options
     region = kept_region(owners[0], key)
     if region is None:
-        region = Region(GraphSubject(plan, compile_original), plan.parts[0].options)
+        options, subject = plan.parts[0].options, GraphSubject(plan, compile_original)
+        if options.padding is not None:
+            warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
+        region = Region(subject, options.replace({"padding": None, "padding_value": None}))
     for owner in owners:
         add_region(owner, key, region)
     return region

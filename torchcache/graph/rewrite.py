@@ -139,6 +139,7 @@ def _cache(
     name = _name(plan, paths, len(inputs.data) + len(inputs.state) - len(paths), call)
     for part in parts:
         register(part.owner, name, call)
+        region_of(part.mark, part.module).partial = True
     _replace(graph, cut, anchor, analysis, (*_node_arguments(inputs, rows, held), name), plan)
     for node in reversed(nodes):  # what only the region read, and what nobody reads
         if not node.users and (node not in analysis.written or node in inside):
@@ -230,7 +231,7 @@ def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
         name = region_of(part.mark, part.module).name
         if part in verdicts:
             logger.info("%s is not cached from here on: %s", name, verdicts[part])
-        if not outcome.regions:
+        if not outcome.regions and not region_of(part.mark, part.module).partial:
             outcome.reasons += [verdicts[part]] if part in verdicts else []
             why = outcome.reasons[0] if outcome.reasons else "nothing in it is frozen and gives rows"
             warn_once(f"no part of {name} is cached while it trains: {why}")

@@ -1,4 +1,4 @@
-"""The content of a tensor as digests: every byte of it, whatever its strides, dtype and device."""
+"""The content of a tensor as digests: every byte of it, whatever its dtype and device, and its order in memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from torchcache.errors import Bypass, brief
 from torchcache.identity.memory import ITEM_SIZES, elements_at, row_major_bytes
 from torchcache.threads import in_parts
+from torchcache.values.layout import memory_order
 
 __all__ = [
     "BLOCK_BYTES",
@@ -37,7 +38,7 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 
 
 def content_digest(tensor: torch.Tensor) -> bytes:
-    """Digest of a tensor's dtype, shape and elements, every byte of them read in every call.
+    """Digest of a tensor's dtype, shape, order in memory and elements, every byte of them read in every call.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ def content_digest(tensor: torch.Tensor) -> bytes:
     Returns
     -------
     bytes
-        16 bytes. Strides, device and ``requires_grad`` are no part of it.
+        16 bytes. Gaps between elements, device and ``requires_grad`` are no part of it.
 
     Raises
     ------
@@ -79,7 +80,10 @@ def joined_digest(contents: Sequence[Content], wrapping: str) -> bytes:
 
 def content_of(tensor: torch.Tensor) -> Content:
     """The content of a plain tensor; see ``plain_tensors``."""
-    described = xxhash.xxh3_128_digest(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.is_meta}".encode())
+    # Code may ask how a weight lies in memory, and kernels round otherwise where it lies otherwise.
+    order = () if tensor.is_contiguous() else memory_order(tensor.shape, tensor.stride())
+    told = "" if order == tuple(sorted(order)) else f" {order}"
+    described = xxhash.xxh3_128_digest(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.is_meta}{told}".encode())
     if tensor.is_meta:
         return (described,)
     data = _bytes(tensor)

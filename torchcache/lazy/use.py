@@ -135,10 +135,13 @@ def unloaded_rows(tensor: LazyTensor) -> int:
 
 
 def loaded(value: Any) -> Any:
-    """``value`` with the tensors that its lazy ones stand for, in containers that pytrees know."""
+    """``value`` with the tensors that its lazy ones stand for, in containers that pytrees know.
+
+    Those that need a gradient stay, since it goes to them.
+    """
     if not any(isinstance(leaf, LazyTensor) for leaf in pytree.tree_leaves(value)):
         return value
-    return pytree.tree_map_only(LazyTensor, LazyTensor.load, value)
+    return pytree.tree_map_only(LazyTensor, lambda lazy: lazy if lazy.requires_grad else lazy.load(), value)
 
 
 def stand_in(tensor: torch.Tensor) -> torch.Tensor:
