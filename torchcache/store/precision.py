@@ -59,12 +59,11 @@ class Precision:
 
     def __init__(self, names: Sequence[str], given: RowSpec, options: CacheOptions) -> None:
         self.names = list(names)
-        self._given = [dtype for dtype, _ in given.leaves]
-        kept = [_kept(dtype, options.dtype_for(name)) for name, dtype in zip(names, self._given, strict=True)]
-        pairs = list(zip(self._given, kept, strict=True))
+        dtypes, shapes = [dtype for dtype, _ in given.leaves], [shape for _, shape in given.leaves]
+        kept = [_kept(dtype, options.dtype_for(name)) for name, dtype in zip(names, dtypes, strict=True)]
+        pairs = list(zip(dtypes, kept, strict=True))
         self._scaled = [index for index, (old, new) in enumerate(pairs) if new in SCALED and new is not old]
-        shapes = [shape for _, shape in given.leaves]
-        scales = [(_wide(self._given[index]), (1,) * len(shapes[index])) for index in self._scaled]
+        scales = [(_wide(dtypes[index]), (1,) * len(shapes[index])) for index in self._scaled]
         self.stored = RowSpec((*zip(kept, shapes, strict=True), *scales))
         self.losses = [_loss(old, new) for old, new in pairs]
 
