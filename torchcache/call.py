@@ -45,7 +45,6 @@ from torchcache.looked import Looked
 from torchcache.modes import trained
 from torchcache.options import CacheOptions
 from torchcache.padding import Padding
-from torchcache.store.blob import RowSpec
 from torchcache.store.select import select_rows
 from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Found, Tiers
@@ -283,6 +282,7 @@ class Region:
             leaves,
             lambda places: plan.rows_first(self._original(batch, plan, places)),
             plan.learnt.rounding,
+            plan.precision.losses,
         )
         first = bool(beneath) and not plan.believed
         hits = batch.count - sum(map(missing.__contains__, digests)) if missing else batch.count
@@ -340,7 +340,7 @@ class Region:
             leaves = [select_rows(leaf, places) for leaf in leaves]
         start = time.perf_counter()
         with normal_tensors(), torch.no_grad():
-            self.tiers.keep(key, list(missing), leaves, RowSpec.of(leaves), batch.who)
+            self.tiers.keep(key, list(missing), leaves, plan.precision, batch.who)
         self.counters.merge_seconds += time.perf_counter() - start
         return leaves
 
@@ -367,10 +367,7 @@ class Region:
         with normal_tensors():
             layouts = plan.layouts(batch, lambda places: self._original(batch, plan, places))
             near, buffers = batch.rows[0].device, self.tiers.memory.buffers
-            if found.rows and ABSENT not in found.slots:
-                leaves = found.rows
-            else:
-                leaves = assemble(digests, missing, found, computed, layouts, near, buffers)
+            leaves = assemble(plan.precision, digests, missing, found, computed, layouts, near, buffers)
             merged = [layout.apply(leaf, near, buffers) for layout, leaf in zip(layouts, leaves, strict=True)]
         self.counters.merge_seconds += time.perf_counter() - start
         return plan.output.rebuild(merged), plan.rows_first_of(merged)
@@ -390,7 +387,8 @@ class Region:
             looked.compute,
             lambda: plan.rows_first(take_outputs(batch.given.run())),
             plan.learnt.rounding,
-            self.options.cache_dtype,
+            plan.precision.losses,
+            self.counters,
         )
         with generators_kept(), normal_tensors(), torch.no_grad():
             alarm = inspect(again, choose(hits, misses, ends=early, beside=beside))

@@ -22,6 +22,9 @@ class Counters:
         Batches.
     alarms : int
         How often stored rows were found to be wrong, and dropped.
+    largest_error : float or None
+        The largest difference of what was served from what was computed again, as a share of the row's largest
+        magnitude; ``None`` where rows are stored as they are, or none was computed again.
     hash_seconds, lookup_seconds, compute_seconds, merge_seconds, audit_seconds : float
         Where the time of those batches went.
     """
@@ -34,6 +37,7 @@ class Counters:
     unloaded: int = 0
     calls: int = 0
     alarms: int = 0
+    largest_error: float | None = None
     hash_seconds: float = 0.0
     lookup_seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -47,6 +51,10 @@ class Counters:
         self.disk_hits += disk
         self.remote_hits += others
         self.memory_hits += rows - computed - disk - others
+
+    def note_error(self, share: float) -> None:
+        """Take note of how far a row that was served is from what was computed again."""
+        self.largest_error = max(share, self.largest_error or 0.0)
 
     def count_bypass(self, rows: int) -> None:
         """Count a batch that was computed and not stored."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.checks.compare import Rounding
+from torchcache.store.precision import Loss
 
 __all__ = ["Looked"]
 
@@ -30,6 +31,8 @@ class Looked:
         From places of rows to what the original computes for them, rows first.
     rounding : Rounding
         What differences between computations of a row are rounding.
+    losses : sequence of Loss
+        What storing a row may change, for each output.
     """
 
     digests: list[bytes]
@@ -39,6 +42,7 @@ class Looked:
     outputs: list[torch.Tensor]
     compute: Callable[[Sequence[int]], list[torch.Tensor]]
     rounding: Rounding
+    losses: Sequence[Loss]
 
     @property
     def from_beneath(self) -> frozenset[bytes]:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -62,7 +62,9 @@ class Mark:
         chosen = _chosen.setdefault(module, weakref.WeakKeyDictionary())
         known = chosen.get(self)
         if known is None or known[0] != changes:
-            known = chosen[self] = (changes, self.options.replace(changes))
+            # A mapping may be written to.
+            kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in changes.items()}
+            known = chosen[self] = (kept, self.options.replace(changes))
         return known[1]
 
     def original(self, module: nn.Module | None) -> Callable[..., Any]:

@@ -18,9 +18,14 @@ from torchcache.errors import NoDirectoryError
 from torchcache.logging import warn_once
 from torchcache.switching import FORMER, translated
 
-__all__ = ["CacheOptions", "absolute", "default_cache_dir"]
+__all__ = ["SCALED", "CacheOptions", "absolute", "cache_dtype_text", "default_cache_dir"]
 
 DIGESTS = ("xxh3_128", "blake3")
+# Stored with a scale a row; the others of ``cache_dtype`` are cast.
+SCALED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+_CAST = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# In a mapping, the name of all outputs that it does not name.
+OTHERS = "*"
 
 
 def _working_directory() -> Path | None:
@@ -110,8 +115,13 @@ class CacheOptions:
         were idle for longer than rows usually take to come back; the others stay.
     memory_cache_device : str, torch.device or None
         Where the memory tier lives; ``None`` is the device of the outputs.
-    cache_dtype : torch.dtype or None
-        Store floating-point outputs in this floating dtype and give them back in their own.
+    cache_dtype : torch.dtype, mapping of str to (torch.dtype or None), or None
+        Store floating-point outputs in this dtype and give them back in their own. ``torch.int8``,
+        ``torch.float8_e4m3fn`` and ``torch.float8_e5m2`` are stored with a scale a row, which its largest magnitude
+        decides; other floating dtypes are cast. A mapping says it for outputs by their names, as ``torchcache.explain``
+        shows them, and by ``"*"`` for all others; ``None`` stores one as it is. A row with values that its dtype has
+        not is computed every time: what a cast would make infinite, and infinities and not-a-number where there is a
+        scale. ``torchcache.stats`` shows the largest error that was seen.
     zstd_compression_level : int or None
         Level for rows on disk that gain from compression (-100 to 22); ``None`` stores all as they are.
     digest : {"xxh3_128", "blake3"}
@@ -153,7 +163,7 @@ class CacheOptions:
     max_persistent_cache_size: int = 10_000_000_000
     max_memory_cache_size: int = 1_000_000_000
     memory_cache_device: str | torch.device | None = "cpu"
-    cache_dtype: torch.dtype | None = None
+    cache_dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None
     zstd_compression_level: int | None = 1
     digest: str = "xxh3_128"
     audit: float = 0.01
@@ -231,10 +241,31 @@ class CacheOptions:
                 raise ValueError(f"torchcache: memory_cache_device={device!r} is no device: {error}") from None
 
     def _check_dtype(self) -> None:
-        dtype = self.cache_dtype
-        _require(dtype is None or isinstance(dtype, torch.dtype), "cache_dtype", "a torch.dtype or None", dtype)
-        floating = dtype is None or dtype.is_floating_point
-        _require(floating, "cache_dtype", "a floating-point dtype, or None", dtype, ValueError)
+        chosen: Any = self.cache_dtype
+        pairs = isinstance(chosen, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in chosen)
+        if pairs or isinstance(chosen, Mapping):  # pairs are what is made of a mapping below
+            chosen = dict(chosen)
+            named = all(isinstance(name, str) for name in chosen)
+            _require(named, "cache_dtype", "a dtype, or a mapping from names of outputs to dtypes", chosen)
+        for dtype in chosen.values() if isinstance(chosen, dict) else (chosen,):
+            _require(dtype is None or isinstance(dtype, torch.dtype), "cache_dtype", "a torch.dtype or None", dtype)
+            known = dtype is None or dtype in (*_CAST, *SCALED)
+            wanted = f"one of {', '.join(map(str, (*_CAST, *SCALED)))}, or None"
+            _require(known, "cache_dtype", wanted, dtype, ValueError)
+        object.__setattr__(self, "cache_dtype", _plainest(chosen) if isinstance(chosen, dict) else chosen)
+
+    @property
+    def named_outputs(self) -> list[str]:
+        """The names of outputs in ``cache_dtype``."""
+        chosen = self.cache_dtype
+        return [name for name, _ in chosen if name != OTHERS] if isinstance(chosen, tuple) else []
+
+    def dtype_for(self, output: str) -> torch.dtype | None:
+        """What ``cache_dtype`` says of an output."""
+        if not isinstance(self.cache_dtype, tuple):
+            return self.cache_dtype  # type: ignore[return-value]
+        chosen = dict(self.cache_dtype)
+        return chosen.get(output, chosen.get(OTHERS))
 
     @property
     def directory(self) -> Path | None:
@@ -266,6 +297,22 @@ class CacheOptions:
         """Options from keyword arguments, those of torchcache 0.6.0 too; unknown names are a ``TypeError``."""
         check_names(options)
         return cls(**translated(options, _LEVEL, _LEVEL))
+
+
+def _plainest(chosen: dict[str, torch.dtype | None]) -> tuple[tuple[str, torch.dtype | None], ...] | torch.dtype | None:
+    """A mapping of ``cache_dtype`` as a value that can be hashed, and is the same for all that say the same."""
+    others = chosen.get(OTHERS)
+    named = {name: dtype for name, dtype in chosen.items() if dtype is not others}
+    if not named:
+        return others
+    return tuple(sorted((named if others is None else {**named, OTHERS: others}).items()))
+
+
+def cache_dtype_text(chosen: object) -> str:
+    """``cache_dtype`` as a text: what keys and directories hold of it."""
+    if isinstance(chosen, tuple):
+        return ", ".join(f"{name!r}: {cache_dtype_text(dtype)}" for name, dtype in chosen)
+    return f"{chosen} scaled" if chosen in SCALED else str(chosen)
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(CacheOptions))

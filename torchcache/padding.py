@@ -28,6 +28,8 @@ from torchcache.identity.written import Written
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.padded import GRAIN, PaddedBatch, length_of, spread
+from torchcache.store.blob import RowSpec
+from torchcache.store.precision import EXACT, Loss, Precision
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
 __all__ = ["Padding"]
@@ -55,10 +57,13 @@ class _Proof:
         Which outputs have positions.
     rounding : Rounding
         What differences between computations of a row are rounding.
+    losses : list of Loss
+        What storing a row may change beside, for each output.
     """
 
     along: tuple[bool, ...]
     rounding: Rounding
+    losses: list[Loss]
 
 
 class Padding:
@@ -85,6 +90,7 @@ class Padding:
         self._left, self._widest = False, 0
         self._leaks: collections.Counter[tuple[Any, ...]] = collections.Counter()
         self._pure, self._writes = options.pure, 0
+        self._options = options
         self._share, self._began, self._spent = options.audit, time.perf_counter(), 0.0
 
     def __call__(self, given: Given, ordinary: Ordinary) -> Any:
@@ -157,7 +163,7 @@ class Padding:
         start = time.perf_counter()
         with generators_kept():
             whole = take_outputs(given.run())
-        self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width)
+        self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width, proof.losses)
         self._spent += time.perf_counter() - start
 
     def _take(self, given: Given) -> PaddedBatch | None:
@@ -283,7 +289,7 @@ class Padding:
             proof = self._compare(batch, whole)
         with self._nothing_written(restore=True):
             outputs = self._merged(batch, *self._pieces(given, batch, ordinary), proof)
-        self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width)
+        self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width, proof.losses)
         return proof, outputs
 
     @contextlib.contextmanager
@@ -329,7 +335,11 @@ class Padding:
                     f"output{whole.path(place)} follows the length otherwise than by its second dimension",
                     "mark a part that returns one value for each position, or one for each row",
                 )
-        proof = _Proof(tuple(along), Rounding(short.tensors, coarse=bool(autocasts())))
+        names = [short.name(place) for place in range(len(along))]
+        losses = Precision(names, RowSpec.of(short.tensors), self._options).losses
+        # A scale is that of a row with what its padding holds.
+        losses = [Loss(2 * loss.relative, loss.absolute) for loss in losses]
+        proof = _Proof(tuple(along), Rounding(short.tensors, coarse=bool(autocasts())), losses)
         alone = self._original(batch, self._cut(batch, rows[:1], width))
         if alone.key == short.key:  # of other shapes other kernels run: what that changes is rounding
             mine, its = ([*self._real(batch, rows[:1], taken, proof, width, 0)] for taken in (short, alone))
@@ -356,13 +366,20 @@ class Padding:
             yield batch.fitted(leaf[row : row + 1], width)[0][real.to(leaf.device)] if has_positions else leaf[row]
 
     def _agree(
-        self, batch: PaddedBatch, rows: Sequence[int], one: Taken, other: Taken, proof: _Proof, width: int
+        self,
+        batch: PaddedBatch,
+        rows: Sequence[int],
+        one: Taken,
+        other: Taken,
+        proof: _Proof,
+        width: int,
+        losses: Sequence[Loss] = (),
     ) -> None:
-        """Raise a ``_Leak`` where real positions of ``rows`` differ by more than rounding."""
+        """Raise a ``_Leak`` where real positions of ``rows`` differ by more than rounding, and what storing changed."""
         for row in range(len(rows)):
             pairs = zip(*(self._real(batch, rows, taken, proof, width, row) for taken in (one, other)), strict=True)
             for place, (mine, its) in enumerate(pairs):
-                if not proof.rounding.agrees(place, mine, its):
+                if not proof.rounding.agrees(place, mine, its, losses[place] if losses else EXACT):
                     share = (
                         f" by {difference(mine, its)[1]:.2g} of its largest magnitude"
                         if mine.is_floating_point()

@@ -1,8 +1,8 @@
-"""How sizes and durations are written for people, in every table and message."""
+"""How sizes, shares and durations are written for people, in every table and message."""
 
 from __future__ import annotations
 
-__all__ = ["seconds_text", "size_text"]
+__all__ = ["seconds_text", "share_text", "size_text"]
 
 
 def size_text(count: float) -> str:
@@ -12,6 +12,11 @@ def size_text(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def share_text(share: float | None) -> str:
+    """A share in two digits: ``0.39%``; a dash where unknown."""
+    return "-" if share is None else f"{100 * share:.2g}%"
 
 
 def seconds_text(seconds: float | None) -> str:

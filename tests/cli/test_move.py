@@ -81,6 +81,33 @@ def test_an_import_gives_every_bit_back_and_the_model_hits(tmp_path, torchcache_
     assert torchcache_json("info", second)["regions"][0]["region"]["name"] == "Odd"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scaled_rows_are_exported_with_their_scales_and_imported_as_they_were(tmp_path, torchcache_json, dtype):
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "scaled.safetensors"
+
+    def model(directory):
+        made = nn.Linear(10, 30)
+        nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0)), nn.init.zeros_(made.bias)
+        options = {"persistent": True, "persistent_cache_dir": directory, "cache_dtype": dtype}
+        return torchcache.mark(made, freeze=True, **options)
+
+    exact, _, _ = run(first, None, model(first), as_it_is)
+    assert torchcache_json("verify", first)["sound"]
+    (call,) = torchcache_json("export", first, out)["calls"]
+    assert call["leaves"] == [f"{str(dtype).removeprefix('torch.')} (30,)", "float32 (1,)"]
+    tensors = load_file(out)
+    values = tensors["leaf0"].float() * tensors["leaf1"]
+    expected = dict(zip(digest_rows([data()], "xxh3_128"), exact, strict=True))
+    wanted = torch.stack([expected[row.numpy().tobytes()] for row in tensors["digests"]])
+    assert ((values - wanted).abs().amax(1) <= 0.072 * wanted.abs().amax(1)).all()
+    assert torchcache_json("import", out, second)["stored"] == ROWS
+    assert blobs(first) == blobs(second)
+    again, misses, hits = run(second, None, model(second), as_it_is)
+    assert (misses, hits) == (0, ROWS)
+    by_digest = dict(zip(digest_rows([data()], "xxh3_128"), again, strict=True))
+    assert torch.equal(torch.stack([by_digest[row.numpy().tobytes()] for row in tensors["digests"]]), values)
+
+
 def test_one_kind_of_call_can_be_exported_alone(cache, tmp_path, torchcache_json):
     with torch.autocast("cpu", torch.bfloat16):
         run(cache)

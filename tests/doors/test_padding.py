@@ -510,6 +510,20 @@ def test_padding_of_any_one_value_is_known_once_there_is_enough_of_it():
     assert torchcache.stats(module).hits >= len(SENTENCES)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn])
+def test_rows_in_a_lower_precision_are_no_leak_of_padding(dtype, warnings):
+    plain = Encoder().eval().requires_grad_(False)
+    module = marked(plain, cache_dtype=dtype, audit=0.5)
+    for epoch in epochs(8):
+        for rows in epoch:
+            ids, mask = padded(rows)
+            got, expected = module(ids, mask)["mean"], plain(ids, mask)["mean"]
+            torch.testing.assert_close(got, expected, atol=0.2, rtol=0.1)
+    stats = torchcache.stats(module)
+    assert stats.hits >= 6 * len(SENTENCES)
+    assert not any("padding" in text for text in warnings)
+
+
 def test_rows_of_padding_alone():
     plain = Encoder().eval().requires_grad_(False)
     module = marked(plain)

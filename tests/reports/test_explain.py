@@ -104,7 +104,7 @@ def test_roles_of_inputs_and_structure_of_outputs_are_told():
     (region,) = explained.regions
     assert [line.split("│")[2].strip() for line in str(explained).splitlines() if "float32" in line] == region.inputs
     assert region.inputs == ["x: float32 (4,)", "prototypes: float32 (3, 4), shared"]
-    assert region.outputs == ["logits: float32 (3,)", "norm: float32 ()"]
+    assert region.outputs == ["logits: float32 (3,) as float16", "norm: float32 () as float16"]
     assert region.row_bytes == (3 + 1) * 2
 
 

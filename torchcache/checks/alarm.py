@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from torchcache.checks.compare import Rounding
+from torchcache.checks.compare import Rounding, difference
+from torchcache.counters import Counters
+from torchcache.store.precision import EXACT, Loss
 
 __all__ = ["Alarm", "Recomputation", "inspect"]
 
@@ -51,8 +53,10 @@ class Recomputation:
         What the original computes for the whole batch, rows first.
     rounding : Rounding
         What differences are rounding.
-    dtype : torch.dtype or None
-        What floating rows are stored as, if not as they are.
+    losses : sequence of Loss
+        What storing a row may change, for each output.
+    counters : Counters
+        Where the error of what was served is noted.
     """
 
     served: Tensors
@@ -61,16 +65,19 @@ class Recomputation:
     compute: Callable[[Sequence[int]], Tensors]
     whole: Callable[[], Tensors]
     rounding: Rounding
-    dtype: torch.dtype | None = None
+    losses: Sequence[Loss]
+    counters: Counters
 
 
 def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
     """Compute the rows at ``places`` again, and confirm a difference in other company before it is an alarm."""
     again.rounding.see(again.served, [0] * len(again.served))
-    served = _rows(again, again.served, places)
-    first = _rows(again, again.compute(places), range(len(places)))
-    wrong = [index for index, row in enumerate(served) if not again.rounding.agree(row, first[index])]
+    served = _rows(again.served, places)
+    first = _rows(again.compute(places), range(len(places)))
+    losses = again.losses
+    wrong = [index for index, row in enumerate(served) if not again.rounding.agree(row, first[index], losses)]
     if not wrong:
+        _note_errors(again, [index for index, place in enumerate(places) if place not in again.computed], served, first)
         return None
     wrong = wrong[:MOST_SUSPECTS]
     # Fewer rows and another one, in another order: of all rows of a batch the mean would be the same once more.
@@ -78,10 +85,10 @@ def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
     more = [place for place in places if place not in suspects]
     others = [place for place in range(again.count) if place not in places][:1]
     company = [*reversed(suspects), *more[: (len(more) + 1) // 2], *others]
-    second = dict(zip(wrong, _rows(again, again.compute(company), map(company.index, suspects)), strict=True))
-    whole = _rows(again, again.whole(), places)
+    second = dict(zip(wrong, _rows(again.compute(company), map(company.index, suspects)), strict=True))
+    whole = _rows(again.whole(), places)
     for index in wrong:
-        apart = again.rounding.disagreement(served[index], first[index])
+        apart = again.rounding.disagreement(served[index], first[index], losses)
         assert apart is not None
         output, share = apart
         found = f"output {output} of a row differs by {share:.2g} of its largest magnitude"
@@ -90,15 +97,19 @@ def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
         alike = again.rounding.agree(first[index], second[index]) and again.rounding.agree(first[index], whole[index])
         if alike and places[index] not in again.computed:
             return Alarm(True, found)
-        if not again.rounding.agree(served[index], second[index]) or not alike:
+        if not again.rounding.agree(served[index], second[index], losses) or not alike:
             return Alarm(False, found)
     return None
 
 
-def _rows(again: Recomputation, leaves: Tensors, places: Iterable[int]) -> list[Tensors]:
-    """Each of the rows at ``places``, as far as the store keeps it."""
-    found = [[leaf[place : place + 1] for leaf in leaves] for place in places]
-    if again.dtype is None:
-        return found
-    dtype = again.dtype
-    return [[leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in row] for row in found]
+def _note_errors(again: Recomputation, hits: Sequence[int], served: list[Tensors], first: list[Tensors]) -> None:
+    """Take note of how far rows that were served are from what they should be, where the store rounds."""
+    for output, loss in enumerate(again.losses):
+        if loss != EXACT:
+            for index in hits:
+                again.counters.note_error(difference(served[index][output], first[index][output])[1])
+
+
+def _rows(leaves: Tensors, places: Iterable[int]) -> list[Tensors]:
+    """Each of the rows at ``places``."""
+    return [[leaf[place : place + 1] for leaf in leaves] for place in places]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from torchcache.store.precision import EXACT, Loss
 from torchcache.store.select import element_bytes
 
 __all__ = ["FLOOR", "LARGEST_ROUNDING", "Rounding", "difference", "identical", "magnitudes"]
@@ -72,20 +73,23 @@ class Rounding:
         ]
         return True
 
-    def agree(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
-        """Whether two computations of the same rows differ by rounding at most."""
-        return self.disagreement(a, b) is None
+    def agree(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], losses: Sequence[Loss] | None = None) -> bool:
+        """Whether two computations of the same rows differ by rounding, and what storing one changed, at most."""
+        return self.disagreement(a, b, losses) is None
 
-    def disagreement(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> tuple[int, float] | None:
-        """The first output that differs by more than rounding, and by how much of its largest magnitude."""
+    def disagreement(
+        self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], losses: Sequence[Loss] | None = None
+    ) -> tuple[int, float] | None:
+        """The first output that differs by more than that, and by how much of its largest magnitude."""
         for index, (one, other) in enumerate(zip(a, b, strict=True)):
-            if not self.agrees(index, one, other):
+            if not self.agrees(index, one, other, EXACT if losses is None else losses[index]):
                 return index, _relative(one, other, 0.0)
         return None
 
-    def agrees(self, index: int, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Whether two computations of output ``index`` differ by rounding at most, also that of a narrower dtype."""
-        return _relative(a, b, self.scales[index]) <= max(self.allowed[index], FLOOR[_width(a.dtype)])
+    def agrees(self, index: int, a: torch.Tensor, b: torch.Tensor, loss: Loss = EXACT) -> bool:
+        """Whether two computations of output ``index`` differ by rounding, and what storing one changed, at most."""
+        found = _relative(a, b, self.scales[index], loss.absolute)
+        return found <= max(self.allowed[index], FLOOR[_width(a.dtype)]) + loss.relative
 
 
 def _usual(seen: Iterable[float]) -> float:
@@ -110,8 +114,8 @@ def magnitudes(leaf: torch.Tensor, dim: int) -> list[float]:
     return found
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
-    """The largest difference as a share of the largest magnitude; for integers 0 where few elements flipped."""
+def _relative(a: torch.Tensor, b: torch.Tensor, scale: float, without: float = 0.0) -> float:
+    """The largest difference as a share of the largest magnitude, ``without`` so much; for few flipped integers 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf
     if not a.numel() or identical(a, b):
@@ -121,7 +125,8 @@ def _relative(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     absolute, share = difference(a, b)
     if math.isnan(share):
         return math.inf
-    return min(share, absolute / scale) if scale else share
+    share *= max(0.0, 1.0 - without / absolute) if absolute else 1.0
+    return min(share, max(0.0, absolute - without) / scale) if scale else share
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from torchcache.batch import Batch, Subject
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.plan import CHANGED, Plan, layout_digest
+from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
@@ -147,7 +147,9 @@ class Learning:
         if len(self._plans) >= MOST:
             self._plans.clear()
         key = self._key(batch, learnt.rows)
-        plan = Plan(key, learnt, output, layout_digest(output, learnt.output_dims), proven)
+        dims = learnt.output_dims
+        precision = precision_of(self._subject.name, output, dims, self._options)
+        plan = Plan(key, learnt, output, layout_digest(output, dims), precision, proven)
         self._plans[key] = plan
         return plan
 

@@ -11,12 +11,18 @@ import torch
 from torchcache.batch import Batch
 from torchcache.checks.probe import Learnt, rows_of
 from torchcache.digest.cpu import digest_bytes
+from torchcache.logging import warn_once
+from torchcache.options import CacheOptions
+from torchcache.store.blob import RowSpec
+from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, memory_order
 from torchcache.values.take import Taken
 
-__all__ = ["CHANGED", "Plan", "layout_digest"]
+__all__ = ["CHANGED", "Plan", "layout_digest", "precision_of"]
 
 CHANGED = "what computes it changed during the call"
+# Names of outputs in a message.
+MOST_NAMES = 20
 
 
 @dataclasses.dataclass
@@ -33,6 +39,8 @@ class Plan:
         An output, for its structure and constants.
     layout : bytes
         Digest of structure, constants, row shapes and dtypes of the output.
+    precision : Precision
+        How its rows are stored.
     proven : bool
         Whether rows of this shape were probed in this process.
     believed : bool
@@ -43,6 +51,7 @@ class Plan:
     learnt: Learnt
     output: Taken
     layout: bytes
+    precision: Precision
     proven: bool = True
     believed: bool = False
     _layouts: dict[Any, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
@@ -77,6 +86,19 @@ class Plan:
 
 def _order(leaf: torch.Tensor) -> tuple[int, ...] | None:
     return None if leaf.is_contiguous() else memory_order(leaf.shape, leaf.stride())
+
+
+def precision_of(where: str, output: Taken, dims: Sequence[int], options: CacheOptions) -> Precision:
+    """How the rows of ``output`` are stored; names in ``options`` that it has not are told, with those that it has.
+
+    Nothing is raised: a call with other arguments may return what this one does not.
+    """
+    names = [output.name(index) for index in range(len(output.tensors))]
+    unknown = [name for name in options.named_outputs if name not in names]
+    if unknown:
+        shown = ", ".join(map(repr, names[:MOST_NAMES])) + (", ..." if len(names) > MOST_NAMES else "")
+        warn_once(f"{where}: cache_dtype names {', '.join(map(repr, unknown))}, but the outputs are {shown}")
+    return Precision(names, RowSpec.of(rows_of(output.tensors, dims)), options)
 
 
 def layout_digest(output: Taken, dims: Sequence[int]) -> bytes:

@@ -147,7 +147,9 @@ COMMANDS = (
         _export_arguments,
         _export,
         "Writes one tensor a leaf (leaf0, leaf1, ...), a row a sample, and digests: 16 bytes a row, the hash of the "
-        "sample's inputs or its sample id. Rows are in the order of their digests. Where inputs came in several "
+        "sample's inputs or its sample id. Rows are in the order of their digests. Outputs that cache_dtype stores as "
+        "int8 or float8 come with their scales, which are the last leaves: leaf0 * leaf1 are the values of a single "
+        "output. Where inputs came in several "
         "shapes or numeric modes, each kind of call has its own tensors, call0.leaf0 and so on.",
         ("torchcache export ~/cache features.safetensors --region backbone",),
     ),

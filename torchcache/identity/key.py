@@ -13,7 +13,7 @@ import torch
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.identity.numeric import NumericMode
-from torchcache.options import CacheOptions
+from torchcache.options import CacheOptions, cache_dtype_text
 from torchcache.store.blob import FORMAT_VERSION
 
 __all__ = ["call_fingerprint", "layout_fingerprint"]
@@ -57,7 +57,7 @@ def layout_fingerprint(call: bytes, layout: bytes) -> bytes:
 @functools.lru_cache(maxsize=1024)
 def _combine(
     who: bytes,
-    cache_dtype: torch.dtype | None,
+    cache_dtype: object,
     digest: str,
     mode: NumericMode,
     shapes: tuple[tuple[torch.dtype, tuple[int, ...]], ...],
@@ -66,5 +66,5 @@ def _combine(
 ) -> bytes:
     rows = [(str(dtype), tuple(int(size) for size in shape)) for dtype, shape in shapes]
     ambient = [(name, str(setting)) for name, setting in mode._asdict().items()]
-    text = repr((FORMAT_VERSION, str(cache_dtype), digest, ambient, rows, len(shared), named))
+    text = repr((FORMAT_VERSION, cache_dtype_text(cache_dtype), digest, ambient, rows, len(shared), named))
     return digest_bytes(who + struct.pack("<I", len(text)) + text.encode() + b"".join(shared), digest)

@@ -117,8 +117,8 @@ def _positions(rows: tuple[int, ...]) -> str:
 def audit(model: Callable[..., Any], *inputs: Any, rows: int = 16, **kwargs: Any) -> Audit:
     """Run a model once, and compute a sample of the rows that the store served again.
 
-    Rows that miss are computed and stored as in any call, and say nothing: audit a batch that was seen before. Rows
-    are compared as the store keeps them: what ``cache_dtype`` rounds away is no difference.
+    Rows that miss are computed and stored as in any call, and say nothing: audit a batch that was seen before. What
+    ``cache_dtype`` rounds away is in the differences that are shown, and makes no row wrong.
 
     Parameters
     ----------
@@ -167,15 +167,12 @@ def _compare(region: Region, looked: Looked, rows: int) -> RegionAudit:
         return seen
     with generators_kept():
         computed = looked.compute(sample)
-    stored = region.options.cache_dtype
     for index, (served, expected) in enumerate(zip(looked.outputs, computed, strict=True)):
         expected = expected.to(served.device, served.dtype)
-        if stored is not None and served.is_floating_point():
-            served, expected = served.to(stored), expected.to(stored)
         for place, row in enumerate(sample):
             got, wanted = served[row : row + 1], expected[place : place + 1]
             absolute, relative = (math.inf if math.isnan(gap) else gap for gap in difference(got, wanted))
-            wrong = () if looked.rounding.agrees(index, got, wanted) else (row,)
+            wrong = () if looked.rounding.agrees(index, got, wanted, looked.losses[index]) else (row,)
             one = RegionAudit(region.name, largest_absolute=absolute, largest_relative=relative, wrong=wrong)
             seen = seen.plus(one)
     return seen

@@ -24,9 +24,9 @@ from torchcache.errors import Bypass, TorchcacheError, Trains
 from torchcache.mark import Mark, original_of
 from torchcache.marks import marks_of
 from torchcache.modes import differs_in_training
+from torchcache.quantity import share_text
 from torchcache.regions import Called, name_module
 from torchcache.reports.table import Table, Tabular, shown
-from torchcache.store.blob import RowSpec
 
 __all__ = ["Explanation", "LeftOut", "LoaderExplanation", "RegionPlanned", "explain"]
 
@@ -42,13 +42,15 @@ class RegionPlanned:
     inputs : list of str
         Name, dtype and shape of each tensor argument: of one row, or whole where all rows share it.
     outputs : list of str
-        Name, dtype and row shape of each tensor that is stored.
+        Name, dtype and row shape of each tensor that is stored, and the dtype that it is stored in if that is another.
     row_bytes : int
         Bytes stored a row.
     state_bytes : int
         Bytes of the parameters, buffers and other tensors that the original reads.
     mode : str
         Whether the module is kept in eval mode, and what would act otherwise in train mode.
+    largest_error : float or None
+        Where ``cache_dtype`` rounds, the largest error of rows that were served so far, as ``torchcache.stats`` has it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class RegionPlanned:
     row_bytes: int
     state_bytes: int
     mode: str
+    largest_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +100,13 @@ class Explanation:
         cached = RichTable("region", "reads", "stores", title="cached")
         for name in ("bytes a row", "state bytes"):
             cached.add_column(name, justify="right")
+        seen = any(region.largest_error is not None for region in self.regions)
+        if seen:
+            cached.add_column("largest error", justify="right")
         cached.add_column("mode")
         for region in self.regions:
-            sizes = (f"{region.row_bytes:,}", f"{region.state_bytes:,}")
+            error = (share_text(region.largest_error),) if seen else ()
+            sizes = (f"{region.row_bytes:,}", f"{region.state_bytes:,}", *error)
             cached.add_row(*map(shown, (region.name, region.inputs, region.outputs, *sizes, region.mode)))
         left = RichTable("mark", "kind", "reason", title="not cached")
         for part in self.left_out:
@@ -215,28 +222,29 @@ class _Explainer:
 
 def _planned(name: str, region: Region, batch: Batch, plan: Plan) -> RegionPlanned:
     roles, arguments, outputs = plan.learnt.rows, batch.taken, plan.output
-    inputs = [_shown(arguments.path(index), tensor, roles[index]) for index, tensor in enumerate(arguments.tensors)]
+    inputs = [_shown(arguments.name(index), tensor, roles[index]) for index, tensor in enumerate(arguments.tensors)]
+    stored = plan.precision.stored
     stores = [
-        _shown(outputs.path(index) or "output", leaf, plan.learnt.output_dims[index])
+        _shown(outputs.name(index), leaf, plan.learnt.output_dims[index], stored.leaves[index][0])
         for index, leaf in enumerate(outputs.tensors)
     ]
-    stored = region.tiers.stored(RowSpec.of(plan.rows_first(outputs)))
     held = {id(tensor): tensor for tensor in region.subject.identity.look().tensors}.values()
     module = region.subject.module
     kinds = differs_in_training(module) if module is not None else []
     mode = "" if module is None else "kept in eval" + (f"; {', '.join(kinds)} would act in train" if kinds else "")
-    return RegionPlanned(name, inputs, stores, stored.size, sum(tensor.nbytes for tensor in held), mode)
+    state, error = sum(tensor.nbytes for tensor in held), region.counters.largest_error
+    return RegionPlanned(name, inputs, stores, stored.size, state, mode, error)
 
 
-def _shown(place: str, tensor: torch.Tensor, dim: int | None) -> str:
-    """A tensor for people: where it stands, its dtype, the shape of one row; the whole shape where rows share it."""
+def _shown(name: str, tensor: torch.Tensor, dim: int | None, stored: torch.dtype | None = None) -> str:
+    """A tensor for people: its name, its dtype, the shape of one row; the whole shape where rows share it."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
-    name = place.strip().replace("'", "", 2) if place.startswith(" ") else place
     if dim is None:
         return f"{name}: {dtype} {shape}, shared"
     row = (*shape[:dim], *shape[dim + 1 :])
-    return f"{name}: {dtype} {row}" + (f", rows along {dim}" if dim else "")
+    kept = "" if stored in (None, tensor.dtype) else f" as {str(stored).removeprefix('torch.')}"
+    return f"{name}: {dtype} {row}{kept}" + (f", rows along {dim}" if dim else "")
 
 
 @dataclasses.dataclass

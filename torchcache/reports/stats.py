@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from torchcache.call import Region
 from torchcache.history import Point
-from torchcache.quantity import size_text
+from torchcache.quantity import share_text, size_text
 from torchcache.regions import regions_in
 from torchcache.reports.table import Table, Tabular
 
@@ -46,6 +46,9 @@ class RegionStats:
         The counters at up to 1,024 earlier calls, evenly spaced, and now.
     alarms : int
         How often rows were found to be wrong when they were computed again, and all were dropped.
+    largest_error : float or None
+        Where ``cache_dtype`` rounds, the largest difference of a row that was served from what was computed again, as
+        a share of its largest magnitude; ``None`` before any was.
     reasons : dict of str to int
         Why rows were computed and not stored, and how many.
     """
@@ -71,6 +74,7 @@ class RegionStats:
     saved_seconds: float | None
     history: tuple[Point, ...] = dataclasses.field(repr=False)
     alarms: int
+    largest_error: float | None
     reasons: dict[str, int]
 
     @property
@@ -145,6 +149,7 @@ class RegionStats:
             saved_seconds=counters.saved_seconds,
             history=(*region.history.points, now),
             alarms=counters.alarms,
+            largest_error=counters.largest_error,
             reasons=dict(region.reasons),
         )
 
@@ -181,6 +186,7 @@ class Stats(Tabular):
         remote = ("remote hits",) if any(region.remote_hits for region in self.regions) else ()
         unloaded = ("unloaded",) if any(region.unloaded for region in self.regions) else ()
         counts = ("memory hits", "disk hits", *remote, *unloaded, "misses", "bypasses", "rows")
+        error = ("largest error",) if any(region.largest_error is not None for region in self.regions) else ()
         times = ("compute s", "cache s", "audit s", "saved s")
         rows = [
             (
@@ -189,6 +195,7 @@ class Stats(Tabular):
                 f"{region.rows_stored:,}",
                 size_text(region.memory_bytes),
                 size_text(region.disk_bytes),
+                *(share_text(region.largest_error) for _ in error),
                 f"{region.compute_seconds:.2f}",
                 f"{region.cost_seconds - region.audit_seconds:.2f}",
                 f"{region.audit_seconds:.2f}",
@@ -196,7 +203,7 @@ class Stats(Tabular):
             )
             for region in self.regions
         ]
-        columns = ("region", *counts, "memory", "disk", *times)
+        columns = ("region", *counts, "memory", "disk", *error, *times)
         return Table("torchcache", columns, rows, "\n".join(note for region in self.regions for note in region.notes()))
 
 

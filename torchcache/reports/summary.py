@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torchcache.quantity import seconds_text, size_text
+from torchcache.quantity import seconds_text, share_text, size_text
 from torchcache.reports.stats import RegionStats, stats
 from torchcache.reports.table import Table, Tabular
 
@@ -37,6 +37,7 @@ class Summary(Tabular):
 
     def table(self) -> Table:
         """One row a region."""
+        error = ("largest error",) if any(region.largest_error is not None for region in self.regions) else ()
         columns = ("region", "rows", "hit rate", "by pass", "compute a row", "cache a row", "saved", "memory", "disk")
         rows = [
             (
@@ -49,10 +50,11 @@ class Summary(Tabular):
                 seconds_text(region.saved_seconds),
                 size_text(region.memory_bytes),
                 size_text(region.disk_bytes),
+                *(share_text(region.largest_error) for _ in error),
             )
             for region in self.regions
         ]
-        return Table("torchcache", columns, rows, "\n".join(self._notes()))
+        return Table("torchcache", (*columns, *error), rows, "\n".join(self._notes()))
 
     def _notes(self) -> list[str]:
         return [self._account(), *self._unloaded(), *(note for region in self.regions for note in region.notes())]

@@ -46,6 +46,7 @@ FORMAT_VERSION = 1
 MAGIC = b"TCB" + bytes([FORMAT_VERSION])
 COMPRESSED, SHUFFLED = 1, 2
 CHECKSUM_SIZE = 8
+MOST_LEAVES = 255
 # Below this gain a frame costs more to decode than its smaller size saves to read.
 WORTHWHILE = 0.80
 # And shuffled ones take twice as long to decode (tools/bench/compression.py).
@@ -99,9 +100,9 @@ class RowSpec:
         return [torch.empty((count, *shape), dtype=dtype, device=device) for dtype, shape in self.leaves]
 
 
-def storable(dtype: torch.dtype) -> bool:
-    """Whether the blob format has a code for ``dtype``."""
-    return dtype in _CODES
+def storable(spec: RowSpec) -> bool:
+    """Whether a blob can hold such a row: the format has a code for each dtype, and room for so many leaves."""
+    return 1 <= len(spec.leaves) <= MOST_LEAVES and all(dtype in _CODES for dtype, _ in spec.leaves)
 
 
 def dtype_of_code(code: int) -> torch.dtype | None:
@@ -161,8 +162,8 @@ class Codec:
     """
 
     def __init__(self, spec: RowSpec, level: int | None = None) -> None:
-        if not 1 <= len(spec.leaves) <= 255:
-            raise ValueError(f"a blob holds 1 to 255 leaves, not {len(spec.leaves)}")
+        if not 1 <= len(spec.leaves) <= MOST_LEAVES:
+            raise ValueError(f"a blob holds 1 to {MOST_LEAVES} leaves, not {len(spec.leaves)}")
         self.spec = spec
         self._level = level
         self._descriptors = b"".join(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torchcache.logging import logger
-from torchcache.options import CacheOptions
+from torchcache.options import CacheOptions, cache_dtype_text
 from torchcache.store.access import Access
 from torchcache.store.gate import read_file
 from torchcache.version import __version__
@@ -245,4 +245,4 @@ def _time(value: object) -> float:
 
 
 def _plain(value: Any) -> Scalar:
-    return value if isinstance(value, Scalar) else str(value)
+    return value if isinstance(value, Scalar) else cache_dtype_text(value)[:LONGEST_NAME]

@@ -189,7 +189,7 @@ class MemoryTier:
 
     def _new_slab(self, spec: RowSpec, device: torch.device, state: bytes) -> Slab:
         capacity = self.budget // max(spec.size, 1)
-        self.buffers.kept = 2 * len(spec.leaves)
+        self.buffers.kept = 3 * len(spec.leaves)  # two batches, and rows that are cast to another dtype
         if device.type == "cpu" and os.name == "posix":
             # Any slab may come to have the whole budget, when others are dropped.
             with contextlib.suppress(OSError, RuntimeError):  # a system that promises no more memory than it has

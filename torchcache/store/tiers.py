@@ -10,12 +10,13 @@ from torch.utils.data import get_worker_info
 
 from torchcache.forks import without_forks
 from torchcache.logging import warn_once
-from torchcache.options import CacheOptions
+from torchcache.options import CacheOptions, cache_dtype_text
 from torchcache.store.beneath import Beneath
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import Places
 from torchcache.store.memory import MemoryTier
+from torchcache.store.precision import Precision
 from torchcache.store.scan import Scan
 from torchcache.store.select import select_rows
 from torchcache.store.slab import ABSENT, Lease
@@ -88,13 +89,6 @@ class Tiers:
         self._codecs: dict[RowSpec, Codec] = {}
         self._scans: dict[bytes, Scan] = {}
 
-    def stored(self, spec: RowSpec) -> RowSpec:
-        """``spec`` as the tiers keep it: floating leaves in ``cache_dtype``."""
-        dtype = self.options.cache_dtype
-        if dtype is None:
-            return spec
-        return RowSpec(tuple((dtype if old.is_floating_point else old, shape) for old, shape in spec.leaves))
-
     def find(
         self,
         fingerprint: bytes,
@@ -111,7 +105,7 @@ class Tiers:
         fingerprint, digests
             The keys.
         expected : callable
-            What a row holds and on which device its user is; asked only where memory lacks rows.
+            What is stored of a row and on which device its user is; asked only where memory lacks rows.
         state : bytes
             Digest of the weights that compute such rows now.
         ahead : Found or None
@@ -159,18 +153,28 @@ class Tiers:
         fingerprint: bytes,
         digests: Sequence[bytes],
         rows: Sequence[torch.Tensor],
-        spec: RowSpec,
+        precision: Precision,
         state: bytes,
     ) -> None:
-        """Store computed ``rows``: in memory now, beneath it behind the step."""
-        stored = self.stored(spec)
+        """Store computed ``rows``, as far as they can be: in memory now, beneath it behind the step."""
+        stored, (rows, held) = precision.stored, precision.pack(rows)
+        if held is not None:
+            kept = held.nonzero().flatten().tolist()
+            warn_once(
+                f"{self.name}: rows with values that cache_dtype={cache_dtype_text(self.options.cache_dtype)} cannot "
+                "give back (inf, nan, too large or too small) are computed every time: name the outputs that it is "
+                "for, as {name: dtype}"
+            )
+            digests, rows = [digests[place] for place in kept], [select_rows(leaf, kept) for leaf in rows]
+            if not digests:
+                return
         lease, places = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
         if not self.beneath and get_worker_info() is not None:
             warn_once(
                 f"{self.name} is called in a worker of a DataLoader: its rows are in the worker's memory, which no "
                 "other process sees and which is lost when the worker ends: set persistent=True to keep them"
             )
-        if self.beneath.takers and all(storable(dtype) for dtype, _ in stored.leaves):
+        if self.beneath.takers and storable(stored):
             region = self._region(state)
             if lease is not None:
                 self._submit(fingerprint, region, [digests[place] for place in places], lease, stored)
@@ -211,9 +215,9 @@ class Tiers:
         expected: Callable[[], tuple[RowSpec, torch.device]],
         state: bytes,
     ) -> None:
-        spec, device = expected()
-        stored, target = self.stored(spec), self._device(device)
-        if not all(storable(dtype) for dtype, _ in stored.leaves):
+        stored, device = expected()
+        target = self._device(device)
+        if not storable(stored):
             return
         region, most = self._region(state), self._codec(stored).longest
         sources = self.beneath.read([fingerprint + digest for digest in digests], region, most)

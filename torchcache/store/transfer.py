@@ -2,7 +2,9 @@
 
 A file holds, for each kind of call (shapes, arguments and numeric mode of the inputs), one tensor a leaf of shape
 ``(rows, *)`` and ``digests`` of shape ``(rows, 16)``, uint8: the digest of each row's inputs, or its sample id. The
-rows lie in the order of their digests. With several kinds of calls the names begin with ``call0.``, ``call1.``.
+rows lie in the order of their digests. Leaves are as they are stored: where ``cache_dtype`` is int8 or float8, a leaf
+holds numbers, and behind all outputs lies its scale, of shape ``(rows, 1, ..., 1)``: their product are the values.
+With several kinds of calls the names begin with ``call0.``, ``call1.``.
 """
 
 from __future__ import annotations

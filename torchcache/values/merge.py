@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from torchcache.store.buffers import Buffers
+from torchcache.store.precision import Precision
 from torchcache.store.select import place_rows, select_rows
 from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Found
@@ -16,6 +17,7 @@ __all__ = ["assemble"]
 
 
 def assemble(
+    precision: Precision,
     digests: Sequence[bytes],
     missing: dict[bytes, int],
     found: Found,
@@ -23,11 +25,13 @@ def assemble(
     layouts: Sequence[Layout],
     near: torch.device,
     buffers: Buffers,
-) -> list[torch.Tensor]:
-    """Fresh leaves of shape ``(len(digests), *)``, rows first, in the caller's order.
+) -> Sequence[torch.Tensor]:
+    """Fresh leaves of shape ``(len(digests), *)``, rows first, in the caller's order; some are still to be cast.
 
     Parameters
     ----------
+    precision : Precision
+        How rows are stored.
     digests : sequence of bytes
         One a row of the batch.
     missing : dict of bytes to int
@@ -43,6 +47,12 @@ def assemble(
     buffers : Buffers
         Where leaves on the CPU are made.
     """
+
+    def given(stored: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return precision.unpack(stored, lambda index, count: layouts[index].empty(count, near, buffers))
+
+    if found.rows and ABSENT not in found.slots:
+        return given(found.rows)
     order = {digest: row for row, digest in enumerate(missing)}
     held: list[int] = []
     read: tuple[list[int], list[int]] = ([], [])
@@ -57,10 +67,11 @@ def assemble(
             fresh[0].append(row)
             fresh[1].append(order[digest])
     merged = [layout.empty(len(digests), near, buffers) for layout in layouts]
-    parts = [(held, found.rows)] if held else []
-    for source, (rows, taken) in ((found.extra_rows, read), (computed, fresh)):
-        if rows:
-            parts.append((rows, [select_rows(leaf, taken) for leaf in source]))
+    parts = [(held, given(found.rows))] if held else []
+    if read[0]:
+        parts.append((read[0], given([select_rows(leaf, read[1]) for leaf in found.extra_rows])))
+    if fresh[0]:
+        parts.append((fresh[0], [select_rows(leaf, fresh[1]) for leaf in computed]))
     for rows, leaves in parts:
         for target, leaf in zip(merged, leaves, strict=True):
             place_rows(target, rows, leaf)

@@ -126,6 +126,11 @@ class Taken:
         """Where a tensor stands, for people: ``" 'mask'[0]"``; empty where it is all there is."""
         return _path_text(next(path for place, path in self._plan.paths() if place == index))
 
+    def name(self, index: int) -> str:
+        """The name of a tensor, for people: ``last_hidden_state``, ``[0]``; ``output`` where it is all there is."""
+        path = self.path(index)
+        return (path.strip().replace("'", "", 2) if path.startswith(" ") else path) or "output"
+
     def place(self, name: str) -> int | None:
         """Which tensor is the argument ``name``, or has that name in one; ``None`` where there is no such one."""
         return next((place for place, path in self._plan.paths() if name in path[:1] or name in path[-1:]), None)
