@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from torchcache.doors import door
 from torchcache.errors import MarkError
@@ -256,6 +256,8 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Chosen], ...]) -
     members["train"] = _settled_train(original_of(base.train))
     members["__reduce_ex__"] = _reduce
     members["torchcache_base"] = base
+    if issubclass(base, fx.GraphModule):
+        members["recompile"] = _recompile
     later = getattr(base, "cls_to_become", None)  # the class that a lazy module gets when it is called first
     if isinstance(later, type):
         members["cls_to_become"] = _marked_class(later, dict(marks))
@@ -282,6 +284,16 @@ def _instance_marks(module: nn.Module) -> dict[str, _Chosen]:
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
+
+
+def _recompile(self: fx.GraphModule) -> Any:
+    """What it makes anew are methods of the module's class, which has to be its own."""
+    kind: Any = type(self)
+    _set_class(self, kind.torchcache_base)
+    try:
+        return self.recompile()
+    finally:
+        _set_class(self, kind)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

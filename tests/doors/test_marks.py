@@ -324,3 +324,18 @@ def test_what_is_no_method_of_the_instance_is_not_marked(kind):
 
     with pytest.raises(torchcache.MarkError, match=f"Odd.other is a {kind.__name__}"):
         torchcache.mark(Odd(), method="other")
+
+
+def test_a_graph_may_be_recompiled():
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).requires_grad_(False))
+    module, x = torchcache.mark(graph, audit=0), torch.randn(4, 3)
+    for _ in range(2):
+        torch.testing.assert_close(module(x), unmarked(module)(x))
+        module.recompile()
+    assert sum(counts(module)) == 8
+    relu = next(node for node in module.graph.nodes if node.op == "call_module" and node.target == "1")
+    relu.replace_all_uses_with(relu.args[0])
+    module.graph.erase_node(relu)
+    module.recompile()
+    torch.testing.assert_close(module(x), module.get_submodule("0")(x))
+    assert sum(counts(module)) == 12
