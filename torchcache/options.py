@@ -121,7 +121,7 @@ class CacheOptions:
         decides; other floating dtypes are cast. A mapping says it for outputs by their names, as ``torchcache.explain``
         shows them, and by ``"*"`` for all others; ``None`` stores one as it is. A row with values that its dtype has
         not is computed every time: what a cast would make infinite, and infinities and not-a-number where there is a
-        scale. ``torchcache.stats`` shows the largest error that was seen.
+        scale. With ``padding`` there is none. ``torchcache.stats`` shows the largest error that was seen.
     zstd_compression_level : int or None
         Level for rows on disk that gain from compression (-100 to 22); ``None`` stores all as they are.
     digest : {"xxh3_128", "blake3"}
@@ -213,6 +213,11 @@ class CacheOptions:
         _require(name is None or (isinstance(name, str) and bool(name)), "padding", "an argument's name or None", name)
         _require(value is None or isinstance(value, (bool, int, float)), "padding_value", "a number or None", value)
         _require(value is None or name is not None, "padding_value", "None without padding", value, ValueError)
+        chosen = self.cache_dtype
+        dtypes = [dtype for _, dtype in chosen] if isinstance(chosen, tuple) else [chosen]
+        scaled = name is not None and any(dtype in SCALED for dtype in dtypes)
+        # What stands in padding would decide the scale.
+        _require(not scaled, "cache_dtype", "a dtype without a scale a row with padding", chosen, ValueError)
         rows_first = name is None or self.batch_dim == 0
         _require(rows_first, "batch_dim", "0 with padding", self.batch_dim, ValueError)
 

@@ -337,8 +337,6 @@ class Padding:
                 )
         names = [short.name(place) for place in range(len(along))]
         losses = Precision(names, RowSpec.of(short.tensors), self._options).losses
-        # A scale is that of a row with what its padding holds.
-        losses = [Loss(2 * loss.relative, loss.absolute) for loss in losses]
         proof = _Proof(tuple(along), Rounding(short.tensors, coarse=bool(autocasts())), losses)
         alone = self._original(batch, self._cut(batch, rows[:1], width))
         if alone.key == short.key:  # of other shapes other kernels run: what that changes is rounding

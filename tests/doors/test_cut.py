@@ -177,3 +177,54 @@ def test_it_is_found_again_in_batches_of_any_size():
     for rows in (range(6), range(6, 12), range(12), [3, 7], [11, 0, 0, 5]):
         assert_trains_the_same(model, model, twin, (ids[[*rows]], mask[[*rows]]))
     assert torchcache.stats(model).misses == 12
+
+
+class Apart(nn.Module):
+    """How far the rows of a batch are from each other, as a contrastive loss reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = nn.Linear(WIDTH, 64).requires_grad_(False), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        found = torch.tanh(self.body(x))
+        apart = (found[:, None] - found[None]).square().sum(-1)
+        return apart.mean(1, keepdim=True) * self.scale
+
+
+@pytest.mark.parametrize("first", [4, 70])
+def test_no_row_holds_what_grows_with_the_batch(first):
+    """However small that is in the batch that was traced."""
+    net, twin = made(Apart)
+    model, x = torchcache.mark(net, audit=0), torch.randn(70, WIDTH)
+    for rows in (x[:first], x[:6], x):
+        assert_trains_the_same(model, model, twin, [rows])
+    assert torchcache.stats(model).bypasses == 0
+    assert bytes_a_row(model) == 64 * 4
+
+
+class Mixes(nn.Module):
+    """Its rows depend on each other in eval mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, 3)
+        self.out = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+    def forward(self, x):
+        found = self.body(x)
+        if not self.training:
+            found = self.out(found - found.mean(0))
+        return self.head(torch.tanh(found))
+
+
+def test_rows_that_mix_in_another_mode_end_no_run(warnings):
+    net, twin = made(Mixes)
+    model, x = torchcache.mark(net, audit=0), torch.randn(6, WIDTH)
+    for _ in range(2):
+        model.train(), twin.train()
+        assert_trains_the_same(model, model, twin, [x])
+        model.eval(), twin.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), twin(x))
+    assert torchcache.stats(model).hits >= 6

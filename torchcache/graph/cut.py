@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from torchcache.dynamo import expression_of, storage_of
@@ -53,14 +53,15 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
         if not read:
             return None
         batch = batch_of(members, read, analysis)
-        found = fewest(read, members, functools.partial(has_rows, batch=batch), analysis)
+        whole = {node for node in members if has_rows(node, batch)} - _mixing(members, batch)
+        found = fewest(read, members, whole, analysis)
         if found is not None:
             outputs, recomputed = found
             needed = _ancestors(outputs, members, analysis)
             kept = [node for node in members if node in needed]
             cut = Cut(kept, outputs, [node for node in members if node in recomputed])
             return cut if _worthwhile(kept, nodes, analysis) and _orderly(cut, analysis) else None
-        for node in _descendants([node for node in read if not has_rows(node, batch)], members):
+        for node in _descendants([node for node in read if node not in whole], members):
             members.pop(node, None)
     return None
 
@@ -77,9 +78,33 @@ def batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis:
 
 
 def has_rows(node: fx.Node, batch: Any) -> bool:
-    """Whether ``node`` is a tensor whose first dimension is the batch."""
+    """Whether ``node`` is a tensor whose first dimension is the batch; not one that is still to be conjugated."""
     tensor = tensor_of(node)
-    return tensor is not None and tensor.ndim > 0 and expression_of(tensor.shape[0]) == batch
+    if tensor is None or not tensor.ndim or tensor.is_conj() or tensor.is_neg():
+        return False
+    return bool(expression_of(tensor.shape[0]) == batch)
+
+
+def _mixing(members: dict[fx.Node, None], batch: Any) -> set[fx.Node]:
+    """Those members in which rows meet, as far as their shapes tell, and what follows from them.
+
+    What comes of rows has the number of rows in no dimension, or in several.
+    """
+    symbols = batch.free_symbols if batch is not None else ()
+    found: set[fx.Node] = set()
+    for node in members if symbols else ():
+        given, made = node.all_input_nodes, tensor_of(node)
+        meet = made is not None and (_counts(made, symbols) > 1 or not _counts(made, symbols))
+        if any(source in found for source in given) or (
+            meet and any((tensor := tensor_of(source)) is not None and _counts(tensor, symbols) for source in given)
+        ):
+            found.add(node)
+    return found
+
+
+def _counts(tensor: torch.Tensor, symbols: Any) -> int:
+    """In how many dimensions a tensor has the number of rows."""
+    return sum(not symbols.isdisjoint(expression_of(size).free_symbols) for size in tensor.shape)
 
 
 def _ancestors(nodes: Iterable[fx.Node], members: dict[fx.Node, None], analysis: Analysis) -> set[fx.Node]:

@@ -8,7 +8,7 @@ cuts as small it is the one nearest to what is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -45,11 +45,10 @@ MOST_WORK = 1 / 12
 LEAST_SAVED = 1 / 4
 
 Members = dict[fx.Node, None]
-HasRows = Callable[[fx.Node], bool]
 Stored = tuple[list[fx.Node], set[fx.Node]]
 
 
-def fewest(outputs: Sequence[fx.Node], members: Members, rows: HasRows, analysis: Analysis) -> Stored | None:
+def fewest(outputs: Sequence[fx.Node], members: Members, rows: set[fx.Node], analysis: Analysis) -> Stored | None:
     """What of a region is stored.
 
     Parameters
@@ -58,8 +57,8 @@ def fewest(outputs: Sequence[fx.Node], members: Members, rows: HasRows, analysis
         The members whose values are read outside and differ between calls.
     members : dict of Node to None
         The region, in order.
-    rows : callable
-        Tells whether a node is a tensor that has rows.
+    rows : set of Node
+        The members that are tensors with rows, which do not depend on each other.
     analysis : Analysis
         What is known of its nodes.
 
@@ -83,7 +82,7 @@ def fewest(outputs: Sequence[fx.Node], members: Members, rows: HasRows, analysis
         return None
     stored = [node for node in members if node in plain]
     if not stored:  # all of it is cheap
-        return (list(outputs), set()) if all(map(rows, outputs)) else None
+        return (list(outputs), set()) if rows.issuperset(outputs) else None
     return stored, _between(outputs, plain, members)
 
 
@@ -96,7 +95,7 @@ def _smallest_cut(
     outputs: Iterable[fx.Node],
     members: Members,
     again: set[fx.Node],
-    rows: Callable[[fx.Node], bool],
+    rows: set[fx.Node],
     analysis: Analysis,
 ) -> set[fx.Node] | None:
     """The nodes of fewest bytes from which ``outputs`` follow by nodes of ``again``; ``None`` if there are none."""
@@ -107,7 +106,7 @@ def _smallest_cut(
     for node in members:
         if node not in analysis.varying:
             continue
-        if rows(node):
+        if node in rows:
             flow.add_edge((node, 0), (node, 1), capacity=_bytes(node))
         else:
             flow.add_edge((node, 0), (node, 1))

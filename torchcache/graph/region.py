@@ -287,6 +287,8 @@ def region_for(plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphMod
         if options.padding is not None:
             warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
         region = Region(subject, options.replace({"padding": None, "padding_value": None}))
+        # Where others of these marks were in use before, in another mode or for one row, nothing ends the run.
+        region.partial = any(region_of(part.mark, part.module).partial for part in plan.parts)
     for owner in owners:
         add_region(owner, key, region)
     return region

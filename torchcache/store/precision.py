@@ -135,7 +135,8 @@ def _loss(given: torch.dtype, kept: torch.dtype) -> Loss:
     # Half the distance of the largest numbers; the product is rounded to the leaf's own dtype.
     top = _top(kept)
     distance = torch.finfo(kept).eps * 2.0 ** (math.frexp(top)[1] - 1) if kept.is_floating_point else 1.0
-    return Loss(distance / top / 2 + torch.finfo(given).eps)
+    about = torch.finfo(given)
+    return Loss(distance / top / 2 + about.eps, about.tiny * about.eps)
 
 
 def _numbers(leaf: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
