@@ -8,6 +8,10 @@ from test_partly import DOORS, assert_trains_the_same, opened
 from torch import nn
 
 import torchcache
+from torchcache import dynamo
+
+# Older releases cannot trace this attention for any number of rows, and what follows it is computed.
+pytestmark = pytest.mark.skipif(not dynamo.names_parts(), reason="needs torch 2.10 or newer")
 
 WIDTH, LENGTH, ROWS = 16, 5, 6
 HIDDEN = LENGTH * WIDTH * 4  # bytes a row of one state between blocks

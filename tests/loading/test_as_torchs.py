@@ -178,8 +178,8 @@ DATA_SETS = {
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_what_a_data_set_does_is_done_as_in_the_loop(name, workers):
     dataset, collate = DATA_SETS[name]
-    if name == "complex" and workers:
-        pytest.skip("PyTorch's loader raises there")
+    if name in ("complex", "gradients") and workers:
+        pytest.skip("PyTorch's loader raises there; for gradients once a backward pass had threads in this process")
     assert_as_torchs(dataset, collate_fn=collate, num_workers=workers)
 
 
