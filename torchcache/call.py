@@ -86,7 +86,7 @@ class Region:
     apart : bool
         Whether it returns what this release of torch cannot pass through a graph.
     partial : bool
-        Whether its frozen part is looked up where it trains, and so elsewhere: the whole differs after every step.
+        Whether its frozen part is looked up, whatever the mode; of such a part, whether another was before it.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """

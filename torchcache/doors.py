@@ -20,7 +20,7 @@ from torchcache.context import bypassed, inside_region, number_of_call
 from torchcache.errors import Bypass
 from torchcache.graph.traced import Traced
 from torchcache.logging import inform_once, warn_once
-from torchcache.mark import Mark
+from torchcache.mark import Mark, and_then
 from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import region_of
 from torchcache.usefulness import note_call
@@ -79,12 +79,11 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         original: Any = shown if base is None else _beneath(base, name)
         if how == OWN:
             original, args = getattr(module, own), args[1:]
+        original = and_then(original, output)
         if how == PART:
             with torch.fx.traceback.annotate({"torchcache": subject}):
-                found = original(*args, **kwargs)
-                return found if output is None else output(found)
-        found = original(*args, **kwargs)
-        return found if output is None else output(found)
+                return original(*args, **kwargs)
+        return original(*args, **kwargs)
 
     if shown is not None:
         functools.update_wrapper(opened, shown)

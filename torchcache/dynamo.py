@@ -386,12 +386,12 @@ def takes_rows(backend: F) -> F:
     return backend
 
 
-def _takes_rows(backend: Any) -> bool:
+def _takes_rows(backend: Any, further: int = 8) -> bool:
     """Whether a backend is one of ours, or passes graphs on to one."""
-    while backend is not None and not hasattr(backend, "torchcache_takes_rows"):
-        ways = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__self__", "backend_compile_fn")
-        backend = next((found for way in ways if (found := getattr(backend, way, None)) is not None), None)
-    return backend is not None
+    ways = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__self__", "backend_compile_fn")
+    inner = next((found for way in ways if (found := getattr(backend, way, None)) is not None), None)
+    beneath = inner is not None and further > 0 and _takes_rows(inner, further - 1)
+    return beneath or hasattr(backend, "torchcache_takes_rows")
 
 
 def is_ours() -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from torchcache.options import NAMES, CacheOptions
 from torchcache.switching import FORMER
 
-__all__ = ["Mark", "original_of"]
+__all__ = ["Mark", "and_then", "original_of"]
 
 _OVERRIDES = {name: f"torchcache_{name}" for name in (*NAMES, *FORMER)}
 _OVERRIDING = frozenset(_OVERRIDES.values())
@@ -71,7 +71,7 @@ class Mark:
         """What runs in place of a lookup; it takes the module first, if there is one."""
         own = self._own(module)
         original = self._original() if own is None else _without_module(own)
-        return original if self.output is None else _and_then(original, self.output)
+        return and_then(original, self.output)
 
     def names(self, module: nn.Module | None) -> tuple[str, ...]:
         """Names of the original's positional parameters, without the module."""
@@ -179,8 +179,10 @@ def _without_module(bound: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _and_then(original: Callable[..., Any], output: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The original, and what is made of what it returns."""
+def and_then(original: Callable[..., Any], output: Callable[[Any], Any] | None) -> Callable[..., Any]:
+    """The original, and what a mark's ``output`` makes of what it returns."""
+    if output is None:
+        return original
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return output(original(*args, **kwargs))

@@ -99,7 +99,8 @@ def mark(
     output : callable or None
         Given what the original returns, it returns what is stored and what the caller gets in its place, whether rows
         are cached or not: ``output=lambda o: o.last_hidden_state[:, 0]`` keeps 3 KB a row of a ViT-B, and not 605.
-        Its code is part of the program. A model that is pickled needs a function that can be imported.
+        Its code is part of the program, which ``persistent_module_hash`` names as a whole. To pickle the model it must
+        be a function that can be imported.
     **options
         See ``CacheOptions``.
 
@@ -129,7 +130,7 @@ def mark(
         )
     if output is not None and not callable(output):
         raise TypeError(f"torchcache: output must be a function of what the module returns, or None, not {output!r}")
-    chosen = _Chosen(CacheOptions.of(options), output)
+    chosen = _Choice(CacheOptions.of(options), output)
     names = [method] if isinstance(method, str) else list(method)
     for name in names:
         if not callable(getattr(module, name, None)):
@@ -240,14 +241,14 @@ def _settled_train(original: Callable[..., Any]) -> Callable[..., Any]:
     return settled
 
 
-class _Chosen(NamedTuple):
+class _Choice(NamedTuple):
     """What was chosen for one method of an instance."""
 
     options: CacheOptions
     output: Callable[[Any], Any] | None
 
 
-def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Chosen], ...]) -> type[nn.Module]:
+def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -> type[nn.Module]:
     """A subclass of ``base`` whose methods of these names are doors."""
     members: dict[str, Any] = {
         name: door(Mark(name, chosen.options, base=base, output=chosen.output), of=getattr(base, name, None))
@@ -271,14 +272,14 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Chosen], ...]) -
 _known_class = functools.cache(_make_class)
 
 
-def _marked_class(base: type[nn.Module], marks: dict[str, _Chosen]) -> type[nn.Module]:
+def _marked_class(base: type[nn.Module], marks: dict[str, _Choice]) -> type[nn.Module]:
     """The same class for the same marks; what is kept for ever must hold no function of the user's."""
     kept = all(chosen.output is None for chosen in marks.values())
     make: Callable[..., type[nn.Module]] = _known_class if kept else _make_class
     return make(base, tuple(marks.items()))
 
 
-def _instance_marks(module: nn.Module) -> dict[str, _Chosen]:
+def _instance_marks(module: nn.Module) -> dict[str, _Choice]:
     return dict(vars(type(module)).get("_torchcache_marks", {}))
 
 
@@ -308,7 +309,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return reduced
 
 
-def _new(base: type[nn.Module], marks: dict[str, _Chosen], *args: Any) -> nn.Module:
+def _new(base: type[nn.Module], marks: dict[str, _Choice], *args: Any) -> nn.Module:
     kind = _marked_class(base, marks)
     made: nn.Module = kind.__new__(kind, *args)
     return made

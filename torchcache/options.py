@@ -217,7 +217,7 @@ class CacheOptions:
         dtypes = [dtype for _, dtype in chosen] if isinstance(chosen, tuple) else [chosen]
         scaled = name is not None and any(dtype in SCALED for dtype in dtypes)
         # What stands in padding would decide the scale.
-        _require(not scaled, "cache_dtype", "a dtype without a scale a row with padding", chosen, ValueError)
+        _require(not scaled, "cache_dtype", "a dtype that is cast, as torch.bfloat16, with padding", chosen, ValueError)
         rows_first = name is None or self.batch_dim == 0
         _require(rows_first, "batch_dim", "0 with padding", self.batch_dim, ValueError)
 

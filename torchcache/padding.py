@@ -21,15 +21,15 @@ from torchcache.batch import Given, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.compare import Rounding, difference
 from torchcache.checks.learning import SETUP_CALLS, written_text
+from torchcache.checks.plan import precision_of
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
 from torchcache.errors import Bypass, TorchcacheError, brief
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
-from torchcache.padded import GRAIN, PaddedBatch, length_of, spread
-from torchcache.store.blob import RowSpec
-from torchcache.store.precision import EXACT, Loss, Precision
+from torchcache.padded import GRAIN, Blanks, PaddedBatch, counted, length_of, spread
+from torchcache.store.precision import EXACT, Loss
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
 __all__ = ["Padding"]
@@ -38,10 +38,6 @@ __all__ = ["Padding"]
 MOST = 1024
 # In so many kinds of calls real positions depended on the padding: all calls of that form are computed.
 MOST_LEAKS = 3
-# Another sequence may hold the same thing by chance in fewer places than this.
-MOST_CHANCE = 16
-# What labels are in padding, for losses to leave them out.
-IGNORED = -100
 Tensors = Sequence[torch.Tensor]
 Ordinary = Callable[[Given], Any]
 _requires_grad = operator.attrgetter("requires_grad")
@@ -85,8 +81,7 @@ class Padding:
         self._known: dict[tuple[Any, ...], _Proof | Bypass] = {}
         # For calls of one form: to which lengths rows were cut so far.
         self._lengths: dict[tuple[Any, ...], set[int]] = {}
-        # What stands where there is padding, for calls of one form and one of their arguments.
-        self._blanks: dict[tuple[bytes, int], torch.Tensor] = {}
+        self._blanks = Blanks(self._blank)
         self._left, self._widest = False, 0
         self._leaks: collections.Counter[tuple[Any, ...]] = collections.Counter()
         self._pure, self._writes = options.pure, 0
@@ -114,11 +109,12 @@ class Padding:
         if batch is None or trains or (torch.is_grad_enabled() and any(map(_requires_grad, batch.taken.tensors))):
             return ordinary(given)
         current_ids(batch.count, self._subject.name)  # as many as there are rows, or an error
-        if batch.widest == batch.width and min(batch.lengths) == batch.width:  # nothing is padding, nor could it be
+        full = min(batch.lengths) == batch.width
+        if full and batch.widest == batch.width:  # nothing is padding, nor could it be
             return ordinary(given)
-        self._check_pads(batch)
+        self._blanks.check(batch, self._name)
         shapes = tuple([(tensor.dtype, tensor.shape[2:]) for tensor in batch.taken.tensors])
-        how = (batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
+        how = (full, batch.along, batch.rows, batch.left, shapes, length_of(batch.width), autocasts())
         form = (self._subject.identity.current(seen), batch.taken.key)
         known = self._known.get(form) or self._known.get((*form, how))
         if isinstance(known, Bypass):
@@ -216,47 +212,12 @@ class Padding:
                 mine = mine.index_select(0, torch.tensor(rows, device=mine.device))
             if along:
                 mine = batch.fitted(mine, width)
+            numbers = counted(tensor, width) if batch.counts[place] and not (has_rows or batch.left) else None
+            mine = mine if numbers is None else numbers  # as they are in longer batches
             if along and has_rows:
-                where = spread(pads, mine)
-                if place == batch.mask:
-                    mine = mine.masked_fill(where, self._blank)
-                else:
-                    mine = torch.where(where, self._blanks.get((batch.taken.key, place), mine.new_zeros(())), mine)
+                mine = torch.where(spread(pads, mine), self._blanks.of(batch, place), mine)
             cut.append(mine)
         return cut
-
-    def _check_pads(self, batch: PaddedBatch) -> None:
-        """Raise a ``Bypass`` where an argument is as long as the mask and is not known to be padded where that says so.
-
-        It may be another sequence. One that is padded holds the same thing in all padding of all calls.
-        """
-        pads = batch.pads(range(batch.count), batch.width)
-        for place, (tensor, has_rows, along) in enumerate(
-            zip(batch.taken.tensors, batch.rows, batch.along, strict=True)
-        ):
-            if not (along and has_rows) or place == batch.mask:
-                continue
-            found, key = tensor[pads.to(tensor.device)], (batch.taken.key, place)
-            if not len(found):
-                continue
-            blank = self._blanks.get(key)
-            if not bool((found == (found[0] if blank is None else blank)).all()) or (
-                blank is None and bool((found[0] == 1).all()) and bool(((tensor == 0) | (tensor == 1)).all())
-            ):
-                raise Bypass(
-                    f"argument{batch.taken.path(place)} holds more than padding where {self._name!r} says padding",
-                    "name what tells its padding, fill padding with one value, or leave padding= out",
-                    lasting=False,
-                )
-            if blank is None:
-                usual = found[0] == 0 if found[0].is_floating_point() else torch.isin(found[0], self._usual(tensor))
-                if len(found) < MOST_CHANCE and not bool(usual.all()):
-                    raise Bypass("too little padding was seen to tell what it holds", lasting=False, quiet=True)
-                self._blanks[key] = found[0].clone()
-
-    def _usual(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What collate functions put where there is padding."""
-        return torch.tensor([0, self._blank, IGNORED], device=tensor.device).to(tensor.dtype)
 
     def _merged(self, batch: PaddedBatch, groups: list[list[int]], made: list[Taken], proof: _Proof) -> Any:
         """One output of those of the groups, padded with zeros."""
@@ -335,8 +296,7 @@ class Padding:
                     f"output{whole.path(place)} follows the length otherwise than by its second dimension",
                     "mark a part that returns one value for each position, or one for each row",
                 )
-        names = [short.name(place) for place in range(len(along))]
-        losses = Precision(names, RowSpec.of(short.tensors), self._options).losses
+        losses = precision_of(self._subject.name, short, [0] * len(along), self._options).losses
         proof = _Proof(tuple(along), Rounding(short.tensors, coarse=bool(autocasts())), losses)
         alone = self._original(batch, self._cut(batch, rows[:1], width))
         if alone.key == short.key:  # of other shapes other kernels run: what that changes is rounding

@@ -337,8 +337,8 @@ def test_what_cannot_be_an_option_is_said():
         ({"padding_value": 1}, "without padding"),
         ({"padding": "mask", "batch_dim": 1}, "batch_dim must be 0"),
         ({"padding": "mask", "padding_value": "pad"}, "padding_value must be"),
-        ({"padding": "mask", "cache_dtype": torch.int8}, "cache_dtype must be a dtype without a scale"),
-        ({"padding": "mask", "cache_dtype": {"mean": torch.float8_e4m3fn}}, "cache_dtype must be a dtype without"),
+        ({"padding": "mask", "cache_dtype": torch.int8}, "cache_dtype must be a dtype that is cast"),
+        ({"padding": "mask", "cache_dtype": {"mean": torch.float8_e4m3fn}}, "cache_dtype must be a dtype that is cast"),
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             torchcache.mark(Encoder(), **options)
@@ -492,15 +492,6 @@ def test_an_end_of_text_that_is_also_padding_is_computed_where_the_mask_says_oth
 
 
 def test_padding_of_any_one_value_is_known_once_there_is_enough_of_it():
-    class Placed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(64, WIDTH)
-
-        def forward(self, ids, mask, places):
-            return self.words(ids) + self.places(places)
-
     plain = Placed().eval().requires_grad_(False)
     module = marked(plain, padding="mask")
     for epoch in epochs(3):
@@ -524,6 +515,56 @@ def test_rows_in_a_lower_precision_are_no_leak_of_padding(dtype, warnings):
     stats = torchcache.stats(module)
     assert stats.hits >= 6 * len(SENTENCES)
     assert not any("padding" in text for text in warnings)
+
+
+class Placed(nn.Module):
+    """Its positions are an argument."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(64, WIDTH)
+
+    def forward(self, ids, mask, places):
+        return self.words(ids) + self.places(places)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_numbers_of_positions_are_no_other_sequence(expanded):
+    plain = Placed().eval().requires_grad_(False)
+    module = marked(plain, padding="mask")
+    for epoch in [*epochs(3), [[row] for row in range(8)]]:  # the last of them one row at a time
+        for rows in epoch:
+            ids, mask = padded(rows)
+            places = torch.arange(ids.shape[1]).expand(len(rows) if expanded else 1, -1)
+            got, expected = module(ids, mask, places), plain(ids, mask, places)
+            torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+    stats = torchcache.stats(module)
+    assert stats.hits >= (2 if expanded else 1.5) * len(SENTENCES)  # of one row nobody knows what is shared
+    assert not stats.bypasses
+
+
+class Queries(nn.Module):
+    """A sequence that all rows share, and that has nothing to do with the mask."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids, mask, queries):
+        text = (self.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.out(queries) + text[:, None]
+
+
+def test_a_shared_sequence_of_the_same_length_is_not_cut():
+    plain = Queries().eval().requires_grad_(False)
+    module, queries = marked(plain, padding="mask"), torch.randn(1, 12, WIDTH)
+    for rows in ([2, 7], [7, 2], [3, 4, 5], [1, 6], [2, 3]):
+        ids, mask = padded(rows)
+        more = max(0, 12 - ids.shape[1])
+        ids, mask = nn.functional.pad(ids, (0, more)), nn.functional.pad(mask, (0, more))
+        torch.testing.assert_close(module(ids, mask, queries), plain(ids, mask, queries))
 
 
 def test_rows_of_padding_alone():

@@ -190,9 +190,9 @@ class Learning:
         if len(counts) != 1 or -1 in counts:
             return False
         batch.rows = rows_of(batch.taken.tensors, roles)
-        if None in roles:
-            shared = [tensor for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None]
-            batch.shared = [self._digest(tensor) for tensor in shared]
+        batch.shared = [
+            self._digest(tensor) for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None
+        ]
         if not batch.count:
             raise Bypass(EMPTY, lasting=False, quiet=True)
         return True

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from torchcache.dynamo import expression_of, storage_of
-from torchcache.graph.fewest import fewest, is_cheap
+from torchcache.graph.fewest import fewest, is_cheap, reachable
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
 
@@ -61,8 +61,9 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
             kept = [node for node in members if node in needed]
             cut = Cut(kept, outputs, [node for node in members if node in recomputed])
             return cut if _worthwhile(kept, nodes, analysis) and _orderly(cut, analysis) else None
-        for node in _descendants([node for node in read if node not in whole], members):
-            members.pop(node, None)
+        mixed = [node for node in read if node not in whole]
+        for node in reachable(mixed, members, lambda node: node.users):
+            del members[node]
     return None
 
 
@@ -109,30 +110,16 @@ def _counts(tensor: torch.Tensor, symbols: Any) -> int:
 
 def _ancestors(nodes: Iterable[fx.Node], members: dict[fx.Node, None], analysis: Analysis) -> set[fx.Node]:
     """``nodes`` and the members they follow from, in-place writes to any of them included."""
-    needed: set[fx.Node] = set()
     writers = [member for member in members if member in analysis.written]
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node in needed or node not in members:
-            continue
-        needed.add(node)
-        pending.extend(node.all_input_nodes)
+
+    def sources(node: fx.Node) -> list[fx.Node]:
         tensor = tensor_of(node)
-        if tensor is not None and writers:
-            pending.extend(writer for writer in writers if storage_of(tensor) in analysis.written[writer])
-    return needed
+        if tensor is None:
+            return node.all_input_nodes
+        wrote = [writer for writer in writers if storage_of(tensor) in analysis.written[writer]]
+        return [*node.all_input_nodes, *wrote]
 
-
-def _descendants(nodes: Iterable[fx.Node], members: dict[fx.Node, None]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found and node in members:
-            found.add(node)
-            pending.extend(node.users)
-    return found
+    return reachable(nodes, members, sources)
 
 
 def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -> bool:

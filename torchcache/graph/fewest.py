@@ -8,7 +8,7 @@ cuts as small it is the one nearest to what is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from torchcache.dynamo import hint, storage_of
 from torchcache.graph.frozen import Analysis, tensor_of
 
-__all__ = ["fewest", "is_cheap"]
+__all__ = ["fewest", "is_cheap", "reachable"]
 
 # Operators that only look at, compare or rearrange what there is; as their names are without underscores at the ends.
 CHEAP = frozenset(
@@ -69,11 +69,11 @@ def fewest(outputs: Sequence[fx.Node], members: Members, rows: set[fx.Node], ana
         is read has no rows and is not cheap to compute.
     """
     written = set().union(*analysis.written.values()) if analysis.written else set()
-    light = {node for node in members if _is_light(node) and not _touches(node, written)}
+    calm = {node for node in members if not _touches(node, written)}
+    light = {node for node in calm if _name(node) in LIGHT}
     plain = _smallest_cut(outputs, members, light, rows, analysis)
-    near = {
-        node for node in _behind(outputs, members, light) if _name(node) in PRODUCTS and not _touches(node, written)
-    }
+    ends = reachable(outputs, members, lambda node: node.all_input_nodes if node in light else ())
+    near = {node for node in ends & calm if _name(node) in PRODUCTS}
     if near:
         further = _smallest_cut(outputs, members, light | near, rows, analysis)
         if further is not None and (plain is None or _is_better(further, plain, near, members)):
@@ -106,10 +106,7 @@ def _smallest_cut(
     for node in members:
         if node not in analysis.varying:
             continue
-        if node in rows:
-            flow.add_edge((node, 0), (node, 1), capacity=_bytes(node))
-        else:
-            flow.add_edge((node, 0), (node, 1))
+        flow.add_edge((node, 0), (node, 1), capacity=_bytes(node) if node in rows else math.inf)
         if node not in again:
             flow.add_edge("computed", (node, 0))
         for user in node.users:
@@ -128,7 +125,7 @@ def _is_better(further: set[fx.Node], plain: set[fx.Node], near: set[fx.Node], m
     """Whether to do products again is worth what it saves."""
     if sum(map(_bytes, further)) > (1 - LEAST_SAVED) * sum(map(_bytes, plain)):
         return False
-    again = sum(_work(node) for node in near - _ancestors(further, members))
+    again = sum(map(_work, near - _ancestors(further, members)))
     return again <= MOST_WORK * sum(map(_work, members))
 
 
@@ -152,47 +149,29 @@ def _bytes(node: fx.Node) -> int:
     return max(1, math.prod(map(hint, made.shape[1:])) * made.element_size())
 
 
-def _behind(outputs: Iterable[fx.Node], members: Members, light: Collection[fx.Node]) -> set[fx.Node]:
-    """The members that are read outside, and those that lead to them by light nodes alone."""
-    found: set[fx.Node] = set()
-    pending = list(outputs)
-    while pending:
-        node = pending.pop()
-        if node in members and node not in found:
-            found.add(node)
-            pending += node.all_input_nodes if node in light else []
-    return found
-
-
 def _between(outputs: Iterable[fx.Node], stored: set[fx.Node], members: Members) -> set[fx.Node]:
     """The members that lead from ``stored`` to ``outputs``."""
-    above: set[fx.Node] = set()
-    pending = [node for node in outputs if node not in stored]
-    while pending:
-        node = pending.pop()
-        if node in members and node not in above and node not in stored:
-            above.add(node)
-            pending += node.all_input_nodes
-    below: set[fx.Node] = set()
-    for node in members:
-        if node in above and any(source in stored or source in below for source in node.all_input_nodes):
-            below.add(node)
-    return below
+    above = reachable(outputs, members, lambda node: () if node in stored else node.all_input_nodes)
+    below = reachable((user for node in stored for user in node.users), members, lambda node: node.users)
+    return (above & below) - stored
 
 
 def _ancestors(nodes: Iterable[fx.Node], members: Members) -> set[fx.Node]:
+    return reachable(nodes, members, lambda node: node.all_input_nodes)
+
+
+def reachable(
+    nodes: Iterable[fx.Node], members: Container[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """Those of ``nodes``, and of what ``step`` leads to from them, that are members."""
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node in members and node not in found:
             found.add(node)
-            pending += node.all_input_nodes
+            pending += step(node)
     return found
-
-
-def _is_light(node: fx.Node) -> bool:
-    return _name(node) in LIGHT
 
 
 def _touches(node: fx.Node, written: set[int]) -> bool:

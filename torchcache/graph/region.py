@@ -283,10 +283,11 @@ def region_for(plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphMod
     key = plan.digest, paths, tuple(part.subject for part in plan.parts), plan.parts[0].options
     region = kept_region(owners[0], key)
     if region is None:
-        options, subject = plan.parts[0].options, GraphSubject(plan, compile_original)
+        subject, options = GraphSubject(plan, compile_original), plan.parts[0].options
         if options.padding is not None:
             warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
-        region = Region(subject, options.replace({"padding": None, "padding_value": None}))
+            options = options.replace({"padding": None, "padding_value": None})
+        region = Region(subject, options)
         # Where others of these marks were in use before, in another mode or for one row, nothing ends the run.
         region.partial = any(region_of(part.mark, part.module).partial for part in plan.parts)
     for owner in owners:

@@ -14,7 +14,7 @@ from torchcache.dynamo import compile_with, constant, fix_rows, has_global_hooks
 from torchcache.errors import Bypass, Trains
 from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, cache_regions
-from torchcache.mark import Mark
+from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 
 __all__ = ["Traced", "traced_in"]
@@ -110,12 +110,13 @@ class Traced:
 def traceable(mark: Mark, module: nn.Module) -> Callable[..., Any]:
     """The original of ``mark``, taking its module first."""
     own, output = mark.own, mark.output
-    original = mark.called(module) if own not in vars(module) else None
+    original = mark.original(module) if own not in vars(module) else None
 
     def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare_trace()
-        found = getattr(module, own)(*args, **kwargs) if original is None else original(module, *args, **kwargs)
-        return found if output is None else output(found)
+        if original is None:
+            return and_then(getattr(module, own), output)(*args, **kwargs)
+        return original(module, *args, **kwargs)
 
     return function
 
