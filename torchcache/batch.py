@@ -13,7 +13,7 @@ from torch import nn
 from torchcache.context import computing
 from torchcache.errors import Bypass
 from torchcache.identity.content import versions
-from torchcache.identity.identity import Identity
+from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.use import loaded
 from torchcache.values.take import Taken
@@ -62,6 +62,8 @@ class Given:
         The caller's arguments.
     number : int
         Which call within a block of ``sample_keys`` it is; 0 outside.
+    seen : Seen or None
+        What computes, where that was looked at for this call.
 
     Attributes
     ----------
@@ -69,9 +71,16 @@ class Given:
         The caller's grad mode, in which the original runs, whoever has it run.
     """
 
-    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = 0) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        number: int = 0,
+        seen: Seen | None = None,
+    ) -> None:
         self.subject = subject
-        self.number = number
+        self.number, self.seen = number, seen
         self.args, self.kwargs = args, kwargs
         self.gradients = torch.is_grad_enabled()
         self.error: BaseException | None = None

@@ -217,11 +217,11 @@ class Region:
             raise Bypass("an argument needs a gradient", "detach it where its gradient is not wanted")
         if dynamo.keeps_parametrized(self.subject.module):
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
-        seen = self.subject.identity.look()
+        seen = given.seen or self.subject.identity.look()
         if (torch.is_grad_enabled() or self.partial) and any(map(_requires_grad, seen.tensors)):
             advice = "freeze it with torchcache.mark(module, freeze=True)"
             raise Trains(f"it trains {trained(self.subject.module)}", advice)
-        who = self.subject.identity.current(seen)
+        who = seen.who or self.subject.identity.current(seen)
         if self.subject.identity.asks_for_inference and torch.is_inference_mode_enabled():
             raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
         for gone in self._turnover.note(who, self.counters.hits):

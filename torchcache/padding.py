@@ -125,6 +125,7 @@ class Padding:
                 self._remember((*form, how), known)
                 self._lengths.setdefault(form, set()).update(batch.groups)
                 return outputs
+            given.seen = seen._replace(who=form[0])  # all lengths are answered for what computes as the call begins
             outputs = self._merged(batch, *self._pieces(given, batch, ordinary), known)
             if self._spent < self._share * (time.perf_counter() - self._began):
                 self._look_again(given, batch, outputs, known)
@@ -198,7 +199,7 @@ class Padding:
         for width, rows in batch.groups.items():
             args, kwargs = batch.taken.rebuild(self._cut(batch, rows, width))
             with some_ids(rows):
-                made.append(take_outputs(ordinary(Given(self._subject, args, kwargs, given.number))))
+                made.append(take_outputs(ordinary(Given(self._subject, args, kwargs, given.number, given.seen))))
         return list(batch.groups.values()), made
 
     def _cut(self, batch: PaddedBatch, rows: Sequence[int], width: int) -> list[torch.Tensor]:

@@ -26,10 +26,13 @@ class Seen(NamedTuple):
         The state.
     program : Program or None
         The program; ``None`` for a part of a graph, which has several.
+    who : bytes
+        What ``Identity.current`` said of it; empty where it was not asked.
     """
 
     tensors: list[torch.Tensor]
     program: Program | None = None
+    who: bytes = b""
 
 
 class Identity:
