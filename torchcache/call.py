@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from torchcache.context import (
     normal_tensors,
     number_of_call,
 )
-from torchcache.counters import Counters
+from torchcache.counters import Counters, Reasons
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.cpu import digest_rows
 from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
@@ -46,7 +45,6 @@ from torchcache.modes import trained
 from torchcache.options import CacheOptions
 from torchcache.padding import Padding
 from torchcache.store.select import select_rows
-from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Found, Tiers
 from torchcache.usefulness import Usefulness
 from torchcache.values.layout import pick_rows
@@ -59,8 +57,6 @@ Tensors = list[torch.Tensor]
 
 _requires_grad = operator.attrgetter("requires_grad")
 
-# Reasons that are told apart; a reason may hold a number that differs every time.
-MOST_REASONS = 64
 # So many times stored rows were found to be wrong before a region is given up.
 MOST_ALARMS = 3
 
@@ -77,7 +73,7 @@ class Region:
 
     Attributes
     ----------
-    reasons : collections.Counter
+    reasons : Reasons
         Why rows were computed and not stored, and how many.
     writes : bool
         Whether the original was seen to write more than its output: graphs do not hold it as one call then.
@@ -97,7 +93,7 @@ class Region:
         self.tiers = Tiers(options, subject.name)
         self.counters = Counters()
         self.history = History()
-        self.reasons: collections.Counter[str] = collections.Counter()
+        self.reasons = Reasons()
         self.schedule = Schedule(options.audit)
         self._learning = Learning(subject, options)
         self._turnover = Turnover()
@@ -179,8 +175,7 @@ class Region:
         """Count a call that is computed and not stored, and say so the first time."""
         # It may be kept to be raised again, and is not to keep the arguments of every call meanwhile.
         bypass.__traceback__ = bypass.__context__ = bypass.__cause__ = None
-        reason = bypass.reason if len(self.reasons) < MOST_REASONS or bypass.reason in self.reasons else "other reasons"
-        self.reasons[reason] += given.rows
+        self.reasons.note(bypass.reason, given.rows)
         self.counters.count_bypass(given.rows)
         if not bypass.quiet:
             warn_once(f"{self.name} is computed, not cached: {bypass}")
@@ -258,11 +253,7 @@ class Region:
         start = time.perf_counter()
         with normal_tensors():
             found = self.tiers.find(key, digests, lambda: expected(plan), batch.who, ahead)
-        missing: dict[bytes, int] = {}
-        if ABSENT in found.slots:
-            for row, (digest, slot) in enumerate(zip(digests, found.slots, strict=True)):
-                if slot == ABSENT and digest not in found.extra:
-                    missing.setdefault(digest, row)
+        missing = found.missing(digests)
         beneath = found.from_beneath
         if beneath:
             self.tiers.tell(batch.who)

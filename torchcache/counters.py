@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
-__all__ = ["Counters"]
+__all__ = ["Counters", "Reasons"]
+
+# Reasons that are told apart; a reason may hold a number that differs every time.
+MOST_REASONS = 64
+
+
+class Reasons(collections.Counter[str]):
+    """Why rows were computed and not stored, and how many."""
+
+    def note(self, reason: str, rows: int) -> None:
+        """Count rows."""
+        self[reason if len(self) < MOST_REASONS or reason in self else "other reasons"] += rows
 
 
 @dataclasses.dataclass

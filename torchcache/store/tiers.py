@@ -60,6 +60,15 @@ class Found:
         """Digests that memory did not hold, and another tier did."""
         return self.from_disk | self.from_others
 
+    def missing(self, digests: Sequence[bytes]) -> dict[bytes, int]:
+        """Digest to its first row in the batch, for each that was found nowhere."""
+        missing: dict[bytes, int] = {}
+        if ABSENT in self.slots:
+            for row, (digest, slot) in enumerate(zip(digests, self.slots, strict=True)):
+                if slot == ABSENT and digest not in self.extra:
+                    missing.setdefault(digest, row)
+        return missing
+
 
 class Tiers:
     """The store of one region: memory, and the tiers beneath it.
