@@ -17,7 +17,7 @@ from torchcache.errors import (
 from torchcache.loading.loader import DataLoader
 from torchcache.loading.prefetch import prefetch
 from torchcache.loading.warm import warm
-from torchcache.marks import cached, mark, torchcache, unmark
+from torchcache.marks import cached, deferred, mark, torchcache, unmark
 from torchcache.namesake import warn_of_namesake
 from torchcache.options import CacheOptions
 from torchcache.reports.audit import audit
@@ -47,6 +47,7 @@ __all__ = [
     "audit",
     "bypass",
     "cached",
+    "deferred",
     "explain",
     "flush",
     "graphs",

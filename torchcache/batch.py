@@ -16,13 +16,25 @@ from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.use import loaded
+from torchcache.logging import logger
 from torchcache.values.take import Taken
 
-__all__ = ["Batch", "Given", "Subject"]
+__all__ = ["Batch", "Given", "Later", "Subject", "lacks"]
 
 
 # Items of a group of arguments that are looked at to count rows.
 MOST_ARGUMENTS = 16
+
+
+class Later(Protocol):
+    """What is built when it is needed first."""
+
+    @property
+    def built(self) -> bool:
+        """Whether it is there."""
+
+    def build(self) -> Any:
+        """Have it be there."""
 
 
 class Subject(Protocol):
@@ -47,8 +59,18 @@ class Subject(Protocol):
     def module(self) -> nn.Module | None:
         """The module that it may write to."""
 
+    @property
+    def deferred(self) -> Later | None:
+        """What computes, where that is built when it is needed first."""
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original, on any arguments."""
+
+
+def lacks(subject: Subject) -> bool:
+    """Whether what computes is still to be built."""
+    deferred = subject.deferred
+    return deferred is not None and not deferred.built
 
 
 class Given:
@@ -99,6 +121,17 @@ class Given:
                 self.error = error
                 raise
         return self._outputs[0]
+
+    def build(self) -> None:
+        """Have what computes be there, before anybody looks at what it writes."""
+        deferred = self.subject.deferred
+        if deferred is not None and lacks(self.subject):
+            logger.info("%s is built now, since not all rows of a call were found", self.subject.name)
+            try:
+                deferred.build()
+            except BaseException as error:
+                self.error = error
+                raise
 
     def load(self) -> None:
         """Load what was not loaded of its arguments: the original is given ordinary tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from torchcache import dynamo
-from torchcache.batch import Batch, Given, Subject
+from torchcache.batch import Batch, Given, Subject, lacks
 from torchcache.checks.alarm import Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
@@ -19,6 +20,7 @@ from torchcache.checks.novelty import Novelty
 from torchcache.checks.plan import CHANGED, Plan
 from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
+from torchcache.checks.stored import keep
 from torchcache.context import (
     ASKED,
     bypassed,
@@ -94,7 +96,7 @@ class Region:
         self.counters = Counters()
         self.history = History()
         self.reasons = Reasons()
-        self.schedule = Schedule(options.audit)
+        self.schedule = Schedule(options.audit, functools.partial(lacks, subject))
         self._learning = Learning(subject, options)
         self._turnover = Turnover()
         self._novelty = Novelty()
@@ -183,7 +185,7 @@ class Region:
     def _cached(self, given: Given) -> Any:
         batch = self._take(given)
         try:
-            plan = self._learning.plan(batch, self.tiers.knows)
+            plan = self._learning.plan(batch, self.tiers)
             self._novelty.note(self.name, batch, plan.learnt.rows)
             hashed = self._hash(batch, plan)
             return self._look_up(batch, plan, *hashed)
@@ -194,7 +196,7 @@ class Region:
     def examine(self, given: Given) -> tuple[Batch, Plan]:
         """The call taken apart, and what is known of calls like it; nothing is looked up. Raises as a call does."""
         batch = self._take(given)
-        return batch, self._learning.plan(batch, self.tiers.knows)
+        return batch, self._learning.plan(batch, self.tiers)
 
     def _check(self) -> None:
         if bypassed():
@@ -262,6 +264,8 @@ class Region:
             before = (batch.who, plan.layout)
             plan = self._learning.prove(batch, plan)
             if (batch.who, plan.layout) != before:
+                if self.subject.deferred is not None and batch.who == before[0]:
+                    self._react(batch, Alarm(True, "the structure or a shape of its output is another"))
                 raise Bypass(CHANGED, lasting=False, quiet=True)
         computed = self._compute(batch, plan, key, missing)
         outputs, leaves = self._merge(batch, plan, digests, missing, found, computed)
@@ -286,6 +290,8 @@ class Region:
                 self._react(batch, alarm)
                 return batch.given.run()
         self._count(looked)
+        if self.subject.deferred is not None:
+            keep(self.name, batch, plan, self.tiers)
         if type(batch.rows[0]) is LazyTensor:
             self.counters.unloaded += unloaded_rows(batch.rows[0])
         watcher = current_watcher()
@@ -400,10 +406,10 @@ class Region:
         self.tiers = self.tiers.emptied(batch.who)
         self.schedule.forget()
         if alarm.stale and self.counters.alarms < MOST_ALARMS:
-            what = (
-                "its program or its weights changed in a way that cannot be seen; its rows are computed again, and "
-                "kept in memory only"
-            )
+            what = "its program or its weights changed in a way that cannot be seen"
+            if self.subject.deferred is not None:
+                what = "what was built is not what its rows came from, here and before it was built: name it otherwise"
+            what += "; its rows are computed again, and kept in memory only"
         else:
             what = "its rows depend on each other or on chance; it is computed from now on"
             self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))

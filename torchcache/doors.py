@@ -139,7 +139,7 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
                 f"{region.name} is computed, not cached: it is partly trainable, and torch.compile caches the frozen "
                 "part of it with backend=torchcache_backend only"
             )
-        if how == APART:
+        if how == APART and region.subject.deferred is None:
             lacking = "calls that return more than tensors" if region.apart else "the frozen part of what is trained"
             inform_once(
                 f"{region.name} is looked up between two graphs: torch {torch.__version__} cannot hold {lacking} in one"
@@ -166,7 +166,8 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
         return PLAIN if module is None else PART if dynamo.names_parts() else APART
     if region.writes:
         return PLAIN
-    return APART if region.apart else LOOKUP
+    # What is not built has nothing to tell a graph of its outputs.
+    return APART if region.apart or region.subject.deferred is not None else LOOKUP
 
 
 def _still(region: Region, gradients: bool) -> Callable[[], bool]:
@@ -202,6 +203,6 @@ def _enter(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             lasting=False,
         )
         return region.compute(Given(region.subject, given, kwargs, number_of_call(region)), replica)
-    if module is not None and region.partly is None:
+    if module is not None and region.partly is None and region.subject.deferred is None:
         region.partly = Traced(mark, module, region)
     return region(*mark.without_defaults(module, given, kwargs))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import fx, nn
 
+from torchcache.deferred import Deferred
 from torchcache.doors import door
 from torchcache.errors import MarkError
 from torchcache.mark import Mark, original_of
@@ -19,7 +20,7 @@ from torchcache.modes import train
 from torchcache.options import CacheOptions
 from torchcache.usefulness import forget_mark, note_call, note_mark
 
-__all__ = ["cached", "mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
+__all__ = ["cached", "deferred", "mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
 
 T = TypeVar("T", bound=Callable[..., Any])
 M = TypeVar("M")
@@ -160,6 +161,58 @@ def mark(
             own[f"_torchcache_own_{name}"] = own.pop(name)
     _set_class(module, _marked_class(type(module), {**known, **dict.fromkeys(names, chosen)}))
     return module
+
+
+@_with_options
+def deferred(
+    build: Callable[[], Any],
+    /,
+    *,
+    identity: str,
+    output: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A frozen module that is built at the first miss only: where all rows are found, its weights are not even loaded.
+
+    Rows are filed under the name that you give; what was learnt of its calls is kept with them. Once it is built, the
+    rows that it serves first are computed again and compared. It is frozen, in eval mode, and no part of checkpoints.
+
+    Parameters
+    ----------
+    build : callable
+        Returns an ``nn.Module``, or a method of one, whose calls are cached:
+        ``lambda: AutoModel.from_pretrained(name, revision=revision)``.
+    identity : str
+        Your name for what ``build`` returns: its weights, their revision, and what the code does. Another name for
+        anything else, or old rows are served.
+    output : callable or None
+        As for ``mark``; its code counts beside the name. What it returns is tensors, plain values, and lists, tuples
+        and dicts of them; what holds anything else is built in every process.
+    **options
+        See ``CacheOptions``. ``persistent`` is true unless you say otherwise.
+
+    Returns
+    -------
+    nn.Module
+        A marked module without parameters. Its ``build()`` returns the module that it stands for.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong value, or an option that it cannot have: ``persistent_module_hash``, ``padding``.
+    """
+    if not callable(build):
+        raise TypeError(f"torchcache: build must be a function that returns the module, not {build!r}")
+    if not isinstance(identity, str) or not identity:
+        raise TypeError(f"torchcache: identity must be a name that is not empty, not {identity!r}")
+    for name, advice in (
+        ("persistent_module_hash", "identity= is that name"),
+        ("padding", "what padding changes is compared with the original in every process"),
+    ):
+        if options.get(name) is not None:
+            raise ValueError(f"torchcache: deferred takes no {name}=: {advice}")
+    chosen = {"persistent": True, **options, "persistent_module_hash": identity}
+    return mark(Deferred(build), output=output, **chosen)
 
 
 def unmark(module: Any) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from typing import Any
 
 from torch import nn
 
 from torchcache.call import Region
+from torchcache.deferred import Deferred
 from torchcache.identity.identity import Identity
-from torchcache.mark import Mark
+from torchcache.identity.later import LaterIdentity
+from torchcache.mark import Mark, and_then, original_of
 from torchcache.modes import settle
+from torchcache.options import CacheOptions
 from torchcache.usefulness import note_call
 
 __all__ = [
@@ -41,22 +45,34 @@ class Called:
         self._module = weakref.ref(module) if module is not None else None
         self.name = _name(mark, module)
         self._names: tuple[Any, Any, tuple[str, ...]] | None = None
-        options = mark.options_for(module)
-        self.identity = Identity(self._subject, self.name, options.persistent_module_hash, options.pure)
+        self.identity = self._identity(mark.options_for(module))
+
+    def _identity(self, options: CacheOptions) -> Identity:
+        return Identity(self._subject, self.name, options.persistent_module_hash, options.pure)
 
     def rename(self) -> None:
         """Take the name that the module has by its path."""
-        self.name = _name(self.mark, self.module)
+        self.name = _name(self.mark, self.marked)
+
+    @property
+    def marked(self) -> nn.Module | None:
+        """The module that is marked, as long as it lives."""
+        return self._module() if self._module is not None else None
 
     @property
     def module(self) -> nn.Module | None:
-        """The module, as long as it lives."""
-        return self._module() if self._module is not None else None
+        """The module that computes."""
+        return self.marked
+
+    @property
+    def deferred(self) -> Deferred | None:
+        """What computes, where that is built when it is needed first."""
+        return None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the original's positional parameters, read again where it is another function."""
-        module = self.module
+        module = self.marked
         function = self.mark.called(module)
         code = getattr(function, "__code__", None)
         if self._names is None or self._names[0] is not function or self._names[1] is not code:
@@ -65,14 +81,75 @@ class Called:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original."""
-        module = self.module
+        module = self.marked
         original = self.mark.original(module)
         return original(*args, **kwargs) if module is None else original(module, *args, **kwargs)
 
     def _subject(self) -> Any:
-        module = self.module
+        module = self.marked
         original = self.mark.original(module)
         return original if module is None else (module, original)
+
+
+class CalledLater(Called):
+    """What is called, where it is built when it is needed first.
+
+    Parameters
+    ----------
+    mark : Mark
+        The mark.
+    module : Deferred
+        What stands for it.
+    """
+
+    identity: LaterIdentity
+
+    def __init__(self, mark: Mark, module: Deferred) -> None:
+        super().__init__(mark, module)
+        self._ran = False
+
+    def _identity(self, options: CacheOptions) -> LaterIdentity:
+        def name() -> str:
+            deferred = self.deferred
+            return f"{options.persistent_module_hash}\0{deferred.casts if deferred is not None else ''}"
+
+        def built() -> bool:
+            deferred = self.deferred
+            return deferred is not None and deferred.built
+
+        return LaterIdentity(self._subject, self.name, name, options.pure, self.mark.output, built)
+
+    @property
+    def deferred(self) -> Deferred | None:
+        """What stands for it."""
+        marked = self.marked
+        return marked if isinstance(marked, Deferred) else None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that computes, once it is built."""
+        deferred = self.deferred
+        return deferred.module if deferred is not None else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """None: they are the same before it is built and after."""
+        return ()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original."""
+        outputs = super().run(args, kwargs)
+        if not self._ran:
+            self._ran = True
+            self.identity.settle()
+        return outputs
+
+    def _subject(self) -> Any:
+        deferred = self.deferred
+        assert deferred is not None
+        made, module = deferred.build(), deferred.module
+        function = made.__func__ if isinstance(made, types.MethodType) else type(made).forward
+        return module, and_then(original_of(function), self.mark.output)
 
 
 class _Regions(dict[Any, Region]):
@@ -122,7 +199,8 @@ def region_of(mark: Mark, module: nn.Module | None) -> Region:
         if module is not None and options.enabled:
             settle(module)
         note_call()
-        region = regions[mark] = Region(Called(mark, module), options)
+        subject = CalledLater(mark, module) if isinstance(module, Deferred) else Called(mark, module)
+        region = regions[mark] = Region(subject, options)
     return region
 
 
@@ -184,5 +262,7 @@ def _name(mark: Mark, module: nn.Module | None) -> str:
     if module is None:
         return str(getattr(mark.function, "__qualname__", mark.name))
     kind, path = type(module).__name__, _paths.get(module)
+    if isinstance(module, Deferred):
+        kind = str(mark.options_for(module).persistent_module_hash)
     name = f"{path} ({kind})" if path else kind
     return name if mark.name == "forward" else f"{name}.{mark.name}"

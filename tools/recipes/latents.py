@@ -1,7 +1,8 @@
 """Latents and text embeddings of a diffusion model, cached before training (pip install transformers).
 
 The image encoder and the text encoder are frozen; ``warm`` runs both over the data set once, and they are on disk for
-every run after this one. Training then needs neither, and adds noise to latents, which are the same in each epoch.
+every run after this one. Training then needs neither, and adds noise to latents, which are the same in each epoch:
+``torchcache.deferred`` in place of ``mark`` does not even load them in later runs.
 """
 
 import argparse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["Schedule", "choose"]
 
@@ -30,10 +30,13 @@ class Schedule:
     ----------
     share : float
         Share of the wall time since the first call that audits may take; 0 turns them off.
+    lacking : callable, optional
+        Whether there is nothing yet to compute rows again with: what is served meanwhile is not looked at.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, lacking: Callable[[], bool] = bool) -> None:
         self._share = share
+        self._lacking = lacking
         self._began = time.perf_counter()
         self._spent = 0.0
         self._cost = 0.0
@@ -56,7 +59,7 @@ class Schedule:
         rows, hits : int
             How many rows the call has, and how many of them were served.
         """
-        if not (self._share and hits):
+        if not (self._share and hits) or self._lacking():
             return None
         if form not in self._served and len(self._served) >= MOST_FORMS:
             self._served.clear()
@@ -74,7 +77,7 @@ class Schedule:
     def first(self, form: bytes, shared: bytes, rows: int) -> bool:
         """Whether all that a call of so many rows is served next will be looked at."""
         count, most, _ = self._served.get(form, {}).get(shared, (0, 0, 0))
-        return bool(self._share) and count < FIRST_SERVED * max(most, rows)
+        return bool(self._share) and count < FIRST_SERVED * max(most, rows) and not self._lacking()
 
     def forget(self) -> None:
         """Look at what is served anew: all rows were dropped."""
@@ -82,7 +85,9 @@ class Schedule:
 
     def due(self, form: bytes, rows: int) -> bool:
         """Whether this call of ``form`` is to be looked at."""
-        return bool(self._share) and (self.early(form, rows) or time.perf_counter() >= self._next)
+        if not self._share or self._lacking():
+            return False
+        return self.early(form, rows) or time.perf_counter() >= self._next
 
     def early(self, form: bytes, rows: int) -> bool:
         """Whether this is one of the first calls of ``form``, or has more rows than any that was looked at."""

@@ -62,6 +62,12 @@ class Rounding:
             for seen, sizes in zip(self._seen, batch, strict=True)
         ]
 
+    def allow(self, shares: Sequence[float]) -> None:
+        """Take over what another process learnt to be rounding."""
+        self.allowed = [
+            min(cap, max(allowed, share)) for allowed, share, cap in zip(self.allowed, shares, self._caps, strict=True)
+        ]
+
     def learn(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
         """Take the difference of two computations of the same rows for rounding; ``False`` where it is too large."""
         found = [_relative(one, other, scale) for one, other, scale in zip(a, b, self.scales, strict=True)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from torchcache.batch import Batch, Subject
+from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
+from torchcache.checks.stored import stored
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
@@ -19,6 +20,7 @@ from torchcache.identity.key import call_fingerprint
 from torchcache.identity.state import content_digest
 from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
+from torchcache.store.tiers import Tiers
 from torchcache.values.layout import pick_rows
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
@@ -76,11 +78,11 @@ class Learning:
         # Identities that compute other values where gradients are recorded.
         self.modal: set[bytes] = set()
 
-    def plan(self, batch: Batch, stored: Callable[[bytes], bool]) -> Plan:
+    def plan(self, batch: Batch, tiers: Tiers) -> Plan:
         """The plan for ``batch``, whose rows are known then.
 
-        Where the form is new the caller's batch is computed on the way, unless ``stored`` says that a directory knows
-        this identity: then a few of its rows are.
+        Where the form is new the caller's batch is computed on the way, unless a tier beneath memory knows this
+        identity: then a few of its rows are. What is not built yet computes nothing where another process did.
 
         Raises
         ------
@@ -98,8 +100,13 @@ class Learning:
         first, dim = batch.taken.tensors[0], self._options.batch_dim
         if first.ndim > dim and not first.shape[dim]:
             raise Bypass(EMPTY, lasting=False, quiet=True)
+        if lacks(self._subject):
+            plan = self._taken_over(batch, form, tiers)
+            if plan is not None:
+                return plan
+        batch.given.build()
         try:
-            if not stored(batch.who):
+            if not tiers.knows(batch.who):
                 whole = self._run_watched(batch)
                 if batch.moved and not batch.wrote and self._subject.identity.current() == batch.who:
                     form.unsettled += 1
@@ -117,6 +124,7 @@ class Learning:
         """``plan``, probed before rows of its shape are stored; raises as ``plan``."""
         if plan.proven:
             return plan
+        batch.given.build()
         form = self._form(batch)
         try:
             return self._learn(batch, form, None)
@@ -124,6 +132,17 @@ class Learning:
             if bypass.lasting:
                 form.refused = (batch.who, bypass)
             raise
+
+    def _taken_over(self, batch: Batch, form: _Form, tiers: Tiers) -> Plan | None:
+        """What another process learnt of such calls."""
+        found = stored(batch, tiers)
+        if found is None or not self._assign(batch, found.learnt.rows):
+            return None
+        if found.form != self._key(batch, found.learnt.rows):
+            return None
+        plan = self._plans[found.form] = found.plan(self._subject.name, self._options)
+        form.roles, form.learnt = found.learnt.rows, found.learnt
+        return plan
 
     def _recall(self, batch: Batch, form: _Form) -> Plan | None:
         """A plan for rows of another shape than before, which a directory may hold: two rows show the layout.

@@ -45,6 +45,8 @@ class Plan:
         Whether rows of this shape were probed in this process.
     believed : bool
         Whether rows from disk were computed and compared.
+    kept : bool
+        Whether it is kept for other processes, or cannot be.
     """
 
     form: bytes
@@ -54,6 +56,7 @@ class Plan:
     precision: Precision
     proven: bool = True
     believed: bool = False
+    kept: bool = False
     _layouts: dict[Any, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
 
     def rows_first(self, output: Taken) -> list[torch.Tensor]:
@@ -75,6 +78,10 @@ class Plan:
         if found is None:
             found = self.note(batch, compute([0, batch.count - 1]))
         return found
+
+    def known_layouts(self) -> dict[Any, tuple[Layout, ...]]:
+        """How outputs lie in memory, by how the arguments with rows do."""
+        return dict(self._layouts)
 
     def note(self, batch: Batch, output: Taken) -> tuple[Layout, ...]:
         """Remember how ``output``, of two rows or more, lies in memory."""

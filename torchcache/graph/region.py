@@ -170,6 +170,11 @@ class GraphSubject:
         """``None``: a region writes to no module."""
         return None
 
+    @property
+    def deferred(self) -> None:
+        """``None``: graphs are of what is there."""
+        return None
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """The original on any number of rows."""
         tensors, numbers = args[: self._data], args[self._data :]

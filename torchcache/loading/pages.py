@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import itertools
 import json
 import time
@@ -26,9 +25,9 @@ from torchcache.loading.samples import Sample, describe
 from torchcache.logging import logger
 from torchcache.options import CacheOptions
 from torchcache.store.beneath import Beneath
-from torchcache.store.blob import Codec, RowSpec, row_bytes
+from torchcache.store.blob import row_bytes
 from torchcache.store.catalogue import Region
-from torchcache.store.header import read_header
+from torchcache.store.note import note_bytes, note_entries
 
 __all__ = ["SAMPLES", "Pages"]
 
@@ -94,7 +93,7 @@ class Pages:
             for page in _encoded(plain[start : start + SAMPLES]):
                 key = self._key(self._next)
                 self._next += 1
-                self._beneath.write(len(page), functools.partial(_entries, key, page, self._level), self._region)
+                self._beneath.write(len(page), functools.partial(note_entries, key, page, self._level), self._region)
 
     def remove(self) -> None:
         """Remove all pages."""
@@ -124,11 +123,6 @@ class _Allowance:
             raise _SpentError
 
 
-def _entries(key: bytes, page: bytes, level: int | None) -> list[tuple[bytes, bytes]]:
-    row = torch.frombuffer(bytearray(page), dtype=torch.uint8)[None]
-    return [(key, Codec(RowSpec.of([row]), level).encode([key], [row])[0])]
-
-
 def _encoded(samples: Sequence[tuple[Any, Sample]]) -> Iterator[bytes]:
     structures = {sample.structure: describe(sample.structure) for _, sample in samples}
     numbers = {structure: number for number, structure in enumerate(structures)}
@@ -145,15 +139,7 @@ def _encoded(samples: Sequence[tuple[Any, Sample]]) -> Iterator[bytes]:
 
 
 def _decoded(key: bytes, blob: Any, allowance: _Allowance) -> Iterator[tuple[Any, Sample]]:
-    held = blob if isinstance(blob, bytes) else blob.read(LONGEST)
-    spec = read_header(io.BytesIO(held)).spec
-    if len(spec.leaves) != 1 or spec.leaves[0][0] != torch.uint8 or spec.size > LONGEST:
-        raise ValueError("no page")
-    allowance.take(len(held), spec.size)
-    sound, rows = Codec(spec).decode([key], [held])
-    if not sound:
-        raise ValueError("damaged")
-    page = json.loads(row_bytes(rows[0]).tobytes())
+    page = json.loads(note_bytes(key, blob, LONGEST, allowance.take))
     structures = page["structures"]
     if not all(type(text) is str for text in structures):
         raise ValueError("no text")

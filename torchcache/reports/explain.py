@@ -286,7 +286,7 @@ class _Marks:
         subject = region.subject
         if isinstance(subject, Called):
             for marked in self._marks:
-                if marked.module is subject.module and marked.mark is subject.mark:
+                if marked.module is subject.marked and marked.mark is subject.mark:
                     marked.looked_up = True
         return region.name
 

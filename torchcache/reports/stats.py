@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 from torch.utils.data import DataLoader
 
+from torchcache.batch import lacks
 from torchcache.call import Region
 from torchcache.history import Point
 from torchcache.quantity import share_text, size_text
@@ -51,6 +52,8 @@ class RegionStats:
         a share of its largest magnitude; ``None`` before any was.
     reasons : dict of str to int
         Why rows were computed and not stored, and how many.
+    built : bool
+        ``False`` where it is deferred, and nothing needed it so far.
     """
 
     name: str
@@ -76,6 +79,7 @@ class RegionStats:
     alarms: int
     largest_error: float | None
     reasons: dict[str, int]
+    built: bool = True
 
     @property
     def rows(self) -> int:
@@ -120,7 +124,7 @@ class RegionStats:
             notes.append(f"{self.name}: {len(ordered) - MOST_REASONS} more reasons, in regions[...].reasons")
         if self.alarms:
             notes.append(f"{self.name}: stored rows were found to be wrong {self.alarms} times, and dropped")
-        return notes
+        return notes if self.built else [*notes, f"{self.name}: it was not built, since all rows were found"]
 
     @classmethod
     def of(cls, region: Region) -> RegionStats:
@@ -151,6 +155,7 @@ class RegionStats:
             alarms=counters.alarms,
             largest_error=counters.largest_error,
             reasons=dict(region.reasons),
+            built=not lacks(region.subject),
         )
 
 

@@ -9,13 +9,14 @@ import torch
 from torch.utils.data import get_worker_info
 
 from torchcache.forks import without_forks
-from torchcache.logging import warn_once
+from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions, cache_dtype_text
 from torchcache.store.beneath import Beneath
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import Places
 from torchcache.store.memory import MemoryTier
+from torchcache.store.note import note_bytes, note_entries
 from torchcache.store.precision import Precision
 from torchcache.store.scan import Scan
 from torchcache.store.select import select_rows
@@ -192,6 +193,20 @@ class Tiers:
                 pairs = zip(rows, stored.leaves, strict=True)
                 copies = [select_rows(leaf, others).to(dtype).contiguous() for leaf, (dtype, _) in pairs]
                 self._submit(fingerprint, region, [digests[place] for place in others], copies, stored)
+
+    def keep_note(self, key: bytes, note: bytes, state: bytes) -> None:
+        """Store a few bytes beneath memory, behind the step."""
+        level = self.options.zstd_compression_level
+        self.beneath.write(len(note), lambda: note_entries(key, note, level), self._region(state))
+
+    def note(self, key: bytes, longest: int, state: bytes) -> bytes | None:
+        """What ``keep_note`` stored, by whoever; ``None`` where there is nothing that could be it."""
+        for _, blobs in self.beneath.read([key], self._region(state), longest):
+            try:
+                return note_bytes(key, blobs[key], longest)
+            except Exception:  # whatever lies there
+                logger.debug("a note among the rows of %s is damaged", self.name, exc_info=True)
+        return None
 
     def tell(self, state: bytes) -> None:
         """Have the tiers beneath know that the region is used."""

@@ -1,0 +1,517 @@
+"""``torchcache.deferred``: what is not built serves what another run stored, and nothing that building would refute."""
+
+import collections
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from marked import counts, reasons
+from torch import nn
+
+import torchcache
+from torchcache.checks import stored
+
+WIDTH = 8
+
+
+class Net(nn.Module):
+    """Tokens of sequences of numbers."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Linear(WIDTH, 16)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x, scale=None):
+        found = self.last(torch.tanh(self.body(x)))
+        return found if scale is None else found * scale
+
+    def encode(self, x):
+        return self.body(x), {"mean": self.body(x).mean(-1), "name": "a", "share": 0.25, "all": [True, None]}
+
+
+def data(count=12, *shape):
+    return torch.randn(count, *(shape or (3, WIDTH)), generator=torch.Generator().manual_seed(7))
+
+
+class Runs:
+    """Deferred modules over one directory, each as a process of its own would have it."""
+
+    def __init__(self, directory):
+        self._directory = str(directory)
+        self.built = 0
+
+    def __call__(self, build=Net, **options):
+        def counted():
+            self.built += 1
+            return build()
+
+        torchcache.flush()
+        self.built = 0
+        return torchcache.deferred(counted, **{"identity": "net@1", "persistent_cache_dir": self._directory, **options})
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path)
+
+
+def filled(runs, build=Net, batches=None, call=lambda module, batch: module(batch), **options):
+    """A run that stores the rows of ``batches``."""
+    module = runs(build, **options)
+    for batch in data().split(4) if batches is None else batches:
+        call(module, batch)
+    torchcache.flush()
+    return module
+
+
+def assert_same(got, expected):
+    assert type(got) is type(expected)
+    if isinstance(got, torch.Tensor):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    elif isinstance(got, (tuple, list)):
+        assert len(got) == len(expected)
+        [assert_same(*pair) for pair in zip(got, expected, strict=True)]
+    elif isinstance(got, dict):
+        assert [*got] == [*expected]
+        assert_same([*got.values()], [*expected.values()])
+    else:
+        assert got == expected
+
+
+def test_a_run_that_finds_all_rows_builds_nothing(runs):
+    filled(runs)
+    assert runs.built == 1
+    module, twin = runs(), Net().eval()
+    for batch in [*data().split(5), data().flip(0)]:
+        assert_same(module(batch), twin(batch).detach())
+    assert runs.built == 0
+    assert counts(module) == (0, 24)
+    assert "not built" in str(torchcache.stats(module))
+    assert "not built" in repr(module)
+
+
+def test_another_process_need_not_have_the_code(tmp_path):
+    code = """
+        import sys, torch, torchcache
+
+        def build():
+            assert {first}, "this was not to be built"
+            import wave  # stands for a large library
+            torch.manual_seed(0)
+            return torch.nn.Linear(4, 2)
+
+        encoder = torchcache.deferred(build, identity="linear", persistent_cache_dir=sys.argv[1])
+        rows = torch.arange(32.0).reshape(8, 4)
+        print(torch.cat([encoder(part) for part in rows.split(4)]).tolist())
+        assert ("wave" in sys.modules) == {first}
+        """
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code).format(first=first), str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for first in (True, False)
+    ]
+    assert found[0] == found[1] != ""
+
+
+@pytest.mark.parametrize("output", [None, lambda found: found[:, 0], lambda found: (found.half(), [found.amax(1)])])
+def test_what_is_made_of_the_output(runs, output):
+    filled(runs, output=output)
+    module, found = runs(output=output), Net()(data()).detach()
+    assert_same(module(data()), found if output is None else output(found))
+    assert runs.built == 0
+
+
+def test_another_function_of_the_output_has_rows_of_its_own(runs):
+    filled(runs, output=lambda found: found[:, 0])
+    module = runs(output=lambda found: found[:, 1])
+    assert_same(module(data()), Net()(data())[:, 1].detach())
+    assert runs.built == 1
+
+
+def test_a_method_and_a_structure(runs):
+    filled(runs, lambda: Net().encode)
+    module = runs(lambda: Net().encode)
+    got, expected = module(data()), Net().eval().requires_grad_(False).encode(data())
+    assert_same(got, expected)
+    assert runs.built == 0
+
+
+@pytest.mark.parametrize("how", ["named", "class"])
+def test_a_structure_that_cannot_be_kept_is_built_and_this_is_said(runs, warnings, how):
+    kind = collections.namedtuple("Outputs", "tokens")
+
+    class Other(Net):
+        def forward(self, x):
+            found = super().forward(x)
+            return kind(found) if how == "named" else collections.OrderedDict(tokens=found)
+
+    filled(runs, Other)
+    assert any("is built in every process, since its output holds a" in text for text in warnings)
+    module = runs(Other)
+    assert_same(module(data())[0] if how == "named" else module(data())["tokens"], Net()(data()).detach())
+    assert runs.built == 1
+
+
+def test_a_miss_builds_it_once_and_draws_nothing(runs):
+    filled(runs)
+    module, twin = runs(), Net().eval().requires_grad_(False)
+    new = data(20)[12:]
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    for batch in (data()[:4], new[:4], new[4:], torch.cat([data()[:3], new[:2]])):
+        assert_same(module(batch), twin(batch))
+    assert torch.equal(torch.rand(3), expected)
+    assert runs.built == 1
+    assert counts(module) == (8, 9)
+
+
+def test_threads_build_it_once(runs):
+    module, results = runs(), []
+    threads = [threading.Thread(target=lambda: results.append(module(data()))) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert runs.built == 1
+    for result in results:
+        assert_same(result, Net()(data()).detach())
+
+
+@pytest.mark.parametrize("audit", [0.01, 0])
+def test_what_is_built_otherwise_than_its_rows_is_found_out(runs, warnings, audit):
+    filled(runs)
+    other = Net(1).eval().requires_grad_(False)
+    module = runs(lambda: Net(1), audit=audit)
+    module(data()[:4])  # nobody can know
+    assert runs.built == 0
+    mixed = torch.cat([data()[4:8], data(20)[12:16]])
+    for batch in (mixed, mixed, data()):
+        assert_same(module(batch), other(batch))
+    assert any("what was built is not what its rows came from" in text for text in warnings)
+    assert torchcache.stats(module).regions[0].alarms == 1
+    again = runs(lambda: Net(1))
+    assert_same(again(data()), other(data()))  # none of the old rows is left
+    assert runs.built == 1
+
+
+def test_what_is_built_with_another_shape_of_outputs_is_found_out(runs, warnings):
+    filled(runs)
+    module = runs(lambda: Net().encode)
+    module(data()[:4])
+    mixed = torch.cat([data()[4:8], data(20)[12:16]])
+    expected = Net().requires_grad_(False).encode(mixed)
+    assert_same(module(mixed), expected)
+    assert_same(module(mixed), expected)
+    assert any("what was built is not what its rows came from" in text for text in warnings)
+
+
+def test_weights_that_change_once_it_is_built(runs):
+    module = filled(runs)
+    module.build().last.weight.add_(1.0)
+    twin = Net().requires_grad_(False)
+    twin.last.weight.add_(1.0)
+    assert_same(module(data()), twin(data()))
+    module.build().last.weight.sub_(1.0)
+    assert_same(module(data()), Net()(data()).detach())
+    fresh = runs()
+    assert_same(fresh(data()), Net()(data()).detach())  # nothing was filed under the plain name
+    assert runs.built == 0
+
+
+def test_a_module_that_sets_itself_up_in_its_first_call(runs):
+    class Lazy(Net):
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.table = torch.arange(4.0)
+            return super().forward(x) + self.table
+
+    filled(runs, Lazy)
+    module = runs(Lazy)
+    assert_same(module(data()), Net()(data()).detach() + torch.arange(4.0))
+    assert runs.built == 0
+
+
+def test_casts_of_the_model_around_it_count_and_reach_it(runs):
+    filled(runs)
+    model = nn.Sequential(runs()).to(torch.bfloat16)
+    got = model(data().bfloat16())
+    assert runs.built == 1
+    assert got.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model[0].build().parameters()} == {torch.bfloat16}
+    again = nn.Sequential(runs()).bfloat16()
+    assert torch.equal(again(data().bfloat16()), got)
+    assert runs.built == 0
+    module = runs()
+    module.build()
+    assert {parameter.dtype for parameter in nn.Sequential(module).double().parameters()} == set()
+    assert {parameter.dtype for parameter in module.build().parameters()} == {torch.float64}
+
+
+def test_checkpoints_and_optimizers_see_nothing_of_it(runs):
+    model = nn.Sequential(runs(), nn.Linear(4, 2))
+    before = [*model.state_dict()]
+    model.train()
+    model(data())
+    assert [*model.state_dict()] == before == ["1.weight", "1.bias"]
+    assert not model[0].build().training
+    assert len([*model.parameters()]) == 2
+    model.load_state_dict(model.state_dict())
+
+
+def test_gradients_reach_the_head_and_an_input_that_needs_one(runs):
+    filled(runs)
+    model = nn.Sequential(runs(), nn.Linear(4, 2))
+    model(data()).sum().backward()
+    assert model[1].weight.grad.abs().sum() > 0
+    assert runs.built == 0
+    images = data().requires_grad_()
+    model(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert runs.built == 1
+
+
+def test_copies_and_pickles(runs, tmp_path):
+    filled(runs)
+    assert_same(copy.deepcopy(runs())(data()), Net()(data()).detach())
+    assert runs.built == 0
+    module = torchcache.deferred(Net, identity="net@1", persistent_cache_dir=str(tmp_path))
+    copied = pickle.loads(pickle.dumps(module))
+    assert_same(copied(data()), Net()(data()).detach())
+    assert not copied.built
+    copied = copy.deepcopy(filled(runs))
+    assert_same(copied(data(20)), Net()(data(20)).detach())
+
+
+def test_shared_arguments_count_with_their_shapes(runs):
+    scales = [torch.full((4,), 2.0), torch.full((1, 4), 3.0), torch.full((3, 4), 0.5)]
+    for scale in scales:
+        filled(runs, batches=[data()], call=lambda module, batch, scale=scale: module(batch, scale=scale))
+    module = runs()
+    for scale in scales:
+        assert_same(module(data(), scale=scale), Net()(data(), scale).detach())
+    assert runs.built == 0
+    assert_same(module(data(), scale=torch.full((4,), 5.0)), Net()(data(), torch.full((4,), 5.0)).detach())
+    assert runs.built == 1
+
+
+def test_rows_along_the_second_dimension_and_other_orders_in_memory(runs):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.GRU(WIDTH, 4)
+
+        def forward(self, x):
+            return self.body(x)
+
+    series = data(5, 6, WIDTH)
+    filled(runs, Recurrent, [series], batch_dim=1)
+    module, twin = runs(Recurrent, batch_dim=1), Recurrent().eval().requires_grad_(False)
+    assert_same(module(series[:, :4]), twin(series[:, :4]))
+    assert runs.built == 0
+
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.body(x)
+
+    images = data(6, 3, 8, 8).to(memory_format=torch.channels_last)
+    filled(runs, Conv, [images], identity="conv")
+    module, expected = runs(Conv, identity="conv"), Conv()(images).detach()
+    got = module(images)
+    assert_same(got, expected)
+    assert got.stride() == expected.stride()
+    assert runs.built == 0
+
+
+def test_modes_have_rows_of_their_own(runs):
+    def under_autocast(module, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(batch)
+
+    filled(runs, call=under_autocast)
+    module = runs()
+    assert under_autocast(module, data()).dtype == torch.bfloat16
+    assert runs.built == 0
+    assert module(data()).dtype == torch.float32
+    assert runs.built == 1
+
+
+def test_under_inference_mode(runs):
+    with torch.inference_mode():
+        module = filled(runs)
+    assert not any(parameter.is_inference() for parameter in module.build().parameters())
+    with torch.inference_mode():
+        assert_same(runs()(data()), Net()(data()).detach())
+    assert runs.built == 0
+
+
+@pytest.mark.parametrize("door", ["transform", "aot_eager", "torchcache"])
+def test_other_ways_in(runs, door):
+    filled(runs)
+    model = nn.Sequential(runs(), nn.Linear(4, 2))
+    if door == "transform":
+        run = torchcache.transform(model)
+    elif door == "torchcache":
+        run = torch.compile(model, backend=torchcache.torchcache_backend)
+    else:
+        run = torch.compile(model, backend=door)
+    for batch in data().split(4):
+        assert_same(run(batch), model[1](Net()(batch).detach()))
+    assert runs.built == 0
+    new = data(20)[12:]
+    assert_same(run(new), model[1](Net()(new).detach()))
+    assert runs.built == 1
+
+
+def test_samples_need_not_be_loaded(runs, tmp_path):
+    rows, asked = data(64, 128, WIDTH), []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            asked.append(index)
+            time.sleep(2e-4)  # faster ones are loaded
+            return rows[index]
+
+    def loader():
+        return torchcache.DataLoader(
+            Rows(), batch_size=8, dataset_id="rows", persistent=True, persistent_cache_dir=str(tmp_path)
+        )
+
+    module = runs()
+    for batch in [batch for _ in range(3) for batch in loader()]:
+        module(batch)
+    module, asked[:] = runs(), []
+    for number, batch in enumerate(loader()):
+        assert_same(module(batch), Net()(rows[8 * number : 8 * number + 8]).detach())
+    assert runs.built == 0
+    assert len(asked) < 32
+
+
+def test_explain_and_summary(runs):
+    filled(runs)
+    module = runs()
+    module(data())
+    assert "net@1" in str(torchcache.summary(module))
+    assert runs.built == 0
+    assert "net@1" in str(torchcache.explain(module, data()))
+
+
+def test_errors_of_building_are_the_users_own(runs):
+    def fails():
+        raise OSError("no such weights")
+
+    module = runs(fails)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no such weights"):
+            module(data())
+    with pytest.raises(torchcache.MarkError, match="what build returns is a int"):
+        runs(lambda: 3)(data())
+    with pytest.raises(AttributeError, match=r"no attribute 'config'.*build\(\) returns that"):
+        _ = runs().config
+    assert not hasattr(runs(), "config")
+
+
+def test_wrong_options():
+    for options, error in [
+        ({"identity": ""}, TypeError),
+        ({"identity": "a", "padding": "mask"}, ValueError),
+        ({"identity": "a", "persistent_module_hash": "b"}, ValueError),
+        ({"identity": "a", "output": 3}, TypeError),
+    ]:
+        with pytest.raises(error, match="torchcache"):
+            torchcache.deferred(Net, **options)
+    with pytest.raises(TypeError, match="build must be a function"):
+        torchcache.deferred(3, identity="a")
+
+
+def test_without_a_directory_it_is_built_in_each_process(runs):
+    module = runs(persistent=False)
+    module(data())
+    assert_same(module(data()), Net()(data()).detach())
+    assert (runs.built, counts(module)) == (1, (12, 12))
+
+
+def test_switched_off(runs):
+    module = runs(enabled=False)
+    assert_same(module(data()), Net()(data()).detach())
+    filled(runs)
+    module = runs()
+    with torchcache.bypass():
+        assert_same(module(data()), Net()(data()).detach())
+    assert runs.built == 1
+    assert reasons(module)
+
+
+def test_tracers_get_what_it_stands_for(runs):
+    filled(runs)
+    model = nn.Sequential(runs(), nn.Linear(4, 2)).eval()
+    exported = torch.export.export(model, (data(),), strict=False).module()
+    assert_same(exported(data()), model(data()))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(model)(data())
+    assert_same(traced(data()), model(data()))
+    assert_same(model[0].build()(data()), Net()(data()).detach())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(member=st.sampled_from("form roles dims leaves structure key allowed layouts".split()), value=JSON, where=JSON)
+def test_a_note_that_somebody_wrote(tmp_path_factory, member, value, where):
+    """Whatever it says, calls are answered right: from rows that fit it, or from what is built."""
+    runs = Runs(tmp_path_factory.mktemp("notes"))
+    real = stored._encoded
+
+    def forged(plan):
+        note = json.loads(json.dumps(real(plan)))
+        if isinstance(where, int) and isinstance(note[member], list) and note[member]:
+            note[member][where % len(note[member])] = value
+        else:
+            note[member] = value
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "_encoded", forged)
+        filled(runs)
+    module = runs()
+    for batch in data().split(6):
+        assert_same(module(batch), Net()(batch).detach())
+
+
+@pytest.mark.parametrize("claim", [1 << 39, 1 << 20])
+def test_a_note_that_claims_large_rows_takes_no_memory(runs, monkeypatch, claim):
+    real = stored._encoded
+
+    def forged(plan):
+        return real(plan) | {"leaves": [["torch.float32", [claim, claim]]]}
+
+    monkeypatch.setattr(stored, "_encoded", forged)
+    filled(runs)
+    assert_same(runs()(data()), Net()(data()).detach())
+    assert runs.built == 1

@@ -1,0 +1,219 @@
+"""What was learnt of calls, kept among the rows: enough for a process that never runs the original to serve them.
+
+A plan is one note beside the rows of its region, JSON of the members of ``_encoded``. The structure of the output is a
+tree of ``["leaf", place]``, ``["value", plain]``, ``["float", hexadecimal]``, ``["list" or "tuple", parts]`` and
+``["dict", names, parts]``. What is read is not trusted: it is parsed with bounds, and tensors of the shapes that it
+claims are made without memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchcache.batch import Batch
+from torchcache.checks.compare import Rounding
+from torchcache.checks.plan import Plan, layout_digest, precision_of
+from torchcache.checks.probe import Learnt
+from torchcache.digest.cpu import digest_bytes
+from torchcache.errors import Bypass
+from torchcache.identity.key import call_fingerprint
+from torchcache.logging import logger, warn_once
+from torchcache.options import CacheOptions
+from torchcache.store.tiers import Tiers
+from torchcache.values.layout import Layout
+from torchcache.values.take import Taken, take_outputs
+
+__all__ = ["Stored", "keep", "stored"]
+
+# Bytes of a note, and of a row that one may claim where memory is kept small.
+LONGEST = 1 << 20
+LARGEST = 1 << 30
+_DTYPES = {str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+_PLAIN = (type(None), bool, int, str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What was learnt of calls by another process.
+
+    Parameters
+    ----------
+    form : bytes
+        Which calls these are, as ``Plan`` has it.
+    learnt : Learnt
+        Roles, dimensions and rounding.
+    output : Taken
+        An output of two rows, without data.
+    layouts : dict
+        How outputs lie in memory.
+    """
+
+    form: bytes
+    learnt: Learnt
+    output: Taken
+    layouts: dict[Any, tuple[Layout, ...]]
+
+    def plan(self, where: str, options: CacheOptions) -> Plan:
+        """The plan: not proven in this process, and not to be compared before there is something to compare with."""
+        dims = self.learnt.output_dims
+        precision = precision_of(where, self.output, dims, options)
+        layout = layout_digest(self.output, dims)
+        return Plan(self.form, self.learnt, self.output, layout, precision, False, True, True, dict(self.layouts))
+
+
+def keep(where: str, batch: Batch, plan: Plan, tiers: Tiers) -> None:
+    """Keep what was learnt of calls like ``batch``, once; where that cannot be kept, this is said."""
+    if plan.kept or not (tiers.beneath and plan.proven and plan.known_layouts()):
+        return
+    plan.kept = True
+    try:
+        note = json.dumps(_encoded(plan), separators=(",", ":")).encode()
+        if len(note) > LONGEST // 2:
+            raise Bypass("its output has too many parts")
+        tiers.keep_note(_key(batch, tiers.options), note, batch.who)
+    except Bypass as bypass:
+        warn_once(
+            f"{where} is built in every process, since {bypass.reason}: have output= return tensors, plain values, and "
+            "lists, tuples and dicts of them"
+        )
+
+
+def stored(batch: Batch, tiers: Tiers) -> Stored | None:
+    """What some process kept of calls like ``batch``; ``None`` where there is nothing that fits."""
+    if not tiers.knows(batch.who):
+        return None
+    note = tiers.note(_key(batch, tiers.options), LONGEST, batch.who)
+    if note is None:
+        return None
+    try:
+        return _decoded(json.loads(note), batch, max(LARGEST, tiers.options.max_memory_cache_size))
+    except Exception:  # whatever lies there
+        logger.debug("what was learnt of calls by another process cannot be read", exc_info=True)
+        return None
+
+
+def _key(batch: Batch, options: CacheOptions) -> bytes:
+    """What a plan is filed under: all that is known of calls before it is known which arguments have rows."""
+    first, dims = batch.taken.tensors[0], (0, options.batch_dim)
+    rows = first.shape[options.batch_dim] if first.ndim > options.batch_dim else 0
+    shapes = [
+        (tensor.dtype, [-1 if dim in dims and size == rows else size for dim, size in enumerate(tensor.shape)])
+        for tensor in batch.taken.tensors
+    ]
+    what = b"plan" + batch.who + batch.taken.key + repr(shapes).encode()
+    return call_fingerprint(what, options, batch.mode, (), (), 0) + digest_bytes(what)
+
+
+def _encoded(plan: Plan) -> dict[str, Any]:
+    learnt, leaves = plan.learnt, plan.output.tensors
+    return {
+        "form": plan.form.hex(),
+        "roles": learnt.rows,
+        "dims": learnt.output_dims,
+        "leaves": [
+            [str(leaf.dtype), [*leaf.shape[:dim], *leaf.shape[dim + 1 :]]]
+            for leaf, dim in zip(leaves, learnt.output_dims, strict=True)
+        ],
+        "structure": _tree(plan.output.rebuild([_Place(place) for place in range(len(leaves))])),  # type: ignore[misc]
+        "key": plan.output.key.hex(),
+        "allowed": [share.hex() for share in learnt.rounding.allowed],
+        "layouts": [
+            [lie, [[layout.order, str(layout.device)] for layout in layouts]]
+            for lie, layouts in plan.known_layouts().items()
+        ],
+    }
+
+
+def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
+    roles = tuple([_dim(role) if role is not None else None for role in note["roles"]])
+    dims = tuple(map(_dim, note["dims"]))
+    if len(roles) != len(batch.taken.tensors) or not len(dims) == len(note["leaves"]) == len(note["allowed"]):
+        raise ValueError("other arguments")
+    specs = [(_DTYPES[dtype], tuple(map(_dim, shape))) for dtype, shape in note["leaves"]]
+    count = next(
+        tensor.shape[role] for tensor, role in zip(batch.taken.tensors, roles, strict=True) if role is not None
+    )
+    if count * sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs) > largest:
+        raise ValueError("too large")
+    near = batch.taken.tensors[0].device
+    layouts: dict[Any, tuple[Layout, ...]] = {}
+    for lie, found in note["layouts"]:
+        places = zip(found, specs, dims, strict=True)
+        layouts[tuple([None if order is None else _order(order) for order in lie])] = tuple(
+            [
+                Layout(dtype, shape, _order(order, len(shape) + 1), _device(text, near), dim)
+                for (order, text), (dtype, shape), dim in places
+            ]
+        )
+    devices = [layout.device for layout in next(iter(layouts.values()))]
+    leaves = [
+        torch.empty(1, dtype=dtype, device=device).expand(*shape[:dim], 2, *shape[dim:])
+        for (dtype, shape), dim, device in zip(specs, dims, devices, strict=True)
+    ]
+    output = take_outputs(_value(note["structure"], leaves))
+    if output.key.hex() != note["key"] or len(output.tensors) != len(leaves):
+        raise ValueError("another structure")
+    rounding = Rounding(leaves, batch.coarse)
+    rounding.allow([float.fromhex(share) for share in note["allowed"]])
+    return Stored(bytes.fromhex(note["form"]), Learnt(roles, dims, rounding), output, layouts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Stands where a tensor was."""
+
+    index: int
+
+
+def _tree(value: Any) -> list[Any]:
+    kind = type(value)
+    if kind is _Place:
+        return ["leaf", value.index]
+    if kind in _PLAIN:
+        return ["value", value]
+    if kind is float:
+        return ["float", value.hex()]
+    if kind in (list, tuple):
+        return [kind.__name__, [*map(_tree, value)]]
+    if kind is dict and all(type(name) is str for name in value):
+        return ["dict", [*value], [*map(_tree, value.values())]]
+    raise Bypass(f"its output holds a {kind.__name__}")
+
+
+def _value(tree: Any, leaves: Sequence[torch.Tensor]) -> Any:
+    kind, *rest = tree
+    if kind == "leaf":
+        return leaves[_dim(rest[0])]
+    if kind == "value" and type(rest[0]) in _PLAIN:
+        return rest[0]
+    if kind == "float":
+        return float.fromhex(rest[0])
+    parts = [_value(part, leaves) for part in rest[-1]]
+    if kind == "dict":
+        return dict(zip(map(str, rest[0]), parts, strict=True))
+    return {"list": list, "tuple": tuple}[kind](parts)
+
+
+def _dim(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 40:
+        raise ValueError("no size")
+    return value
+
+
+def _order(order: Any, length: int | None = None) -> tuple[int, ...]:
+    found = tuple(map(_dim, order))
+    if sorted(found) != [*range(len(found) if length is None else length)]:
+        raise ValueError("no order of dimensions")
+    return found
+
+
+def _device(text: Any, near: torch.device) -> torch.device:
+    """The device of an output: that of the arguments where it is of their kind."""
+    device = torch.device(str(text))
+    return near if device.type == near.type else device
