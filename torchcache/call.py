@@ -12,7 +12,7 @@ import torch
 
 from torchcache import dynamo
 from torchcache.batch import Batch, Given, Subject, lacks
-from torchcache.checks.alarm import Alarm, Recomputation, inspect
+from torchcache.checks.alarm import DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.learning import Learning
@@ -406,12 +406,9 @@ class Region:
         self.tiers = self.tiers.emptied(batch.who)
         self.schedule.forget()
         if alarm.stale and self.counters.alarms < MOST_ALARMS:
-            what = "its program or its weights changed in a way that cannot be seen"
-            if self.subject.deferred is not None:
-                what = "what was built is not what its rows came from, here and before it was built: name it otherwise"
-            what += "; its rows are computed again, and kept in memory only"
+            what = DEFERRED if self.subject.deferred is not None else STALE
         else:
-            what = "its rows depend on each other or on chance; it is computed from now on"
+            what = MIXED
             self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count
         logger.warning("%s was cached wrongly and its rows are removed: %s: %s", self.name, alarm.found, what)

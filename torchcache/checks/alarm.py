@@ -11,7 +11,13 @@ from torchcache.checks.compare import Rounding, difference
 from torchcache.counters import Counters
 from torchcache.store.precision import EXACT, Loss
 
-__all__ = ["Alarm", "Recomputation", "inspect"]
+__all__ = ["DEFERRED", "MIXED", "STALE", "Alarm", "Recomputation", "inspect"]
+
+# What an alarm means, for people.
+_AGAIN = "; its rows are computed again, and kept in memory only"
+STALE = "its program or its weights changed in a way that cannot be seen" + _AGAIN
+DEFERRED = "what was built is not what its rows came from, here and before it was built: name it otherwise" + _AGAIN
+MIXED = "its rows depend on each other or on chance; it is computed from now on"
 
 Tensors = list[torch.Tensor]
 
