@@ -9,7 +9,7 @@ import torch
 
 from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
+from torchcache.checks.plan import CHANGED, Plan, layout_digest, lie_of, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.checks.stored import stored
 from torchcache.context import computing, normal_tensors
@@ -95,7 +95,7 @@ class Learning:
         form = self._form(batch)
         if form.roles is not None and self._assign(batch, form.roles):
             plan = self._plans.get(self._key(batch, form.roles))
-            if plan is not None:
+            if plan is not None and not (lacks(self._subject) and lie_of(batch) not in plan.known_layouts):
                 return plan
         first, dim = batch.taken.tensors[0], self._options.batch_dim
         if first.ndim > dim and not first.shape[dim]:
@@ -140,7 +140,7 @@ class Learning:
             return None
         if found.form != self._key(batch, found.learnt.rows):
             return None
-        plan = self._plans[found.form] = found.plan(self._subject.name, self._options)
+        plan = self._plans[found.form] = found.plan(self._subject.name, self._options, self._plans.get(found.form))
         form.roles, form.learnt = found.learnt.rows, found.learnt
         return plan
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -18,7 +17,9 @@ from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, memory_order
 from torchcache.values.take import Taken
 
-__all__ = ["CHANGED", "Plan", "layout_digest", "precision_of"]
+__all__ = ["CHANGED", "Lie", "Plan", "layout_digest", "lie_of", "order_of", "precision_of"]
+
+Lie = tuple[tuple[int, ...] | None, ...]
 
 CHANGED = "what computes it changed during the call"
 # Names of outputs in a message.
@@ -45,8 +46,8 @@ class Plan:
         Whether rows of this shape were probed in this process.
     believed : bool
         Whether rows from disk were computed and compared.
-    kept : bool
-        Whether it is kept for other processes, or cannot be.
+    kept : set
+        For arguments that lie in memory in which ways it is kept for other processes, or cannot be.
     """
 
     form: bytes
@@ -56,8 +57,8 @@ class Plan:
     precision: Precision
     proven: bool = True
     believed: bool = False
-    kept: bool = False
-    _layouts: dict[Any, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
+    kept: set[Lie] = dataclasses.field(default_factory=set)
+    known_layouts: dict[Lie, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
 
     def rows_first(self, output: Taken) -> list[torch.Tensor]:
         """The leaves of ``output`` with their rows first."""
@@ -73,25 +74,25 @@ class Plan:
 
     def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
         """How outputs lie in memory for arguments that lie as these do; two rows are computed to see."""
-        lie = tuple([_order(leaf) for leaf in batch.rows])
-        found = self._layouts.get(lie)
+        found = self.known_layouts.get(lie_of(batch))
         if found is None:
             found = self.note(batch, compute([0, batch.count - 1]))
         return found
 
-    def known_layouts(self) -> dict[Any, tuple[Layout, ...]]:
-        """How outputs lie in memory, by how the arguments with rows do."""
-        return dict(self._layouts)
-
     def note(self, batch: Batch, output: Taken) -> tuple[Layout, ...]:
         """Remember how ``output``, of two rows or more, lies in memory."""
-        lie = tuple([_order(leaf) for leaf in batch.rows])
         dims = self.learnt.output_dims
-        found = self._layouts[lie] = tuple(map(Layout.of, output.tensors, dims))
+        found = self.known_layouts[lie_of(batch)] = tuple(map(Layout.of, output.tensors, dims))
         return found
 
 
-def _order(leaf: torch.Tensor) -> tuple[int, ...] | None:
+def lie_of(batch: Batch) -> Lie:
+    """How the arguments with rows lie in memory: the order of their dimensions, where it is not the usual one."""
+    return tuple([order_of(leaf) for leaf in batch.rows])
+
+
+def order_of(leaf: torch.Tensor) -> tuple[int, ...] | None:
+    """The order of a tensor's dimensions in memory; ``None`` where it is the usual one, without gaps."""
     return None if leaf.is_contiguous() else memory_order(leaf.shape, leaf.stride())
 
 

@@ -18,7 +18,7 @@ import torch
 
 from torchcache.batch import Batch
 from torchcache.checks.compare import Rounding
-from torchcache.checks.plan import Plan, layout_digest, precision_of
+from torchcache.checks.plan import Lie, Plan, layout_digest, lie_of, order_of, precision_of
 from torchcache.checks.probe import Learnt
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
@@ -57,21 +57,37 @@ class Stored:
     form: bytes
     learnt: Learnt
     output: Taken
-    layouts: dict[Any, tuple[Layout, ...]]
+    layouts: dict[Lie, tuple[Layout, ...]]
 
-    def plan(self, where: str, options: CacheOptions) -> Plan:
-        """The plan: not proven in this process, and not to be compared before there is something to compare with."""
+    def plan(self, where: str, options: CacheOptions, known: Plan | None) -> Plan:
+        """The plan: not proven in this process, and not to be compared before there is something to compare with.
+
+        Parameters
+        ----------
+        where : str
+            The region, for messages.
+        options : CacheOptions
+            Its options.
+        known : Plan or None
+            That of arguments which lie otherwise in memory.
+        """
+        if known is not None:
+            known.known_layouts.update(self.layouts)
+            return known
         dims = self.learnt.output_dims
         precision = precision_of(where, self.output, dims, options)
         layout = layout_digest(self.output, dims)
-        return Plan(self.form, self.learnt, self.output, layout, precision, False, True, True, dict(self.layouts))
+        return Plan(
+            self.form, self.learnt, self.output, layout, precision, False, True, known_layouts=dict(self.layouts)
+        )
 
 
 def keep(where: str, batch: Batch, plan: Plan, tiers: Tiers) -> None:
     """Keep what was learnt of calls like ``batch``, once; where that cannot be kept, this is said."""
-    if plan.kept or not (tiers.beneath and plan.proven and plan.known_layouts()):
+    lie = lie_of(batch)
+    if lie in plan.kept or not (tiers.beneath and plan.proven and lie in plan.known_layouts):
         return
-    plan.kept = True
+    plan.kept.add(lie)
     try:
         note = json.dumps(_encoded(plan), separators=(",", ":")).encode()
         if len(note) > LONGEST // 2:
@@ -103,7 +119,11 @@ def _key(batch: Batch, options: CacheOptions) -> bytes:
     first, dims = batch.taken.tensors[0], (0, options.batch_dim)
     rows = first.shape[options.batch_dim] if first.ndim > options.batch_dim else 0
     shapes = [
-        (tensor.dtype, [-1 if dim in dims and size == rows else size for dim, size in enumerate(tensor.shape)])
+        (
+            tensor.dtype,
+            [-1 if dim in dims and size == rows else size for dim, size in enumerate(tensor.shape)],
+            order_of(tensor.movedim(options.batch_dim, 0) if tensor.ndim > options.batch_dim else tensor),
+        )
         for tensor in batch.taken.tensors
     ]
     what = b"plan" + batch.who + batch.taken.key + repr(shapes).encode()
@@ -125,7 +145,7 @@ def _encoded(plan: Plan) -> dict[str, Any]:
         "allowed": [share.hex() for share in learnt.rounding.allowed],
         "layouts": [
             [lie, [[layout.order, str(layout.device)] for layout in layouts]]
-            for lie, layouts in plan.known_layouts().items()
+            for lie, layouts in plan.known_layouts.items()
         ],
     }
 
@@ -142,7 +162,7 @@ def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
     if count * sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs) > largest:
         raise ValueError("too large")
     near = batch.taken.tensors[0].device
-    layouts: dict[Any, tuple[Layout, ...]] = {}
+    layouts: dict[Lie, tuple[Layout, ...]] = {}
     for lie, found in note["layouts"]:
         places = zip(found, specs, dims, strict=True)
         layouts[tuple([None if order is None else _order(order) for order in lie])] = tuple(

@@ -1,0 +1,115 @@
+"""Random programs on a backbone that is not built: a second run answers as its twin does from what the first stored."""
+
+import collections
+import copy
+import dataclasses
+import random
+
+import nets
+import pytest
+from harness import Run, clean, follow
+from pair import Pair
+from program import Program
+
+import torchcache
+from torchcache.checks import stored
+
+STEPS = ("call", "call", "every_form", "train_step", "autocast", "input_gradient", "bypass")
+CALLS = ("call", "every_form", "train_step", "autocast")
+
+
+class _Deferred(Run):
+    """A run whose model has a deferred backbone."""
+
+    def __init__(self, program, directory, counts):
+        plain = dataclasses.replace(program, mark="instance", door="eager", persistent=False)
+        twin = Pair.build(plain, directory).twin
+        self.built = 0
+
+        def build():
+            self.built += 1
+            return copy.deepcopy(twin.backbone)
+
+        backbone = torchcache.deferred(
+            build,
+            identity="backbone",
+            persistent_cache_dir=str(directory),
+            max_memory_cache_size=program.memory,
+            batch_dim=nets.KINDS[program.net].BATCH_DIM,
+        )
+        model = nets.Model(backbone)
+        model.head = copy.deepcopy(twin.head)
+        super().__init__(program, directory, counts, Pair.of(model, twin, ("",), plain))
+
+    def _train(self, pair):
+        super()._train(dataclasses.replace(pair, model=pair.model.head, twin=pair.twin.head))
+
+
+def drawn(seed, names=STEPS):
+    """A program of calls alone."""
+    draw = random.Random(seed)
+    program = Program.random(draw, doors=("eager",), marks=("instance",))
+    steps = tuple((draw.choice(names), number) for _, number in program.steps)
+    return dataclasses.replace(program, steps=steps, persistent=True)
+
+
+def again(program, directory):
+    """Run a program as two processes would, one after the other; what is counted, and how often each built."""
+    counts, built = collections.Counter(), []
+    with clean():
+        for _ in range(2):
+            run = _Deferred(program, directory / "cache", counts)
+            follow(run)
+            built.append(run.built)
+    return counts, built
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_second_run_answers_as_its_twin(seed, tmp_path):
+    counts, built = again(drawn(seed), tmp_path)
+    assert counts["calls compared"]
+    assert max(built) <= 1
+
+
+def test_second_runs_build_nothing(tmp_path):
+    """Those in which nothing is asked for that is computed in any case: no rows, rows that depend on each other."""
+    for net in ("Mlp", "Cnn", "Several", "Sequence", "Containers", "Attention", "Tokens"):
+        for seed in (1, 3):
+            program = dataclasses.replace(drawn(seed, CALLS), net=net, memory=1_000_000)
+            assert again(program, tmp_path / f"{net}{seed}")[1] == [1, 0]
+
+
+def _orders_left_out(patch):
+    patch.setattr(stored, "_order", lambda order, length=None: tuple(range(len(order))))
+
+
+def _dimensions_left_out(patch):
+    encoded = stored._encoded
+    patch.setattr(stored, "_encoded", lambda plan: encoded(plan) | {"dims": [0] * len(plan.learnt.output_dims)})
+
+
+def _roles_left_out(patch):
+    encoded = stored._encoded
+    patch.setattr(stored, "_encoded", lambda plan: encoded(plan) | {"roles": [0] * len(plan.learnt.rows)})
+
+
+@pytest.mark.parametrize("slip", [_orders_left_out, _dimensions_left_out])
+def test_slips_are_found(slip, tmp_path, monkeypatch):
+    slip(monkeypatch)
+
+    def all_right(seed):
+        program = dataclasses.replace(drawn(seed, CALLS), net=("Several", "Sequence")[seed % 2])
+        try:
+            again(program, tmp_path / str(seed))
+        except AssertionError:
+            return False
+        return True
+
+    assert not all(map(all_right, range(60)))
+
+
+def test_a_slip_that_no_note_can_make(tmp_path, monkeypatch):
+    """Which arguments have rows is a part of the key of a plan."""
+    _roles_left_out(monkeypatch)
+    for seed, net in enumerate(("Several", "Sequence", "Mlp")):
+        again(dataclasses.replace(drawn(seed, CALLS), net=net), tmp_path / str(seed))
