@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.exc
 from changes import CHANGES, apply
 from nets import SETTINGS
-from pair import COPIES, DiffersError, Pair, compare
+from pair import COPIES, DiffersError, Pair, compare, kept_options
 from structures import build, draw_spec, tensors_of, varied
 
 import torchcache
@@ -84,7 +84,8 @@ class Run:
         draw = random.Random(program.seed)
         self.forms = [{}, *(form for group in draw.sample(FORMS, 2) for form in group)]
         if program.net == "Shaped":
-            (given, *others), (answer, *more) = _specs(draw), _specs(draw)
+            zeros = program.door == "compile"  # Dynamo takes zeros of either sign for one
+            (given, *others), (answer, *more) = _specs(draw, zeros), _specs(draw, zeros)
             shaped = [{"given": one, "answer": answer} for one in (given, *others)]
             shaped += [{"given": given, "answer": one} for one in more]  # one of both changes: the key must hold both
             self.forms = [*shaped, *({**form, **shaped[0]} for form in self.forms[1:])]
@@ -157,7 +158,7 @@ class Run:
             return
         options = {"max_memory_cache_size": draw.choice((0, 400, 1_000_000)), "persistent": self.program.persistent}
         options["zstd_compression_level"] = draw.choice((1, None))
-        options["batch_dim"] = nets.KINDS[self.program.net].BATCH_DIM
+        options |= {"batch_dim": nets.KINDS[self.program.net].BATCH_DIM, **kept_options(self.program)}
         if self.program.persistent:
             options["persistent_cache_dir"] = str(self.directory)
         for part in self.pair.marked():
@@ -204,7 +205,8 @@ class Run:
             # Attention takes no rows in one of torch's ways through it, and refuses them in the one that is compiled.
             self.counts["empty batches that torch does not trace"] += 1
             return
-        coarse = torch.bfloat16 if self.autocast is not None else pair.twin.head.weight.dtype
+        rounded = self.autocast is not None or "cache_dtype" in kept_options(self.program)
+        coarse = torch.bfloat16 if rounded else pair.twin.head.weight.dtype
         try:
             compare(found, expected, coarse)
             compare(found_gradients, expected_gradients, coarse, "gradients")
@@ -295,10 +297,17 @@ class Run:
         torchcache.flush()
 
 
-def _specs(draw):
-    """Structures that are alike but for an order, a constant or a kind."""
+def _specs(draw, zeros):
+    """Structures that are alike but for an order, a constant or a kind; with ``zeros`` none is negative."""
     spec = draw_spec(draw, 3)
-    return spec, *(varied(draw, spec) for _ in range(3))
+    specs = spec, *(varied(draw, spec) for _ in range(3))
+    return [*map(_unsigned, specs)] if zeros else specs
+
+
+def _unsigned(spec):
+    if len(spec) < 3:
+        return ("constant", 0.0) if spec[0] == "constant" and repr(spec[1]) == "-0.0" else spec
+    return (*spec[:2], tuple(map(_unsigned, spec[2])))
 
 
 def _given(inputs, form):

@@ -95,6 +95,7 @@ class Net(nn.Module):
         self.config = Config()
 
     BATCH_DIM = 0
+    OPTIONS = {}
     turn = staticmethod(unturned)
 
     @staticmethod
@@ -337,7 +338,50 @@ class Listed(Net):
     pool, reshaped = Mlp.pool, Mlp.reshaped
 
 
-_NETS = (Mlp, Containers, Branches, Cnn, Attention, Tokens, Recurrent, Memory, Sequence, Several, Shaped, Listed)
+class Padded(Net):
+    """Takes sequences that are padded to the longest of their batch; what it gives for padding is zero."""
+
+    OPTIONS = {"padding": "mask"}
+
+    def __init__(self, block, dropout):
+        super().__init__(block(12, dropout))
+
+    def forward(self, x, mask, scale=1.0, flip=False):
+        real = mask.unsqueeze(-1).to(self.last.weight.dtype)
+        y = self.body(self.cast(x)) * real
+        y = y + y.sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        return self.finish(y, scale, flip) * real
+
+    @staticmethod
+    def pool(generator):
+        mask = torch.arange(21) < torch.tensor([1, 20, 3, 9, 21, 8, 17, 9])[:, None]
+        return torch.randn(POOL, 21, 12, generator=generator) * mask.unsqueeze(-1), mask
+
+    @staticmethod
+    def arranged(x, mask):
+        longest = int(mask.sum(1).max()) if len(mask) else 1
+        return x[:, :longest].clone(), mask[:, :longest].clone()
+
+    @staticmethod
+    def reshaped(x, mask):
+        return x[:, :10].clone(), mask[:, :10].clone()
+
+
+_NETS = (
+    Mlp,
+    Containers,
+    Branches,
+    Cnn,
+    Attention,
+    Tokens,
+    Recurrent,
+    Memory,
+    Sequence,
+    Several,
+    Shaped,
+    Listed,
+    Padded,
+)
 KINDS = {kind.__name__: kind for kind in _NETS}
 
 
@@ -348,6 +392,27 @@ def _marked(kind):
     return found
 
 
+def _kept(kind):
+    """A subclass that returns what ``kept`` makes of its output, under a name by which pickles find it."""
+
+    def forward(self, *args, **kwargs):
+        return kept(kind.forward(self, *args, **kwargs))
+
+    found = type(f"Kept{kind.__name__}", (kind,), {"__module__": __name__, "forward": forward})
+    globals()[found.__name__] = found
+    return found
+
+
+def kept(found):
+    """Another value of what the head takes, and nothing else."""
+    if isinstance(found, torch.Tensor):
+        return found * 2 - 1
+    if isinstance(found, dict) and "features" in found:
+        return {"features": found["features"] * 3}
+    return [features_of(found) * 0.5]
+
+
+KEPT = {name: _kept(kind) for name, kind in KINDS.items()}
 MARKED = {name: _marked(kind) for name, kind in KINDS.items()}
 MarkedBlock = _marked(Block)
 
@@ -368,4 +433,5 @@ class Model(nn.Module):
 
 def features_of(found):
     """The tensor in an output that the head takes."""
-    return next(leaf for leaf in structures.tensors_of(found) if leaf.shape[-1] == WIDTH and leaf.is_floating_point())
+    tensors = structures.tensors_of(found)
+    return next(leaf for leaf in tensors if leaf.ndim > 1 and leaf.shape[-1] == WIDTH and leaf.is_floating_point())

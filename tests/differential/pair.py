@@ -28,12 +28,13 @@ class Pair:
 
     @classmethod
     def build(cls, program, directory):
-        twin, parts = _build(program, nets.KINDS, nets.Block)
+        chosen = kept_options(program)
+        twin, parts = _build(program, nets.KEPT if "output" in chosen else nets.KINDS, nets.Block)
         by_class = program.mark == "class" or (program.mark == "blocks" and parts == ("",))
         block = nets.MarkedBlock if program.mark in ("blocks", "nested") else nets.Block
         model, _ = _build(program, nets.MARKED if by_class else nets.KINDS, block)
         options = {"max_memory_cache_size": program.memory, "persistent": program.persistent}
-        options["batch_dim"] = nets.KINDS[program.net].BATCH_DIM
+        options |= {"batch_dim": nets.KINDS[program.net].BATCH_DIM, **chosen}
         if program.persistent:
             options["persistent_cache_dir"] = str(directory)
         for path in parts:
@@ -88,6 +89,18 @@ class Pair:
         """A pair of copies, made in one of ``COPIES``."""
         model, twin = way(self.model), way(self.twin)
         return type(self).of(model, twin, self.parts, program)
+
+
+def kept_options(program):
+    """The options that say what of a whole backbone's output is stored, and how."""
+    if program.mark not in ("instance", "class", "nested", "unfrozen"):
+        return {}
+    options = dict(nets.KINDS[program.net].OPTIONS)
+    if program.kept == "output" and program.mark != "class" and not options:
+        options["output"] = nets.kept
+    elif program.kept == "bfloat16" or (program.kept == "int8" and not options):
+        options["cache_dtype"] = getattr(torch, program.kept)
+    return options
 
 
 def _pickled(model):

@@ -10,6 +10,8 @@ DOORS = ("eager", "transform", "compile")
 MARKS = ("instance", "class", "body", "blocks", "nested", "partial", "unfrozen")
 # In "Shaped" most kinds of arguments and outputs meet.
 NETS = (*KINDS, "Shaped", "Shaped")
+# What of the outputs of a whole backbone is stored, and how.
+KEPT = (*["whole"] * 5, "output", "output", "bfloat16", "int8")
 MEMORY = (1_000_000, 1_000_000, 400, 0)
 
 # How often each operation is drawn.
@@ -54,6 +56,8 @@ class Program:
         Of the weights, the pool of rows, the forms that calls take, and how ``torch.compile`` is asked.
     steps : tuple of (str, int)
         Operations, each with the number that decides its details.
+    kept : str
+        What of the output is stored: see ``pair.kept_options``.
     """
 
     net: str
@@ -63,6 +67,7 @@ class Program:
     memory: int
     seed: int
     steps: tuple[tuple[str, int], ...]
+    kept: str = "whole"
 
     @classmethod
     def random(cls, draw, doors=DOORS, marks=MARKS, steps=(8, 24)):
@@ -76,6 +81,7 @@ class Program:
             memory=draw.choice(MEMORY),
             seed=draw.randrange(NUMBERS),
             steps=tuple((name, draw.randrange(NUMBERS)) for name in names),
+            kept=draw.choice(KEPT),
         )
 
 

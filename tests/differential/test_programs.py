@@ -10,7 +10,7 @@ from harness import execute
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pair import DiffersError, compare
-from program import MARKS, MEMORY, NUMBERS, OPERATIONS, Program
+from program import KEPT, MARKS, MEMORY, NUMBERS, OPERATIONS, Program
 
 numbers = st.integers(0, NUMBERS - 1)
 names = st.sampled_from([name for name, weight in OPERATIONS.items() for _ in range(weight)])
@@ -25,6 +25,7 @@ def programs(door, steps):
         persistent=st.booleans(),
         memory=st.sampled_from(MEMORY),
         seed=numbers,
+        kept=st.sampled_from(sorted(set(KEPT))),
         steps=st.lists(st.tuples(names, numbers), min_size=steps, max_size=steps).map(tuple),
     )
 

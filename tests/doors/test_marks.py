@@ -339,3 +339,21 @@ def test_a_graph_may_be_recompiled():
     module.recompile()
     torch.testing.assert_close(module(x), module.get_submodule("0")(x))
     assert sum(counts(module)) == 12
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_mark_beside_what_is_sharded(tmp_path):
+    """FSDP's parameters are tensors around tensors, and name their mesh as a part."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        backbone, head = torchcache.mark(nn.Linear(4, 4), freeze=True), nn.Linear(4, 2)
+        fully_shard(head, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        optimizer, x = torch.optim.AdamW(head.parameters()), torch.randn(6, 4)
+        for _ in range(3):
+            head(backbone(x)).sum().backward()
+            optimizer.step()
+        assert torchcache.stats(backbone).hits == 12
+    finally:
+        torch.distributed.destroy_process_group()

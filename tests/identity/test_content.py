@@ -222,3 +222,22 @@ def test_memory_given_back_is_a_bypass_and_its_return_no_change() -> None:
     weight.untyped_storage().resize_(20000)
     weight.data.fill_(1)
     assert state.unchanged([weight])
+
+
+class OnMesh(Scaled):
+    """One that names what is no tensor among its parts, as a DTensor does."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], int]:
+        return ["values", "scale", "mesh"], self.bits
+
+
+def test_parts_of_a_wrapper_that_are_no_tensors_count_by_what_they_say() -> None:
+    weight = OnMesh(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4), 8)
+    weight.mesh = (0, 1)
+    state = known([weight])
+    assert state.unchanged([weight])
+    weight.mesh = (1, 0)
+    assert not state.unchanged([weight])
+    weight.mesh = object()
+    with pytest.raises(Bypass, match="context"):
+        known([weight])

@@ -155,12 +155,15 @@ def _plain(tensor: torch.Tensor, wrapping: list[str]) -> Iterator[torch.Tensor]:
     kind = type(tensor)
     if kind not in _PLAIN and hasattr(kind, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        described = f"{kind.__module__}.{kind.__qualname__} {tuple(tensor.shape)} {names} {context!r}"
+        parts = [getattr(tensor, name) for name in names]
+        inner = [part for part in parts if isinstance(part, torch.Tensor)]
+        others = [part for part in parts if not isinstance(part, torch.Tensor)]  # a DTensor has its mesh there
+        described = f"{kind.__module__}.{kind.__qualname__} {tuple(tensor.shape)} {names} {context!r} {others}"
         if " at 0x" in described or "..." in described:
             raise Bypass(f"the state holds a {kind.__qualname__} whose context has no complete text: {context!r}")
         wrapping.append(described)
-        for name in names:
-            yield from _plain(getattr(tensor, name), wrapping)
+        for part in inner:
+            yield from _plain(part, wrapping)
     elif kind not in _PLAIN and not _keeps_to_plain(kind):
         raise Bypass(
             f"the state holds a {kind.__qualname__}, a tensor subclass whose elements cannot be read",
