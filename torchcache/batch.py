@@ -16,7 +16,6 @@ from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.use import loaded
-from torchcache.logging import logger
 from torchcache.values.take import Taken
 
 __all__ = ["Batch", "Given", "Later", "Subject", "lacks"]
@@ -33,8 +32,11 @@ class Later(Protocol):
     def built(self) -> bool:
         """Whether it is there."""
 
-    def build(self) -> Any:
+    def build(self) -> None:
         """Have it be there."""
+
+    def note(self, computed: bool) -> None:
+        """Take note of a call, in which something was computed or not; it may be gone then."""
 
 
 class Subject(Protocol):
@@ -126,7 +128,6 @@ class Given:
         """Have what computes be there, before anybody looks at what it writes."""
         deferred = self.subject.deferred
         if deferred is not None and lacks(self.subject):
-            logger.info("%s is built now, since not all rows of a call were found", self.subject.name)
             try:
                 deferred.build()
             except BaseException as error:

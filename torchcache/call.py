@@ -179,6 +179,8 @@ class Region:
         bypass.__traceback__ = bypass.__context__ = bypass.__cause__ = None
         self.reasons.note(bypass.reason, given.rows)
         self.counters.count_bypass(given.rows)
+        if self.subject.deferred is not None:
+            self.subject.deferred.note(True)
         if not bypass.quiet:
             warn_once(f"{self.name} is computed, not cached: {bypass}")
 
@@ -219,8 +221,6 @@ class Region:
             advice = "freeze it with torchcache.mark(module, freeze=True)"
             raise Trains(f"it trains {trained(self.subject.module)}", advice)
         who = seen.who or self.subject.identity.current(seen)
-        if self.subject.identity.asks_for_inference and torch.is_inference_mode_enabled():
-            raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
         for gone in self._turnover.note(who, self.counters.hits):
             self._learning.forget(gone)
             self.tiers.memory.drop_state(gone)
@@ -261,11 +261,10 @@ class Region:
             self.tiers.tell(batch.who)
         self.counters.lookup_seconds += time.perf_counter() - start
         if missing:
-            before = (batch.who, plan.layout)
+            who, before = batch.who, plan
             plan = self._learning.prove(batch, plan)
-            if (batch.who, plan.layout) != before:
-                if self.subject.deferred is not None and batch.who == before[0]:
-                    self._react(batch, Alarm(True, "the structure or a shape of its output is another"))
+            if (batch.who, plan.layout) != (who, before.layout):
+                self._doubt(batch, before, [row for row, digest in enumerate(digests) if digest not in missing])
                 raise Bypass(CHANGED, lasting=False, quiet=True)
         computed = self._compute(batch, plan, key, missing)
         outputs, leaves = self._merge(batch, plan, digests, missing, found, computed)
@@ -279,19 +278,18 @@ class Region:
             plan.learnt.rounding,
             plan.precision.losses,
         )
-        first = bool(beneath) and not plan.believed
         hits = batch.count - sum(map(missing.__contains__, digests)) if missing else batch.count
+        first = (beneath or (plan.taken_over and hits)) and not (plan.believed or lacks(self.subject))
         kind = (batch.who + batch.taken.key, b"".join(batch.shared))
         beside = self.schedule.served(*kind, batch.count, hits)
         due = not batch.given.ran and self.schedule.due(batch.taken.key, batch.count)  # a probe looked at it already
         if first or beside is not None or due:
-            alarm = self._audit(batch, plan, looked, first, beside)
+            alarm = self._audit(batch, plan, looked, bool(first), beside)
             if alarm is not None:
                 self._react(batch, alarm)
                 return batch.given.run()
         self._count(looked)
-        if self.subject.deferred is not None:
-            keep(self.name, batch, plan, self.tiers)
+        keep(self.name, batch, plan, self.tiers, bool(missing))
         if type(batch.rows[0]) is LazyTensor:
             self.counters.unloaded += unloaded_rows(batch.rows[0])
         watcher = current_watcher()
@@ -375,7 +373,9 @@ class Region:
         misses = list(looked.missing.values())
         hits = [row for row, digest in enumerate(looked.digests) if digest not in looked.missing]
         if first and beside is None:
-            hits, misses = [row for row in hits if looked.digests[row] in looked.from_beneath], []
+            misses = []
+            if not plan.taken_over:
+                hits = [row for row in hits if looked.digests[row] in looked.from_beneath]
         early = self.schedule.early(batch.taken.key, batch.count)
         again = Recomputation(
             looked.outputs,
@@ -396,6 +396,11 @@ class Region:
             self.schedule.note(batch.taken.key, batch.count, seconds)
         return alarm
 
+    def _doubt(self, batch: Batch, plan: Plan, hits: Sequence[int]) -> None:
+        """Rows were found by a plan of another process, and computed ones look otherwise: whether these would, too."""
+        if plan.taken_over and hits and not plan.fits(self._original(batch, plan, hits)):
+            self._react(batch, Alarm(True, "the structure or a shape of its output is another"))
+
     def _react(self, batch: Batch, alarm: Alarm) -> None:
         """Empty the region; a region whose rows depend on each other, or keep being wrong, is given up.
 
@@ -405,9 +410,8 @@ class Region:
         self.counters.count_bypass(batch.count)
         self.tiers = self.tiers.emptied(batch.who)
         self.schedule.forget()
-        if alarm.stale and self.counters.alarms < MOST_ALARMS:
-            what = DEFERRED if self.subject.deferred is not None else STALE
-        else:
+        what = DEFERRED if self.subject.deferred is not None else STALE
+        if not alarm.stale or self.counters.alarms >= MOST_ALARMS:
             what = MIXED
             self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count

@@ -21,14 +21,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
     "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of", "fake_state",
     "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
     "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "leave_graph", "names_parts",
-    "no_mode", "no_modes", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
+    "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
     "pending_writes", "retrace", "retrace_later", "source_of", "storage_of", "takes_rows", "traced_shapes",
     "tracing_failed", "untraced", "vary", "vary_rows", "written",
 ]  # fmt: skip
@@ -43,9 +43,6 @@ OPAQUE_TAGS = tuple(
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # Of a subclass of tensors whose operators are seen below autograd only.
 no_torch_function = torch._C._disabled_torch_function_impl
-
-# Real tensors, of which no tracer and no counter sees how they are made.
-no_modes: Callable[[], contextlib.AbstractContextManager[Any]] = _disable_current_modes
 
 
 def custom_operator(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from torchcache.batch import Batch
+from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.audit import Schedule
 from torchcache.checks.plan import Plan
 from torchcache.digest.cpu import digest_rows
@@ -22,6 +22,7 @@ __all__ = ["Foresight", "expected"]
 
 
 class _Region(Protocol):
+    subject: Subject
     tiers: Tiers
     options: CacheOptions
     schedule: Schedule
@@ -47,7 +48,7 @@ class Foresight:
     def bring(self, rows: Sequence[torch.Tensor]) -> Found | None:
         """Bring what the tiers beneath memory have of ``rows`` near; ``None`` before rows from there are believed."""
         region, plan = self._region(), self._plan
-        if region is None or (region.tiers.beneath and not plan.believed):
+        if region is None or (region.tiers.beneath and not (plan.believed or lacks(region.subject))):
             return None
         call = call_fingerprint(plan.form, region.options, self._mode, rows, self._shared, 0)
         digests = digest_rows(rows, region.options.digest)

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import fx, nn
 
-from torchcache.deferred import Deferred
 from torchcache.doors import door
 from torchcache.errors import MarkError
 from torchcache.mark import Mark, original_of
 from torchcache.modes import train
 from torchcache.options import CacheOptions
+from torchcache.stand_in import Deferred
 from torchcache.usefulness import forget_mark, note_call, note_mark
 
 __all__ = ["cached", "deferred", "mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
@@ -129,6 +129,11 @@ def mark(
             f"torchcache.mark: {type(module).__name__} is TorchScript, which has no Python code to read: mark the "
             "module that it was made from"
         )
+    if not isinstance(module, Deferred) and any(isinstance(part, Deferred) for part in module.modules()):
+        raise MarkError(
+            f"torchcache.mark: {type(module).__name__} holds what torchcache.deferred made, which is cached for "
+            "itself: mark the modules beside it"
+        )
     if output is not None and not callable(output):
         raise TypeError(f"torchcache: output must be a function of what the module returns, or None, not {output!r}")
     chosen = _Choice(CacheOptions.of(options), output)
@@ -170,12 +175,14 @@ def deferred(
     *,
     identity: str,
     output: Callable[[Any], Any] | None = None,
+    release: bool = True,
     **options: Any,
 ) -> Any:
-    """A frozen module that is built at the first miss only: where all rows are found, its weights are not even loaded.
+    """A frozen module that is there only while rows are missing: where all are found, its weights are not even loaded.
 
-    Rows are filed under the name that you give; what was learnt of its calls is kept with them. Once it is built, the
-    rows that it serves first are computed again and compared. It is frozen, in eval mode, and no part of checkpoints.
+    It is built at the first miss, and let go after a stretch of calls without one. Rows are filed under the name that
+    you give; what was learnt of its calls is kept with them. Once it is built, the rows that it serves first are
+    computed again and compared. It is frozen, in eval mode, and no part of checkpoints.
 
     Parameters
     ----------
@@ -188,6 +195,10 @@ def deferred(
     output : callable or None
         As for ``mark``; its code counts beside the name. What it returns is tensors, plain values, and lists, tuples
         and dicts of them; what holds anything else is built in every process.
+    release : bool, default: True
+        Whether it is let go after a stretch of calls in which nothing was computed: at least 16, as many as computed
+        something so far, and ten times as long as it takes to build. Its memory is free then, on whichever device, and
+        the next miss builds it again; each time the stretch doubles. What you changed in it stays.
     **options
         See ``CacheOptions``. ``persistent`` is true unless you say otherwise.
 
@@ -211,8 +222,8 @@ def deferred(
     ):
         if options.get(name) is not None:
             raise ValueError(f"torchcache: deferred takes no {name}=: {advice}")
-    chosen = {"persistent": True, **options, "persistent_module_hash": identity}
-    return mark(Deferred(build), output=output, **chosen)
+    module = Deferred(build, identity, release, bool(options.get("pure", False)))
+    return mark(module, output=output, **{"persistent": True, **options})
 
 
 def unmark(module: Any) -> Any:

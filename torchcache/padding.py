@@ -20,12 +20,12 @@ import torch
 from torchcache.batch import Given, Subject
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.compare import Rounding, difference
-from torchcache.checks.learning import SETUP_CALLS, written_text
+from torchcache.checks.learning import SETUP_CALLS
 from torchcache.checks.plan import precision_of
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
 from torchcache.errors import Bypass, TorchcacheError, brief
 from torchcache.identity.numeric import autocasts
-from torchcache.identity.written import Written
+from torchcache.identity.written import Written, written_text
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.padded import GRAIN, Blanks, PaddedBatch, counted, length_of, spread

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import types
+import gc
 import weakref
 from typing import Any
 
 from torch import nn
 
 from torchcache.call import Region
-from torchcache.deferred import Deferred
 from torchcache.identity.identity import Identity
 from torchcache.identity.later import LaterIdentity
-from torchcache.mark import Mark, and_then, original_of
+from torchcache.logging import logger
+from torchcache.mark import Mark, and_then
 from torchcache.modes import settle
 from torchcache.options import CacheOptions
+from torchcache.stand_in import Deferred
 from torchcache.usefulness import note_call
 
 __all__ = [
@@ -65,8 +66,8 @@ class Called:
         return self.marked
 
     @property
-    def deferred(self) -> Deferred | None:
-        """What computes, where that is built when it is needed first."""
+    def deferred(self) -> CalledLater | None:
+        """What computes, where that is built when it is needed."""
         return None
 
     @property
@@ -104,32 +105,51 @@ class CalledLater(Called):
 
     identity: LaterIdentity
 
-    def __init__(self, mark: Mark, module: Deferred) -> None:
-        super().__init__(mark, module)
-        self._ran = False
-
     def _identity(self, options: CacheOptions) -> LaterIdentity:
         def name() -> str:
-            deferred = self.deferred
-            return f"{options.persistent_module_hash}\0{deferred.casts if deferred is not None else ''}"
+            stands = self._stands()
+            return f"{stands.called}\0{stands.casts}"
 
-        def built() -> bool:
-            deferred = self.deferred
-            return deferred is not None and deferred.built
+        return LaterIdentity(
+            self._subject, self.name, name, options.pure, self.mark.output, lambda: self._stands().there
+        )
 
-        return LaterIdentity(self._subject, self.name, name, options.pure, self.mark.output, built)
+    def _stands(self) -> Deferred:
+        marked = self.marked
+        assert isinstance(marked, Deferred)
+        return marked
 
     @property
-    def deferred(self) -> Deferred | None:
-        """What stands for it."""
-        marked = self.marked
-        return marked if isinstance(marked, Deferred) else None
+    def deferred(self) -> CalledLater:
+        """Itself."""
+        return self
+
+    @property
+    def built(self) -> bool:
+        """Whether what computes is there."""
+        return self._stands().built
+
+    def build(self) -> None:
+        """Have it be there."""
+        self._stands().bring()
+
+    def note(self, computed: bool) -> None:
+        """Take note of a call; what nobody needs goes, if another one like it can be had."""
+        stands = self._stands()
+        there = stands.there
+        if stands.idles(computed) and there is not None and there.is_as_built():
+            alive, there = weakref.ref(there.module), None
+            stands.let_go()
+            self.identity.there()
+            if alive() is not None:
+                gc.collect()  # modules may be in circles
+            logger.info("%s was let go, since all rows are found", self.name)
 
     @property
     def module(self) -> nn.Module | None:
-        """The module that computes, once it is built."""
-        deferred = self.deferred
-        return deferred.module if deferred is not None else None
+        """The module that computes, while it is there."""
+        there = self._stands().there
+        return there.module if there is not None else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,19 +157,19 @@ class CalledLater(Called):
         return ()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original."""
+        """The original; its first call may set it up, which is no change."""
+        built = self._stands().bring()
+        unchanged = not built.ran and built.is_as_built()
         outputs = super().run(args, kwargs)
-        if not self._ran:
-            self._ran = True
-            self.identity.settle()
+        if not built.ran:
+            built.ran = True
+            if unchanged:
+                built.accept()
         return outputs
 
     def _subject(self) -> Any:
-        deferred = self.deferred
-        assert deferred is not None
-        made, module = deferred.build(), deferred.module
-        function = made.__func__ if isinstance(made, types.MethodType) else type(made).forward
-        return module, and_then(original_of(function), self.mark.output)
+        module, function = self._stands().bring().subject
+        return module, and_then(function, self.mark.output)
 
 
 class _Regions(dict[Any, Region]):
@@ -263,6 +283,6 @@ def _name(mark: Mark, module: nn.Module | None) -> str:
         return str(getattr(mark.function, "__qualname__", mark.name))
     kind, path = type(module).__name__, _paths.get(module)
     if isinstance(module, Deferred):
-        kind = str(mark.options_for(module).persistent_module_hash)
+        kind = module.called
     name = f"{path} ({kind})" if path else kind
     return name if mark.name == "forward" else f"{name}.{mark.name}"

@@ -1,6 +1,7 @@
 """The small models that the harness runs: each has a backbone to mark and a head to train."""
 
 import dataclasses
+import types
 
 import structures
 import torch
@@ -95,7 +96,7 @@ class Net(nn.Module):
         self.config = Config()
 
     BATCH_DIM = 0
-    OPTIONS = {}
+    OPTIONS = types.MappingProxyType({})
     turn = staticmethod(unturned)
 
     @staticmethod
@@ -341,7 +342,7 @@ class Listed(Net):
 class Padded(Net):
     """Takes sequences that are padded to the longest of their batch; what it gives for padding is zero."""
 
-    OPTIONS = {"padding": "mask"}
+    OPTIONS = types.MappingProxyType({"padding": "mask"})
 
     def __init__(self, block, dropout):
         super().__init__(block(12, dropout))

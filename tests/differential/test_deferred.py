@@ -34,6 +34,7 @@ class _Deferred(Run):
             build,
             identity="backbone",
             persistent_cache_dir=str(directory),
+            release=program.seed % 2 == 0,
             max_memory_cache_size=program.memory,
             batch_dim=nets.KINDS[program.net].BATCH_DIM,
         )
@@ -66,16 +67,17 @@ def again(program, directory):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_second_run_answers_as_its_twin(seed, tmp_path):
-    counts, built = again(drawn(seed), tmp_path)
+    program = drawn(seed)
+    counts, built = again(program, tmp_path)
     assert counts["calls compared"]
-    assert max(built) <= 1
+    assert program.seed % 2 == 0 or max(built) <= 1
 
 
 def test_second_runs_build_nothing(tmp_path):
     """Those in which nothing is asked for that is computed in any case: no rows, rows that depend on each other."""
     for net in ("Mlp", "Cnn", "Several", "Sequence", "Containers", "Attention", "Tokens"):
         for seed in (1, 3):
-            program = dataclasses.replace(drawn(seed, CALLS), net=net, memory=1_000_000)
+            program = dataclasses.replace(drawn(seed, CALLS), net=net, memory=1_000_000, seed=2 * seed + 1)
             assert again(program, tmp_path / f"{net}{seed}")[1] == [1, 0]
 
 
@@ -93,9 +95,8 @@ def _roles_left_out(patch):
     patch.setattr(stored, "_encoded", lambda plan: encoded(plan) | {"roles": [0] * len(plan.learnt.rows)})
 
 
-@pytest.mark.parametrize("slip", [_orders_left_out, _dimensions_left_out])
-def test_slips_are_found(slip, tmp_path, monkeypatch):
-    slip(monkeypatch)
+def test_a_slip_is_found(tmp_path, monkeypatch):
+    _orders_left_out(monkeypatch)
 
     def all_right(seed):
         program = dataclasses.replace(drawn(seed, CALLS), net=("Several", "Sequence")[seed % 2])
@@ -108,8 +109,9 @@ def test_slips_are_found(slip, tmp_path, monkeypatch):
     assert not all(map(all_right, range(60)))
 
 
-def test_a_slip_that_no_note_can_make(tmp_path, monkeypatch):
-    """Which arguments have rows is a part of the key of a plan."""
-    _roles_left_out(monkeypatch)
+@pytest.mark.parametrize("slip", [_dimensions_left_out, _roles_left_out])
+def test_slips_that_no_note_can_make(slip, tmp_path, monkeypatch):
+    """Which arguments and outputs have rows, and where, are parts of the keys of rows."""
+    slip(monkeypatch)
     for seed, net in enumerate(("Several", "Sequence", "Mlp")):
         again(dataclasses.replace(drawn(seed, CALLS), net=net), tmp_path / str(seed))

@@ -3,12 +3,14 @@
 import collections
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from marked import counts, reasons
 from torch import nn
 
 import torchcache
+from torchcache import stand_in
 from torchcache.checks import stored
 
 WIDTH = 8
@@ -97,7 +100,7 @@ def test_a_run_that_finds_all_rows_builds_nothing(runs):
         assert_same(module(batch), twin(batch).detach())
     assert runs.built == 0
     assert counts(module) == (0, 24)
-    assert "not built" in str(torchcache.stats(module))
+    assert "it is not there, since all rows were found" in str(torchcache.stats(module))
     assert "not built" in repr(module)
 
 
@@ -474,6 +477,274 @@ def test_tracers_get_what_it_stands_for(runs):
     assert_same(model[0].build()(data()), Net()(data()).detach())
 
 
+def used(module, calls, batches=None):
+    """Calls in which all rows are found; whether it is there after each."""
+    batches, there = [*data().split(4)] if batches is None else batches, []
+    for number in range(calls):
+        module(batches[number % len(batches)])
+        there.append(module.built)
+    return there
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What is built takes no time."""
+    monkeypatch.setattr(stand_in, "LONGER", 0)
+
+
+def test_it_is_let_go_where_all_rows_are_found_and_built_again_for_a_miss(runs, quick):
+    module, twin = filled(runs), Net().eval().requires_grad_(False)
+    reference = weakref.ref(module.build())
+    there = used(module, stand_in.FEWEST_CALLS)
+    assert there == [True] * (stand_in.FEWEST_CALLS - 1) + [False]
+    assert reference() is None
+    for batch in data().split(4):
+        assert_same(module(batch), twin(batch))
+    assert runs.built == 1
+    new = data(20)[12:]
+    assert_same(module(new), twin(new))
+    assert_same(module(torch.cat([new, data()])), twin(torch.cat([new, data()])))
+    assert (runs.built, counts(module)[0]) == (2, 20)
+    there = used(module, 2 * stand_in.FEWEST_CALLS)
+    assert there[-2:] == [True, False]
+
+
+def test_it_stays_as_long_as_building_is_dear(runs):
+    module = filled(runs)
+    vars(module)["_seconds"] = 3600.0
+    assert all(used(module, 3 * stand_in.FEWEST_CALLS))
+    vars(module)["_seconds"] = 0.0
+    assert not used(module, 1)[0]
+
+
+def test_it_stays_where_that_is_wished_or_it_was_changed(runs, quick):
+    module = filled(runs, release=False)
+    assert all(used(module, 3 * stand_in.FEWEST_CALLS))
+    module = filled(runs, identity="other")
+    module.build().last.weight.add_(1.0)
+    module(data())
+    assert all(used(module, 3 * stand_in.FEWEST_CALLS))
+    twin = Net().requires_grad_(False)
+    twin.last.weight.add_(1.0)
+    assert_same(module(data(20)), twin(data(20)))
+
+
+def test_what_is_built_otherwise_the_second_time(runs, quick, warnings):
+    seeds = iter([0, 1])
+    module = filled(runs, lambda: Net(next(seeds)))
+    used(module, stand_in.FEWEST_CALLS)
+    assert not module.built
+    other, new = Net(1).eval().requires_grad_(False), data(20)[12:]
+    for batch in (new, data(20), data()):
+        assert_same(module(batch), other(batch))
+    assert any("what is built is another one than before" in text for text in warnings)
+
+
+def test_what_sets_itself_up_is_the_same_each_time(runs, quick, warnings):
+    class Lazy(Net):
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.table = torch.arange(4.0)
+            return super().forward(x) + self.table
+
+    module, expected = filled(runs, Lazy), Net().eval().requires_grad_(False)
+    used(module, 2 * stand_in.FEWEST_CALLS)
+    assert not module.built
+    with torchcache.bypass():
+        module(data())
+    new = data(20)[12:]
+    for batch in (new, data(20), data()):
+        assert_same(module(batch), expected(batch) + torch.arange(4.0))
+    assert not any("another one than before" in text for text in warnings)
+    assert counts(module)[0] == 20
+
+
+def test_it_is_let_go_while_threads_use_it(runs, quick, monkeypatch):
+    monkeypatch.setattr(stand_in, "FEWEST_CALLS", 1)
+    module, twin, errors = filled(runs), Net().eval().requires_grad_(False), []
+
+    def use(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for number in range(60):
+            batch = data() if number % 3 else torch.randn(4, 3, WIDTH, generator=generator)
+            try:
+                assert_same(module(batch), twin(batch))
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not errors
+
+
+def test_a_mark_around_it_is_an_error_or_computed(runs):
+    encoder = runs()
+    with pytest.raises(torchcache.MarkError, match="mark the modules beside it"):
+        torchcache.mark(nn.Sequential(encoder, nn.Linear(4, 2)), freeze=True)
+
+    @torchcache.cached
+    def around(x):
+        return encoder(x) * 2
+
+    for _ in range(2):
+        assert_same(around(data()), Net()(data()).detach() * 2)
+    assert "is deferred, and cached for itself" in reasons(around)
+
+
+def test_a_shape_that_depends_on_the_rows_is_no_change_of_what_is_built(runs, warnings):
+    class Cropped(Net):
+        def forward(self, x, length):
+            return super().forward(x)[:, : int(length)]
+
+    def call(module, length):
+        return module(data(), torch.tensor(length))
+
+    filled(runs, Cropped, [3], call)
+    module = runs(Cropped)
+    for length in (2, 3, 2):
+        assert_same(call(module, length), Net()(data())[:, :length].detach())
+    assert not any("cached wrongly" in text for text in warnings)
+    assert_same(call(runs(Cropped), 3), Net()(data()).detach())
+
+
+@pytest.mark.parametrize("audit", [0.01, 0])
+def test_weights_that_change_before_it_runs(runs, warnings, audit):
+    twin = Net().requires_grad_(False)
+    twin.last.weight.add_(1.0)
+    module = runs(audit=audit)
+    module.build().last.weight.add_(1.0)
+    assert_same(module(data()), twin(data()))
+    assert_same(copy.deepcopy(module)(data()), twin(data()))
+    filled(runs, audit=audit)
+    module = runs(audit=audit)
+    module(data())
+    module.build().last.weight.add_(1.0)
+    for _ in range(2):
+        assert_same(module(data()), twin(data()))
+    assert_same(copy.deepcopy(module)(data()), twin(data()))
+    assert not any("cached wrongly" in text for text in warnings)
+    assert_same(runs()(data()), Net()(data()).detach())
+    assert runs.built == 0
+
+
+@pytest.mark.parametrize("how", ["built", "missing", "in memory"])
+def test_without_audits_the_first_rows_are_compared_once_it_is_built(runs, warnings, how):
+    filled(runs)
+    module, other = runs(lambda: Net(1), audit=0), Net(1).eval().requires_grad_(False)
+    module(data()[:4])
+    if how == "built":
+        module.build()
+    else:
+        module(torch.cat([data(20)[12:], data()[:4]])[: 8 if how == "missing" else None])
+    for batch in (data()[:4], data()[4:]) if how == "in memory" else (data()[4:], data()):
+        assert_same(module(batch), other(batch))
+    assert any("what was built is not what its rows came from" in text for text in warnings)
+
+
+def test_an_output_that_trains(runs):
+    head = nn.Linear(4, 2)
+    filled(runs, output=lambda found: head(found), call=lambda module, batch: torch.no_grad()(module)(batch))
+    module = runs(output=lambda found: head(found))
+    assert module(data()).requires_grad
+    assert_same(module(data()).detach(), head(Net()(data())).detach())
+
+
+def test_what_asks_for_inference_mode(runs, warnings):
+    class Asks(Net):
+        def forward(self, x):
+            return super().forward(x) * (2.0 if torch.is_inference_mode_enabled() else 1.0)
+
+    with torch.no_grad():
+        filled(runs, Asks)
+    module = runs(Asks)
+    with torch.inference_mode():
+        assert_same(module(data()), Net()(data()) * 2)
+    assert any("since it asks whether inference mode is on" in text for text in warnings)
+
+
+def test_a_mark_that_is_made_anew_keeps_the_name(runs):
+    filled(runs, identity="one")
+    modules = [runs(identity="one"), runs(lambda: Net(1), identity="two")]
+    for module, seed in zip(modules, (0, 1), strict=True):
+        torchcache.mark(module, persistent=True, persistent_cache_dir=runs._directory, max_memory_cache_size=10_000)
+        assert_same(module(data()), Net(seed)(data()).detach())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_is_forked_while_it_is_built(runs):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def build():
+        begun.set()
+        assert go_on.wait(60)
+        return Net()
+
+    module = runs(build)
+    thread = threading.Thread(target=module, args=(data(),))
+    thread.start()
+    begun.wait(60)
+    with pytest.MonkeyPatch.context():
+        child = os.fork()
+        if not child:
+            go_on.set()
+            os._exit(int(not torch.allclose(module(data()), Net()(data()), atol=1e-5)))
+    go_on.set()
+    thread.join(60)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_calls_itself_while_it_is_built(runs):
+    made = []
+    module = runs(lambda: made[0].build())
+    made.append(module)
+    with pytest.raises(RuntimeError, match="calls what is to be built"):
+        module(data())
+
+
+def test_no_mode_of_the_call_reaches_what_is_built(runs, tmp_path):
+    torch.save(Net().state_dict(), tmp_path / "weights")
+
+    def build():
+        net = Net(1)
+        net.load_state_dict(torch.load(tmp_path / "weights"))
+        net.last.weight.data = net.last.weight.data @ torch.eye(16)
+        assert torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        return net
+
+    with torch.autocast("cpu", torch.bfloat16):
+        runs(build, identity="autocast")(data())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        module = runs(build, identity="no_grad")
+        module(data())
+    assert_same(module(data()), Net()(data()).detach())
+    exported = torch.export.export(runs(build, identity="export"), (data(),), strict=False).module()
+    assert_same(exported(data()), Net()(data()).detach())
+    mapped = torch.func.vmap(runs(build, identity="vmap"))(data())
+    assert_same(mapped.detach(), Net()(data()).detach())
+
+
+def test_outputs_of_many_parts_and_large_numbers(runs, warnings):
+    class Many(Net):
+        def forward(self, x):
+            return [*[super().forward(x)] * 3, 10**5000]
+
+    filled(runs, Many)
+    assert any("is built in every process" in text for text in warnings)
+    assert runs(Many)(data())[3] == 10**5000
+
+
+def test_rows_on_disk_need_it_as_little(runs, quick):
+    module = filled(runs, max_memory_cache_size=0)
+    module(data())
+    used(module, 2 * stand_in.FEWEST_CALLS)
+    assert not module.built
+    for batch in data().split(3):
+        assert_same(module(batch), Net()(batch).detach())
+    assert runs.built == 1
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
@@ -510,6 +781,31 @@ def test_a_note_that_claims_large_rows_takes_no_memory(runs, monkeypatch, claim)
 
     def forged(plan):
         return real(plan) | {"leaves": [["torch.float32", [claim, claim]]]}
+
+    monkeypatch.setattr(stored, "_encoded", forged)
+    filled(runs)
+    assert_same(runs()(data()), Net()(data()).detach())
+    assert runs.built == 1
+
+
+def test_a_note_is_believed_for_no_more_rows_than_memory_has_room_for(runs, monkeypatch):
+    filled(runs)
+    monkeypatch.setattr(stored, "LARGEST", 4 * 48)  # bytes of four rows
+    module = runs(max_memory_cache_size=0)
+    module(data()[:4])
+    assert runs.built == 0
+    assert_same(module(data()), Net()(data()).detach())
+    assert runs.built == 1
+
+
+def test_a_note_of_many_parts_takes_no_time(runs, monkeypatch):
+    real = stored._encoded
+
+    def forged(plan):
+        deep = ["leaf", 0]
+        for _ in range(300):
+            deep = ["list", [deep]]
+        return real(plan) | {"structure": deep}
 
     monkeypatch.setattr(stored, "_encoded", forged)
     filled(runs)

@@ -9,22 +9,22 @@ import torch
 
 from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.plan import CHANGED, Plan, layout_digest, lie_of, precision_of
+from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
-from torchcache.checks.stored import stored
+from torchcache.checks.stored import stored, suffices
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes, digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
 from torchcache.identity.content import versions
 from torchcache.identity.key import call_fingerprint
 from torchcache.identity.state import content_digest
-from torchcache.identity.written import Written
+from torchcache.identity.written import Written, written_text
 from torchcache.options import CacheOptions
 from torchcache.store.tiers import Tiers
 from torchcache.values.layout import pick_rows
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
-__all__ = ["SETUP_CALLS", "Learning", "written_text"]
+__all__ = ["SETUP_CALLS", "Learning"]
 
 # A module may set itself up in its first calls; one that changes in so many keeps state.
 SETUP_CALLS = 3
@@ -56,6 +56,11 @@ class _Form:
     refused: tuple[bytes, Bypass | str] | None = None
     spare: list[torch.Tensor] | None = None
     unsettled: int = 0
+
+    def refuse(self, batch: Batch, bypass: Bypass) -> None:
+        """Refuse such calls as long as the same computes them, where the reason lasts."""
+        if bypass.lasting:
+            self.refused = (batch.who, bypass)
 
 
 class Learning:
@@ -91,11 +96,12 @@ class Learning:
         RowwiseError
             When their rows depend on each other or on chance.
         """
+        self._check_mode()
         self._read_lists(batch)
         form = self._form(batch)
         if form.roles is not None and self._assign(batch, form.roles):
             plan = self._plans.get(self._key(batch, form.roles))
-            if plan is not None and not (lacks(self._subject) and lie_of(batch) not in plan.known_layouts):
+            if plan is not None and (not lacks(self._subject) or suffices(plan, batch, self._options)):
                 return plan
         first, dim = batch.taken.tensors[0], self._options.batch_dim
         if first.ndim > dim and not first.shape[dim]:
@@ -104,7 +110,9 @@ class Learning:
             plan = self._taken_over(batch, form, tiers)
             if plan is not None:
                 return plan
-        batch.given.build()
+            batch.given.build()
+            self._subject.identity.look()
+            self._check_mode()
         try:
             if not tiers.knows(batch.who):
                 whole = self._run_watched(batch)
@@ -116,8 +124,7 @@ class Learning:
             plan = self._recall(batch, form)
             return plan if plan is not None else self._learn_either(batch, form, None)
         except Bypass as bypass:
-            if bypass.lasting:
-                form.refused = (batch.who, bypass)
+            form.refuse(batch, bypass)
             raise
 
     def prove(self, batch: Batch, plan: Plan) -> Plan:
@@ -127,11 +134,12 @@ class Learning:
         batch.given.build()
         form = self._form(batch)
         try:
-            return self._learn(batch, form, None)
+            proven = self._learn(batch, form, None)
         except Bypass as bypass:
-            if bypass.lasting:
-                form.refused = (batch.who, bypass)
+            form.refuse(batch, bypass)
             raise
+        proven.taken_over = plan.taken_over
+        return proven
 
     def _taken_over(self, batch: Batch, form: _Form, tiers: Tiers) -> Plan | None:
         """What another process learnt of such calls."""
@@ -229,6 +237,10 @@ class Learning:
         shared = [tensor.shape for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None]
         what = batch.taken.key + repr((roles, shared)).encode()
         return batch.who + call_fingerprint(what, self._options, batch.mode, batch.rows, (), 0)
+
+    def _check_mode(self) -> None:
+        if self._subject.identity.asks_for_inference and torch.is_inference_mode_enabled():
+            raise Bypass("it asks whether inference mode is on", "call it under torch.no_grad()", lasting=False)
 
     def _read_lists(self, batch: Batch) -> None:
         """Take lists of tensors for batches where such calls were learnt so."""
@@ -394,13 +406,6 @@ class Learning:
         """Why a call that writes is computed; said where it is no setting up."""
         form.unsettled += 1
         return Writes(*written_text(names), lasting=False, quiet=form.unsettled < SETUP_CALLS)
-
-
-def written_text(names: Sequence[str]) -> tuple[str, str]:
-    """That a forward writes to what has these names, and what to do about it."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
-    return f"its forward writes to {shown}", advice
 
 
 def _backwards(again: Taken, whole: Taken, learnt: Learnt) -> bool:

@@ -46,8 +46,10 @@ class Plan:
         Whether rows of this shape were probed in this process.
     believed : bool
         Whether rows from disk were computed and compared.
+    taken_over : bool
+        Whether another process learnt it, so that rows were served before any could be computed.
     kept : set
-        For arguments that lie in memory in which ways it is kept for other processes, or cannot be.
+        Under which keys it is kept for other processes, or cannot be.
     """
 
     form: bytes
@@ -57,7 +59,8 @@ class Plan:
     precision: Precision
     proven: bool = True
     believed: bool = False
-    kept: set[Lie] = dataclasses.field(default_factory=set)
+    taken_over: bool = False
+    kept: set[bytes] = dataclasses.field(default_factory=set)
     known_layouts: dict[Lie, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
 
     def rows_first(self, output: Taken) -> list[torch.Tensor]:
@@ -68,9 +71,16 @@ class Plan:
         """Leaves of an output with their rows first."""
         return rows_of(leaves, self.learnt.output_dims)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as its user gets it."""
+        pairs = zip(self.output.tensors, self.learnt.output_dims, strict=True)
+        return sum(leaf.nbytes // max(1, leaf.shape[dim]) for leaf, dim in pairs)
+
     def fits(self, output: Taken) -> bool:
         """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan."""
-        return layout_digest(output, self.learnt.output_dims) == self.layout
+        dims = self.learnt.output_dims
+        return len(output.tensors) == len(dims) and layout_digest(output, dims) == self.layout
 
     def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
         """How outputs lie in memory for arguments that lie as these do; two rows are computed to see."""

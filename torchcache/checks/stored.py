@@ -31,9 +31,13 @@ from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["Stored", "keep", "stored"]
 
-# Bytes of a note, and of a row that one may claim where memory is kept small.
-LONGEST = 1 << 20
+# Bytes of a note, and of the rows of a batch that one may claim where memory is kept small.
+LONGEST = 1 << 16
 LARGEST = 1 << 30
+# Tensors in an output, and containers in each other.
+MOST_LEAVES, DEEPEST = 255, 32
+# Bits of a number in an output.
+LONGEST_INT = 1024
 _DTYPES = {str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 _PLAIN = (type(None), bool, int, str)
 
@@ -60,7 +64,7 @@ class Stored:
     layouts: dict[Lie, tuple[Layout, ...]]
 
     def plan(self, where: str, options: CacheOptions, known: Plan | None) -> Plan:
-        """The plan: not proven in this process, and not to be compared before there is something to compare with.
+        """The plan, of which nothing was seen in this process.
 
         Parameters
         ----------
@@ -77,27 +81,49 @@ class Stored:
         dims = self.learnt.output_dims
         precision = precision_of(where, self.output, dims, options)
         layout = layout_digest(self.output, dims)
-        return Plan(
-            self.form, self.learnt, self.output, layout, precision, False, True, known_layouts=dict(self.layouts)
-        )
+        plan = Plan(self.form, self.learnt, self.output, layout, precision, proven=False, taken_over=True)
+        plan.known_layouts.update(self.layouts)
+        return plan
 
 
-def keep(where: str, batch: Batch, plan: Plan, tiers: Tiers) -> None:
-    """Keep what was learnt of calls like ``batch``, once; where that cannot be kept, this is said."""
-    lie = lie_of(batch)
-    if lie in plan.kept or not (tiers.beneath and plan.proven and lie in plan.known_layouts):
+def keep(where: str, batch: Batch, plan: Plan, tiers: Tiers, computed: bool) -> None:
+    """Where what computes is built when it is needed, note a call, and keep what was learnt of calls like it."""
+    deferred = batch.given.subject.deferred
+    if deferred is not None:
+        if deferred.built:
+            _keep(where, batch, plan, tiers)
+        deferred.note(computed)
+
+
+def _keep(where: str, batch: Batch, plan: Plan, tiers: Tiers) -> None:
+    """Keep it, once; where that cannot be kept, this is said."""
+    if not tiers.beneath or lie_of(batch) not in plan.known_layouts:
         return
-    plan.kept.add(lie)
+    key = _key(batch, tiers.options)
+    if key in plan.kept:
+        return
+    plan.kept.add(key)
     try:
+        if batch.given.subject.identity.asks_for_inference:
+            raise Bypass("it asks whether inference mode is on")
         note = json.dumps(_encoded(plan), separators=(",", ":")).encode()
-        if len(note) > LONGEST // 2:
+        if len(note) > LONGEST // 2 or len(plan.output.tensors) > MOST_LEAVES:
             raise Bypass("its output has too many parts")
-        tiers.keep_note(_key(batch, tiers.options), note, batch.who)
+        tiers.keep_note(key, note, batch.who)
     except Bypass as bypass:
         warn_once(
             f"{where} is built in every process, since {bypass.reason}: have output= return tensors, plain values, and "
             "lists, tuples and dicts of them"
         )
+
+
+def suffices(plan: Plan, batch: Batch, options: CacheOptions) -> bool:
+    """Whether ``plan`` is enough for a batch of which nothing can be computed, and its rows are no larger than that."""
+    return lie_of(batch) in plan.known_layouts and batch.count * plan.row_bytes <= _largest(options)
+
+
+def _largest(options: CacheOptions) -> int:
+    return max(LARGEST, options.max_memory_cache_size)
 
 
 def stored(batch: Batch, tiers: Tiers) -> Stored | None:
@@ -108,7 +134,7 @@ def stored(batch: Batch, tiers: Tiers) -> Stored | None:
     if note is None:
         return None
     try:
-        return _decoded(json.loads(note), batch, max(LARGEST, tiers.options.max_memory_cache_size))
+        return _decoded(json.loads(note), batch, _largest(tiers.options))
     except Exception:  # whatever lies there
         logger.debug("what was learnt of calls by another process cannot be read", exc_info=True)
         return None
@@ -153,6 +179,8 @@ def _encoded(plan: Plan) -> dict[str, Any]:
 def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
     roles = tuple([_dim(role) if role is not None else None for role in note["roles"]])
     dims = tuple(map(_dim, note["dims"]))
+    if len(dims) > MOST_LEAVES:
+        raise ValueError("too many parts")
     if len(roles) != len(batch.taken.tensors) or not len(dims) == len(note["leaves"]) == len(note["allowed"]):
         raise ValueError("other arguments")
     specs = [(_DTYPES[dtype], tuple(map(_dim, shape))) for dtype, shape in note["leaves"]]
@@ -176,7 +204,7 @@ def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
         torch.empty(1, dtype=dtype, device=device).expand(*shape[:dim], 2, *shape[dim:])
         for (dtype, shape), dim, device in zip(specs, dims, devices, strict=True)
     ]
-    output = take_outputs(_value(note["structure"], leaves))
+    output = take_outputs(_value(note["structure"], leaves, DEEPEST))
     if output.key.hex() != note["key"] or len(output.tensors) != len(leaves):
         raise ValueError("another structure")
     rounding = Rounding(leaves, batch.coarse)
@@ -191,30 +219,34 @@ class _Place:
     index: int
 
 
-def _tree(value: Any) -> list[Any]:
+def _tree(value: Any, depth: int = DEEPEST) -> list[Any]:
     kind = type(value)
+    if not depth:
+        raise Bypass("its output holds containers in each other too deeply")
     if kind is _Place:
         return ["leaf", value.index]
-    if kind in _PLAIN:
+    if kind in _PLAIN and not (kind is int and value.bit_length() > LONGEST_INT):
         return ["value", value]
     if kind is float:
         return ["float", value.hex()]
     if kind in (list, tuple):
-        return [kind.__name__, [*map(_tree, value)]]
+        return [kind.__name__, [_tree(part, depth - 1) for part in value]]
     if kind is dict and all(type(name) is str for name in value):
-        return ["dict", [*value], [*map(_tree, value.values())]]
-    raise Bypass(f"its output holds a {kind.__name__}")
+        return ["dict", [*value], [_tree(part, depth - 1) for part in value.values()]]
+    raise Bypass(f"its output holds a {kind.__name__}{' with keys that are no texts' if kind is dict else ''}")
 
 
-def _value(tree: Any, leaves: Sequence[torch.Tensor]) -> Any:
+def _value(tree: Any, leaves: Sequence[torch.Tensor], depth: int) -> Any:
     kind, *rest = tree
+    if not depth:
+        raise ValueError("too deep")
     if kind == "leaf":
         return leaves[_dim(rest[0])]
     if kind == "value" and type(rest[0]) in _PLAIN:
         return rest[0]
     if kind == "float":
         return float.fromhex(rest[0])
-    parts = [_value(part, leaves) for part in rest[-1]]
+    parts = [_value(part, leaves, depth - 1) for part in rest[-1]]
     if kind == "dict":
         return dict(zip(map(str, rest[0]), parts, strict=True))
     return {"list": list, "tuple": tuple}[kind](parts)

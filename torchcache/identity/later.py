@@ -1,29 +1,39 @@
-"""Who computes what may not be there yet: the user's name for it, as long as it is what was built."""
+"""Who computes what may not be there: the user's name for it, as long as it is what was built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torchcache.digest.cpu import digest_bytes
-from torchcache.errors import Unreadable
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.outside import Outside
+from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
 
 __all__ = ["LaterIdentity"]
 
 
-class LaterIdentity(Identity):
-    """The identity of a marked call of what is built when it is needed first.
+class There(Protocol):
+    """What was built."""
 
-    It is the user's name for it, and what is made of its output. Once it is built and what it is then changes, that
+    def now(self) -> bytes:
+        """What it is now."""
+
+    def is_as_built(self) -> bool:
+        """Whether it is what was built."""
+
+
+class LaterIdentity(Identity):
+    """The identity of a marked call of what is built when it is needed.
+
+    It is the user's name for it, and what is made of its output. Where what was built is no more what it was, that
     counts, too: the name says nothing of it.
 
     Parameters
     ----------
     subject : callable
-        As for ``Identity``; asked once it is built.
+        As for ``Identity``; asked while it is there.
     where : str
         Its path, for messages.
     name : callable
@@ -32,8 +42,8 @@ class LaterIdentity(Identity):
         As for ``Identity``.
     output : callable or None
         What is made of its output.
-    built : callable
-        Whether it is there.
+    there : callable
+        What was built; ``None`` while it is not there.
     """
 
     def __init__(
@@ -43,47 +53,50 @@ class LaterIdentity(Identity):
         name: Callable[[], str],
         pure: bool,
         output: Callable[..., Any] | None,
-        built: Callable[[], bool],
+        there: Callable[[], There | None],
     ) -> None:
         super().__init__(subject, where, None, pure)
-        self._called, self._built = name, built
+        self._called, self._there = name, there
         self._output = Identity(lambda: output, where, None, pure) if output is not None else None
-        self._as_built: bytes | None = None
+        self._last: There | None = None
+
+    def there(self) -> There | None:
+        """What was built; of one that was let go nothing is kept."""
+        there = self._there()
+        if there is not self._last:
+            self._last, self._program, self._state = there, None, State()
+        return there
 
     def look(self) -> Seen:
-        """As it is now; nothing before it is built."""
-        return super().look() if self._built() else Seen([])
+        """As it is now; what is made of its output alone while it is not there."""
+        if self.there() is not None:
+            return super().look()
+        return Seen(self._output.look().tensors if self._output is not None else [])
 
     def trains(self) -> bool:
-        """Whether it reads anything that is trainable; what is built is frozen."""
-        return self._built() and super().trains()
+        """Whether it reads anything that is trainable."""
+        if self.there() is not None:
+            return super().trains()
+        return self._output is not None and self._output.trains()
+
+    def named(self) -> bytes:
+        """16 bytes for the user's name. Raises where what is made of its output has no identity."""
+        output = self._output.current() if self._output is not None else b""
+        return digest_bytes(b"later" + output + self._called().encode("utf-8", "surrogatepass"))
 
     def current(self, seen: Seen | None = None) -> bytes:
-        """16 bytes that name what computes. Raises where what is made of its output has no identity."""
-        output = self._output.current() if self._output is not None else b""
-        named = digest_bytes(b"later" + output + self._called().encode("utf-8", "surrogatepass"))
-        if not self._built():
-            return named
-        try:
-            now = super().current(seen if seen is not None and seen.program is not None else None)
-        except Unreadable:  # as where the user names what else is read
-            return named
-        if self._as_built is None:
-            self._as_built = now
-        return named if now == self._as_built else digest_bytes(named + now)
-
-    def settle(self) -> None:
-        """Take what it is from now on for what was built: its first call may have set it up."""
-        self._as_built = None
+        """16 bytes that name what computes; raises as ``named``."""
+        named, there = self.named(), self.there()
+        return named if there is None or there.is_as_built() else digest_bytes(named + there.now())
 
     def steady(self) -> Steady:
         """What computes as it is now."""
-        return super().steady() if self._built() else Steady([], True, None)
+        return super().steady() if self.there() is not None else Steady(self.look().tensors, True, None)
 
     def outside(self) -> Outside | None:
         """What it may write outside of itself."""
-        return super().outside() if self._built() else None
+        return super().outside() if self.there() is not None else None
 
     def reads(self, objects: set[int], names: set[str]) -> bool:
-        """As for ``Identity``; nothing before it is built."""
-        return self._built() and super().reads(objects, names)
+        """As for ``Identity``; nothing while it is not there."""
+        return self.there() is not None and super().reads(objects, names)

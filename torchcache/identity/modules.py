@@ -39,6 +39,7 @@ def describe_module(value: nn.Module) -> Node:
     if isinstance(value, torch.jit.ScriptModule):
         node.problem = "is compiled by TorchScript and cannot be read"
         return node
+    node.problem = getattr(kind, "torchcache_problem", "")
     leave = _KEPT | NOTES if is_noted(kind) else _KEPT
     node.spaces.append(member_space("attribute", members, leave))
     for group, kind_of in GROUPS.items():

@@ -13,7 +13,7 @@ from torchcache.identity.objects import ignored
 from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
 
-__all__ = ["Written"]
+__all__ = ["Written", "written_text"]
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
 _ENTRIES = ("_parameters", "_buffers", "_modules")
@@ -135,3 +135,10 @@ def _equal(before: _Entry | None, after: _Entry | None) -> bool:
     if before is None or after is None:
         return False
     return same(before[0], after[0]) and before[2] == after[2] and same(before[1] or (), after[1] or ())
+
+
+def written_text(names: Sequence[str]) -> tuple[str, str]:
+    """That a forward writes to what has these names, and what to do about it."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
+    return f"its forward writes to {shown}", advice

@@ -53,7 +53,7 @@ class RegionStats:
     reasons : dict of str to int
         Why rows were computed and not stored, and how many.
     built : bool
-        ``False`` where it is deferred, and nothing needed it so far.
+        ``False`` where it is deferred, and not there since nothing needs it.
     """
 
     name: str
@@ -124,7 +124,14 @@ class RegionStats:
             notes.append(f"{self.name}: {len(ordered) - MOST_REASONS} more reasons, in regions[...].reasons")
         if self.alarms:
             notes.append(f"{self.name}: stored rows were found to be wrong {self.alarms} times, and dropped")
-        return notes if self.built else [*notes, f"{self.name}: it was not built, since all rows were found"]
+        return (
+            notes
+            if self.built
+            else [
+                *notes,
+                f"{self.name}: it is not there, since all rows were found, and nothing is computed again meanwhile",
+            ]
+        )
 
     @classmethod
     def of(cls, region: Region) -> RegionStats:
