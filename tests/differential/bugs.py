@@ -11,7 +11,7 @@ from harness import NoAnswerError, execute
 from program import Program
 from torch import nn
 
-from torchcache import call, regions
+from torchcache import call, padded, padding, regions
 from torchcache.call import Region
 from torchcache.checks import audit, learning, probe
 from torchcache.digest import cpu
@@ -20,6 +20,7 @@ from torchcache.identity import callables, key, modules, objects, optimizers, pr
 from torchcache.identity.identity import Identity
 from torchcache.identity.record import Record
 from torchcache.identity.state import State
+from torchcache.store import precision
 from torchcache.store.slab import Slab
 from torchcache.store.tiers import Tiers
 from torchcache.values import containers, layout, take
@@ -225,13 +226,20 @@ def place_in_memory_not_compared(patch):
 
 
 def buffers_left_out(patch):
-    look = Identity.look
-    patch.setattr(Identity, "look", lambda self: [leaf for leaf in look(self) if isinstance(leaf, nn.Parameter)])
+    made = program.Program.__init__
+
+    def partly(self, *given, **more):
+        made(self, *given, **more)
+        self.tensors = [leaf for leaf in self.tensors if isinstance(leaf, nn.Parameter)]
+
+    patch.setattr(program.Program, "__init__", partly)
 
 
 def trainable_weights_taken_for_frozen(patch):
-    look = Identity.look
-    patch.setattr(Identity, "look", lambda self: [leaf.detach() for leaf in look(self)])
+    patch.setattr(call, "_requires_grad", lambda leaf: False)
+
+
+trainable_weights_taken_for_frozen.mark = "unfrozen"
 
 
 # Program.
@@ -310,6 +318,41 @@ def parts_named_without_their_state(patch):
 parts_named_without_their_state.net, parts_named_without_their_state.mark = "Branches", "partial"
 
 
+# What of an output is stored, and of rows that are padded.
+
+
+def scales_of_other_rows(patch):
+    pack = precision.Precision.pack
+
+    def mixed(self, rows):
+        packed, held = pack(self, rows)
+        return [*packed[: len(rows)], *(scale.flip(0) for scale in packed[len(rows) :])], held
+
+    patch.setattr(precision.Precision, "pack", mixed)
+
+
+scales_of_other_rows.kept, scales_of_other_rows.mark = "int8", "instance"
+
+
+def lengths_put_together_in_another_order(patch):
+    merged = padding.Padding._merged
+
+    def mixed(self, batch, groups, made, proof):
+        return merged(self, batch, [rows[::-1] for rows in groups], made, proof)
+
+    patch.setattr(padding.Padding, "_merged", mixed)
+    patch.setattr(padding.Padding, "_agree", lambda *given: None)
+
+
+def rows_cut_shorter_than_they_are(patch):
+    patch.setattr(padded.PaddedBatch, "cut_to", lambda self, length: max(1, length - 1))
+    patch.setattr(padding.Padding, "_agree", lambda *given: None)
+
+
+lengths_put_together_in_another_order.net, lengths_put_together_in_another_order.mark = "Padded", "instance"
+rows_cut_shorter_than_they_are.net, rows_cut_shorter_than_they_are.mark = "Padded", "instance"
+
+
 def arguments_with_gradients_taken_for_others(patch):
     arguments = call.take_arguments
 
@@ -360,5 +403,8 @@ BUGS = [
     regions_shared_by_copies,
     regions_shared_by_shallow_copies,
     parts_named_without_their_state,
+    scales_of_other_rows,
+    lengths_put_together_in_another_order,
+    rows_cut_shorter_than_they_are,
     arguments_with_gradients_taken_for_others,
 ]

@@ -2,7 +2,7 @@
 
 The image encoder and the text encoder are frozen; ``warm`` runs both over the data set once, and they are on disk for
 every run after this one. Training then needs neither, and adds noise to latents, which are the same in each epoch:
-``torchcache.deferred`` in place of ``mark`` does not even load them in later runs.
+``torchcache.deferred`` in place of ``mark`` lets them go, and does not even load them in later runs.
 """
 
 import argparse
