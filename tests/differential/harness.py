@@ -105,7 +105,10 @@ class Run:
     def _call(self, draw, **ways):
         form = draw.choice([self.forms[0], *self.forms])
         rows = [draw.randrange(nets.POOL) for _ in range(draw.choice(SIZES))]
-        self.answer({**form, **ways}, rows, draw.random() < 0.3)
+        overwrite = draw.random() < 0.3
+        self.answer({**form, **ways}, rows, overwrite)
+        if overwrite:
+            self.answer(form, rows, False)
 
     def _every_form(self, draw):
         for form in self.forms:
