@@ -184,6 +184,7 @@ class Deferred(nn.Module):
         finally:
             if building is mine and not mine.started:  # an interrupt, or no more threads
                 vars(self).pop(place, None)
+                mine.set_exception(RuntimeError(f"torchcache.deferred: building {self.called!r} was interrupted"))
         if building.thread == threading.get_ident():
             raise RuntimeError(f"torchcache.deferred: building {self.called!r} calls what is to be built")
         return building.result()

@@ -811,3 +811,16 @@ def test_a_note_of_many_parts_takes_no_time(runs, monkeypatch):
     filled(runs)
     assert_same(runs()(data()), Net()(data()).detach())
     assert runs.built == 1
+
+
+def test_an_interrupt_before_it_is_built_makes_nobody_wait(runs, monkeypatch):
+    module = runs()
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module(data())
+    assert_same(module(data()), Net()(data()).detach())
