@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 MINUTE = 60.0
-ROUNDS = {"programs": programs.round_of, **rounds.ROUNDS}
+ROUNDS = {"programs": programs.round_of, "unbuilt": programs.unbuilt_round_of, **rounds.ROUNDS}
 
 
 def main() -> int:

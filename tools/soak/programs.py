@@ -20,6 +20,7 @@ sys.path.insert(0, str(HARNESS))
 
 import bugs  # noqa: E402, F401
 import nets  # noqa: E402
+import unbuilt  # noqa: E402
 from harness import Run, WrongAnswerError, clean, execute, follow  # noqa: E402
 from pair import Pair  # noqa: E402
 from program import DOORS, Program, shorten  # noqa: E402
@@ -46,6 +47,18 @@ def round_of(directory: Path, seed: int) -> collections.Counter[str]:
         except (WrongAnswerError, ResumedError) as error:
             raise AssertionError(told(error, program)) from error
         counts["programs"] += 1
+    return counts
+
+
+def unbuilt_round_of(directory: Path, seed: int) -> collections.Counter[str]:
+    """Run some random programs on deferred backbones, each twice over one directory; what was counted."""
+    counts: collections.Counter[str] = collections.Counter()
+    for number in range(PROGRAMS):
+        names = unbuilt.STEPS if number % 2 else unbuilt.CALLS  # those that need not compute
+        program = unbuilt.drawn(seed * PROGRAMS + number, names)
+        found, built = unbuilt.again(program, directory / str(number))
+        counts += found
+        counts["second runs that built nothing"] += not built[1]
     return counts
 
 
