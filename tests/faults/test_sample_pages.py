@@ -9,7 +9,7 @@ import loaded
 import pytest
 
 from torchcache.cli.main import main
-from torchcache.loading import pages
+from torchcache.store import note
 from torchcache.store.blob import Codec
 
 
@@ -68,6 +68,6 @@ def test_pages_without_end_are_not_read_to_the_end(cache, monkeypatch, name):
     with connected(cache) as connection:
         loaded.multiply(cache, connection, loaded.FORGED[name], 300)
     monkeypatch.setattr(Counted, "decoded", 0)
-    monkeypatch.setattr(pages, "Codec", Counted)
+    monkeypatch.setattr(note, "Codec", Counted)
     loaded.epochs(cache)
     assert 1 < Counted.decoded < 100
