@@ -148,7 +148,8 @@ def _key(batch: Batch, options: CacheOptions) -> bytes:
         (
             tensor.dtype,
             [-1 if dim in dims and size == rows else size for dim, size in enumerate(tensor.shape)],
-            order_of(tensor.movedim(options.batch_dim, 0) if tensor.ndim > options.batch_dim else tensor),
+            # Lazy tensors are asked for nothing but what they know.
+            order_of(tensor.movedim(options.batch_dim, 0) if 0 < options.batch_dim < tensor.ndim else tensor),
         )
         for tensor in batch.taken.tensors
     ]
