@@ -207,6 +207,78 @@ def test_no_row_holds_what_grows_with_the_batch(first):
     assert bytes_a_row(model) == 64 * 4
 
 
+class Several(nn.Module):
+    """Of each row several are made, or come: the trainable head gets them as a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, 64).requires_grad_(False), nn.Linear(64, 3)
+
+    def forward(self, x):
+        found = self.head(torch.tanh(self.body(self.apart(x))))
+        return self.together(found, len(x)).sum(1)
+
+    def apart(self, x):
+        return x.flatten(0, 1)
+
+    def together(self, found, count):
+        return found.unflatten(0, (count, -1))
+
+
+class Turned(Several):
+    """The first of each row come first."""
+
+    def apart(self, x):
+        return x.transpose(0, 1).reshape(-1, WIDTH)
+
+    def together(self, found, count):
+        return found.unflatten(0, (-1, count)).transpose(0, 1)
+
+
+class Repeated(Turned):
+    def apart(self, x):
+        return x[:, 0].repeat(3, 1)
+
+
+class Crops(Turned):
+    def apart(self, x):
+        return torch.cat([x[:, 0], x[:, 1], x[:, 0] * 2])
+
+
+class Twice(Several):
+    """Parts of parts, which meet within their row."""
+
+    def apart(self, x):
+        parts = x[:, :, None].expand(-1, -1, 2, -1).reshape(-1, 2, WIDTH)
+        return (parts - parts.mean(1, keepdim=True) + parts[:, :1]).flatten(0, 1)
+
+
+class Shifted(Several):
+    """Each part reads the one before it, which may be of another row."""
+
+    def apart(self, x):
+        flat = x.flatten(0, 1)
+        return flat + flat.roll(1, 0)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(Several, 3 * 64 * 4), (Twice, 6 * 64 * 4), (Turned, None), (Repeated, None), (Crops, None), (Shifted, None)],
+)
+def test_a_row_may_be_several_entries_of_a_batch(door, kind, size):
+    """Those of one row beside each other; where they lie elsewhere, or rows meet, it is right all the same."""
+    net, twin = made(kind)
+    model = torchcache.mark(net, audit=0)
+    run, x = opened(door, model), torch.randn(9, 3, WIDTH)
+    for rows in (range(6), range(6), [7, 3, 8], [8, 2], [0, 1, 1, 5], range(9)):
+        assert_trains_the_same(run, model, twin, [x[[*rows]]])
+    if size is not None:
+        stats = torchcache.stats(model)
+        assert (stats.misses, stats.bypasses) == (9, 0)
+        assert bytes_a_row(model) == size
+
+
 class Mixes(nn.Module):
     """Its rows depend on each other in eval mode alone."""
 

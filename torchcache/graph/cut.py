@@ -10,11 +10,14 @@ import torch
 from torch import fx
 
 from torchcache.dynamo import expression_of, storage_of
-from torchcache.graph.fewest import fewest, is_cheap, reachable
+from torchcache.graph.fewest import fewest, is_cheap, operator_name, reachable
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
 
-__all__ = ["Cut", "batch_of", "cut_region", "has_rows"]
+__all__ = ["Cut", "batch_of", "cut_region"]
+
+# Operators that may make the first dimensions of a tensor one, in their order.
+MERGING = frozenset({"view", "reshape", "flatten", "repeat_interleave"})
 
 
 @dataclasses.dataclass
@@ -29,11 +32,14 @@ class Cut:
         Those among them whose values are stored.
     recomputed : list of Node
         Those that lead from the stored ones to what is read outside, and stay where they are: in order.
+    entries : list of int
+        How many entries along its first dimension are one row of each output.
     """
 
     nodes: list[fx.Node]
     outputs: list[fx.Node]
     recomputed: list[fx.Node]
+    entries: list[int]
 
     def __post_init__(self) -> None:
         self._apart = set(self.nodes) - set(self.recomputed)
@@ -53,13 +59,15 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
         if not read:
             return None
         batch = batch_of(members, read, analysis)
-        whole = {node for node in members if has_rows(node, batch)} - _mixing(members, batch)
+        whole = _rows(members, batch)
         found = fewest(read, members, whole, analysis)
         if found is not None:
             outputs, recomputed = found
             needed = _ancestors(outputs, members, analysis)
             kept = [node for node in members if node in needed]
-            cut = Cut(kept, outputs, [node for node in members if node in recomputed])
+            cut = Cut(
+                kept, outputs, [node for node in members if node in recomputed], [*map(whole.__getitem__, outputs)]
+            )
             return cut if _worthwhile(kept, nodes, analysis) and _orderly(cut, analysis) else None
         mixed = [node for node in read if node not in whole]
         for node in reachable(mixed, members, lambda node: node.users):
@@ -78,12 +86,46 @@ def batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis:
     return next((batch for batch in batches if batch in given), batches[0] if batches else None)
 
 
-def has_rows(node: fx.Node, batch: Any) -> bool:
-    """Whether ``node`` is a tensor whose first dimension is the batch; not one that is still to be conjugated."""
+def _rows(members: dict[fx.Node, None], batch: Any) -> dict[fx.Node, int]:
+    """The members that have rows which do not meet, as far as their shapes tell, with how many entries are one row.
+
+    More than one is where what a row has several of, such as choices or frames, was made a batch, row by row.
+    """
+    found: dict[fx.Node, int] = {}
+    for node in members:
+        count = _entries(node, batch)
+        if count == 1 or (
+            count and all(_keeps_together(node, source, count, found, batch) for source in node.all_input_nodes)
+        ):
+            found[node] = count
+    mixing = _mixing(members, batch)
+    return {node: count for node, count in found.items() if node not in mixing}
+
+
+def _keeps_together(node: fx.Node, source: fx.Node, count: int, found: dict[fx.Node, int], batch: Any) -> bool:
+    """Whether the entries of a row that ``node`` makes of ``source`` lie beside each other."""
+    tensor = tensor_of(source)
+    if tensor is None or not _counts(tensor, batch.free_symbols):
+        return True
+    many = _entries(source, batch)
+    together = many == 1 or source in found
+    return together and (many == count or (many > 0 and operator_name(node) in MERGING))
+
+
+def _entries(node: fx.Node, batch: Any) -> int:
+    """How many entries along the first dimension there are for each row; 0 where it has no rows.
+
+    A tensor that is still to be conjugated has none.
+    """
     tensor = tensor_of(node)
     if tensor is None or not tensor.ndim or tensor.is_conj() or tensor.is_neg():
-        return False
-    return bool(expression_of(tensor.shape[0]) == batch)
+        return 0
+    size = expression_of(tensor.shape[0])
+    if size == batch:
+        return 1
+    # Of a number nobody can say whether it follows from another.
+    many = size / batch if batch is not None and batch.is_Symbol else None
+    return int(many) if many is not None and many.is_Integer and many > 0 else 0
 
 
 def _mixing(members: dict[fx.Node, None], batch: Any) -> set[fx.Node]:

@@ -67,7 +67,8 @@ def inputs_of(cut: Cut, analysis: Analysis) -> Inputs:
 def extract(cut: Cut, analysis: Analysis, inputs: Inputs, rows: Rows) -> fx.GraphModule:
     """Copy a region into a graph of its own, within the autocast blocks that its nodes were traced in.
 
-    It takes data, state, and those sizes that are not the number of rows.
+    It takes data, state, and those sizes that are not the number of rows. The first dimension of what it gives is that
+    of the rows.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -93,6 +94,9 @@ def extract(cut: Cut, analysis: Analysis, inputs: Inputs, rows: Rows) -> fx.Grap
         copy_of(node)
     while blocks:
         graph.call_function(EXIT_AUTOCAST, (blocks.pop()[1],))
+    for node, count in zip(cut.outputs, cut.entries, strict=True):
+        if count > 1:
+            copies[node] = graph.call_method("unflatten", (copies[node], 0, (-1, count)))
     graph.output(tuple(copies[node] for node in cut.outputs))
     for node in graph.nodes:  # notes of the trace, which keep alive what they are about
         node.meta = {}

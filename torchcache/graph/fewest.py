@@ -8,7 +8,7 @@ cuts as small it is the one nearest to what is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from torchcache.dynamo import hint, storage_of
 from torchcache.graph.frozen import Analysis, tensor_of
 
-__all__ = ["fewest", "is_cheap", "reachable"]
+__all__ = ["fewest", "is_cheap", "operator_name", "reachable"]
 
 # Operators that only look at, compare or rearrange what there is; as their names are without underscores at the ends.
 CHEAP = frozenset(
@@ -48,7 +48,9 @@ Members = dict[fx.Node, None]
 Stored = tuple[list[fx.Node], set[fx.Node]]
 
 
-def fewest(outputs: Sequence[fx.Node], members: Members, rows: set[fx.Node], analysis: Analysis) -> Stored | None:
+def fewest(
+    outputs: Sequence[fx.Node], members: Members, rows: Mapping[fx.Node, int], analysis: Analysis
+) -> Stored | None:
     """What of a region is stored.
 
     Parameters
@@ -57,8 +59,8 @@ def fewest(outputs: Sequence[fx.Node], members: Members, rows: set[fx.Node], ana
         The members whose values are read outside and differ between calls.
     members : dict of Node to None
         The region, in order.
-    rows : set of Node
-        The members that are tensors with rows, which do not depend on each other.
+    rows : dict of Node to int
+        The members that are tensors with rows, which do not depend on each other, and the entries a row of each.
     analysis : Analysis
         What is known of its nodes.
 
@@ -70,32 +72,32 @@ def fewest(outputs: Sequence[fx.Node], members: Members, rows: set[fx.Node], ana
     """
     written = set().union(*analysis.written.values()) if analysis.written else set()
     calm = {node for node in members if not _touches(node, written)}
-    light = {node for node in calm if _name(node) in LIGHT}
+    light = {node for node in calm if operator_name(node) in LIGHT}
     plain = _smallest_cut(outputs, members, light, rows, analysis)
     ends = reachable(outputs, members, lambda node: node.all_input_nodes if node in light else ())
-    near = {node for node in ends & calm if _name(node) in PRODUCTS}
+    near = {node for node in ends & calm if operator_name(node) in PRODUCTS}
     if near:
         further = _smallest_cut(outputs, members, light | near, rows, analysis)
-        if further is not None and (plain is None or _is_better(further, plain, near, members)):
+        if further is not None and (plain is None or _is_better(further, plain, near, members, rows)):
             plain = further
     if plain is None:
         return None
     stored = [node for node in members if node in plain]
     if not stored:  # all of it is cheap
-        return (list(outputs), set()) if rows.issuperset(outputs) else None
+        return (list(outputs), set()) if rows.keys() >= set(outputs) else None
     return stored, _between(outputs, plain, members)
 
 
 def is_cheap(node: fx.Node, analysis: Analysis) -> bool:
     """Whether a node only looks at, compares or rearranges what there is."""
-    return _name(node) in CHEAP and not any(source in analysis.state for source in node.all_input_nodes)
+    return operator_name(node) in CHEAP and not any(source in analysis.state for source in node.all_input_nodes)
 
 
 def _smallest_cut(
     outputs: Iterable[fx.Node],
     members: Members,
     again: set[fx.Node],
-    rows: set[fx.Node],
+    rows: Mapping[fx.Node, int],
     analysis: Analysis,
 ) -> set[fx.Node] | None:
     """The nodes of fewest bytes from which ``outputs`` follow by nodes of ``again``; ``None`` if there are none."""
@@ -106,7 +108,7 @@ def _smallest_cut(
     for node in members:
         if node not in analysis.varying:
             continue
-        flow.add_edge((node, 0), (node, 1), capacity=_bytes(node) if node in rows else math.inf)
+        flow.add_edge((node, 0), (node, 1), capacity=_bytes(node, rows) if node in rows else math.inf)
         if node not in again:
             flow.add_edge("computed", (node, 0))
         for user in node.users:
@@ -121,9 +123,12 @@ def _smallest_cut(
     return {node for node in members if (node, 0) in computed and (node, 1) not in computed and (node, 0) in flow}
 
 
-def _is_better(further: set[fx.Node], plain: set[fx.Node], near: set[fx.Node], members: Members) -> bool:
+def _is_better(
+    further: set[fx.Node], plain: set[fx.Node], near: set[fx.Node], members: Members, rows: Mapping[fx.Node, int]
+) -> bool:
     """Whether to do products again is worth what it saves."""
-    if sum(map(_bytes, further)) > (1 - LEAST_SAVED) * sum(map(_bytes, plain)):
+    most = (1 - LEAST_SAVED) * sum(_bytes(node, rows) for node in plain)
+    if sum(_bytes(node, rows) for node in further) > most:
         return False
     again = sum(map(_work, near - _ancestors(further, members)))
     return again <= MOST_WORK * sum(map(_work, members))
@@ -131,7 +136,7 @@ def _is_better(further: set[fx.Node], plain: set[fx.Node], near: set[fx.Node], m
 
 def _work(node: fx.Node) -> float:
     """Multiplications in a product with weights; 0 for other nodes."""
-    made, name = tensor_of(node), _name(node)
+    made, name = tensor_of(node), operator_name(node)
     if made is None or name not in PRODUCTS | CONVOLUTIONS:
         return 0
     read = [tensor for source in node.all_input_nodes if (tensor := tensor_of(source)) is not None and tensor.ndim > 1]
@@ -142,11 +147,11 @@ def _work(node: fx.Node) -> float:
     return math.prod(map(hint, made.shape)) * math.prod(map(hint, weight.shape)) / max(width, 1)
 
 
-def _bytes(node: fx.Node) -> int:
+def _bytes(node: fx.Node, rows: Mapping[fx.Node, int]) -> int:
     """Bytes a row; at least 1, so that nothing is stored without need."""
     made = tensor_of(node)
     assert made is not None
-    return max(1, math.prod(map(hint, made.shape[1:])) * made.element_size())
+    return max(1, rows[node] * math.prod(map(hint, made.shape[1:])) * made.element_size())
 
 
 def _between(outputs: Iterable[fx.Node], stored: set[fx.Node], members: Members) -> set[fx.Node]:
@@ -181,5 +186,6 @@ def _touches(node: fx.Node, written: set[int]) -> bool:
     return any(isinstance(leaf, torch.Tensor) and storage_of(leaf) in written for leaf in leaves)
 
 
-def _name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """The name of what a node calls, without underscores at its ends."""
     return str(getattr(node.target, "__name__", node.target)).strip("_")

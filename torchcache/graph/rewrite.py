@@ -128,13 +128,15 @@ def _cache(
         module=original,
         data=_traced(inputs.data),
         state=_traced(inputs.state),
-        outputs=_traced(cut.outputs),
+        outputs=_by_row(cut),
         rows=rows,
         parts=tuple(parts),
         digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.fixed),
     )
     paths = tuple(held[node] for node in inputs.state if node in held)
     region = region_for(plan, paths, compile_original)
+    # Which entries of a batch are one row's is read off the graph: should the probe find otherwise, no run ends.
+    region.partial |= max(cut.entries) > 1
     call = GraphCall(region, plan, ModuleState(parts[0].module, paths))
     name = _name(plan, paths, len(inputs.data) + len(inputs.state) - len(paths), call)
     for part in parts:
@@ -149,6 +151,12 @@ def _cache(
 
 def _traced(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
     return tuple(node.meta["example_value"] for node in nodes)
+
+
+def _by_row(cut: Cut) -> tuple[Any, ...]:
+    """What a region gives, as traced, with the rows as its first dimension."""
+    given = zip(_traced(cut.outputs), cut.entries, strict=True)
+    return tuple(leaf if count == 1 else leaf.unflatten(0, (-1, count)) for leaf, count in given)
 
 
 def _name(plan: Plan, paths: Paths, passed: int, call: GraphCall) -> str:
@@ -192,6 +200,8 @@ def _replace(
         replacements = {}
         for index, node in enumerate(cut.outputs):
             item = graph.call_function(operator.getitem, (lookup, index))
+            if cut.entries[index] > 1:
+                item = graph.call_method("flatten", (item, 0, 1))
             item.meta = {key: value for key, value in node.meta.items() if key != "custom"}
             replacements[node] = item
             analysis.varying.add(item)
