@@ -183,6 +183,104 @@ def test_it_is_found_again_in_batches_of_any_size():
     assert torchcache.stats(model).misses == 12
 
 
+class Tokens(nn.Module):
+    """A frozen backbone: tokens of images, and what else such models return."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.body = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        return {"tokens": tokens + self.body(tokens), "map": tokens}
+
+
+class Probe(nn.Module):
+    """A head, and the way from tokens to what it reads; backbones are no part of what trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Tokens(), nn.Linear(WIDTH, 3)
+
+    def forward(self, images, mask):
+        return self.head(self.read(self.backbone(images)["tokens"], mask))
+
+    def read(self, tokens, mask):
+        return tokens[:, 0]
+
+
+class Normalized(Probe):
+    def read(self, tokens, mask):
+        return nn.functional.normalize(tokens.amax(1), dim=-1)
+
+
+class Masked(Probe):
+    def read(self, tokens, mask):
+        weight = mask[..., None].to(tokens.dtype)
+        return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+class Prepared(Probe):
+    """From bytes to floats inside, and in half precision behind."""
+
+    def forward(self, images, mask):
+        images = (images * 20 + 128).to(torch.uint8).float().div(255).sub(0.5).mul(4)
+        return self.head(self.backbone(images)["tokens"].mean(1).half().float())
+
+
+class Both(Probe):
+    def __init__(self):
+        super().__init__()
+        self.other, self.head = Tokens(8), nn.Linear(WIDTH + 8, 3)
+
+    def forward(self, images, mask):
+        return self.head(torch.cat([self.backbone(images)["tokens"][:, 0], self.other(images)["tokens"].mean(1)], 1))
+
+
+@pytest.mark.parametrize("kind", [Probe, Normalized, Masked, Prepared, Both])
+def test_the_mark_may_hold_backbone_and_head(kind):
+    """What follows the backbone is part of the region; its rows are the same through all doors."""
+    net, twin = made(kind)
+    model = torchcache.mark(net, audit=0)
+    images, mask = torch.randn(9, 3, 8, 8), torch.rand(9, 4) > 0.3
+    for door in [*DOORS, "transform"]:
+        run = opened(door, model)
+        for rows in (range(6), [7, 3, 8], [5, 5, 0], range(9)):
+            assert_trains_the_same(run, model, twin, (images[[*rows]], mask[[*rows]]))
+    stats = torchcache.stats(model)
+    assert (stats.misses, stats.bypasses) == (9, 0)
+    size = {Prepared: 2, Both: 6}.get(kind, 4) * WIDTH
+    assert bytes_a_row(model) == size
+
+
+class Neck(Probe):
+    """A frozen part between backbone and head."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Linear(WIDTH, 2 * WIDTH).requires_grad_(False)
+        self.head = nn.Linear(2 * WIDTH, 3)
+
+    def read(self, tokens, mask):
+        return torch.tanh(self.neck(tokens.mean(1)))
+
+
+@pytest.mark.parametrize("door", [*DOORS, "transform"])
+@pytest.mark.parametrize("kind", [Probe, Neck])
+def test_a_mark_inside_a_mark_is_looked_up_by_itself(door, kind, warnings):
+    net, twin = made(kind)
+    torchcache.mark(net.backbone, audit=0)
+    model = torchcache.mark(net, audit=0)
+    run, images, mask = opened(door, model), torch.randn(9, 3, 8, 8), torch.rand(9, 4) > 0.3
+    for rows in (range(6), [7, 3, 8], [5, 5, 0], range(9)):
+        assert_trains_the_same(run, model, twin, (images[[*rows]], mask[[*rows]]))
+    found = [region for region in torchcache.stats(model).regions if region.misses]
+    assert [region.misses for region in found] == [9] * (2 if kind is Neck else 1)
+    assert any("unmark" in text for text in warnings) == (kind is Probe)
+
+
 class Apart(nn.Module):
     """How far the rows of a batch are from each other, as a contrastive loss reads it."""
 

@@ -21,6 +21,9 @@ from torch import fx, nn
 from torchcache import dynamo
 from torchcache.dynamo import ENTER_AUTOCAST, EXIT_AUTOCAST, FakeTensor, TorchDispatchMode, source_of, storage_of
 from torchcache.graph.parts import part_of
+from torchcache.mark import Mark
+from torchcache.op import RECORDING, subject_of
+from torchcache.regions import region_of
 
 __all__ = ["Analysis", "Verdict", "analyse", "is_context_node", "is_number", "tensor_of"]
 
@@ -35,7 +38,7 @@ class Verdict:
     Parameters
     ----------
     kind : str
-        "trainable", "random", "batch statistics", "mutation", "gradient", "functorch" or "untraceable".
+        "trainable", "random", "batch statistics", "mutation", "gradient", "functorch", "marked" or "untraceable".
     reason : str
         The reason with its cause, for people.
     source : str
@@ -177,8 +180,10 @@ def _placeholder_kind(node: fx.Node) -> str:
 def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
     for source in node.all_input_nodes:
         verdict = analysis.verdicts.get(source)
-        # What runs under a functorch transform cannot be copied into a region; its result can be an input of one.
-        if verdict is not None and verdict.kind != "functorch":
+        # What runs under a functorch transform cannot be copied into a region, nor what a mark in this one looks up;
+        # the result of either can be an input of a region.
+        taken_apart = node.target is operator.getitem and tensor_of(source) is None
+        if verdict is not None and verdict.kind != "functorch" and (verdict.kind != "marked" or taken_apart):
             return verdict
     return None
 
@@ -195,9 +200,21 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
         return Verdict("functorch", f"{_where(node)} runs under a functorch transform")
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _leaves(node.meta.get("example_value"))):
         return Verdict("gradient", f"{_where(node)} computes from an input that needs a gradient")
+    inner = next(_subjects(node), None)
+    if inner is not None:
+        name = region_of(*inner).name
+        return Verdict("marked", f"{name} in it has a mark of its own: unmark that, and only what is read is stored")
     if part_of(node) is None:
         return None  # upstream of a mark, dropout and the like only make the mark's input different every time
     return _operator_verdict(node, analysis)
+
+
+def _subjects(node: fx.Node) -> Iterator[tuple[Mark, nn.Module | None]]:
+    """The mark that a node looks up as one call, and its module."""
+    for name in node.args:
+        found = subject_of(name.removesuffix(RECORDING)) if isinstance(name, str) else None
+        if found is not None:
+            yield found
 
 
 def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
