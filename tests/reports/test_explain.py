@@ -265,3 +265,18 @@ def test_an_explainer_answers_every_marked_call_and_no_other():
     model(IDS)
     assert len(seen) == 1
     assert torchcache.stats(model).misses == 4
+
+
+@pytest.mark.parametrize(("length", "is_said"), [(8, False), (800, True)])
+def test_of_large_rows_it_is_said_how_fewer_bytes_are_stored(length, is_said):
+    """As marks on both do then: on the model that holds the head, or on what the head reads."""
+    ids, model = torch.arange(4 * length).reshape(4, length) % 30, Model(Encoder().requires_grad_(False))
+    torchcache.mark(model.encoder)
+    said = torchcache.explain(model, ids)
+    assert said.regions[0].row_bytes == length * 8 * 4
+    assert ("mark the model that holds both" in " ".join(str(said).split())) == is_said
+    torchcache.unmark(model.encoder)
+    torchcache.mark(model)
+    said = torchcache.explain(model, ids)
+    assert said.regions[0].row_bytes == 8 * 4
+    assert "holds both" not in str(said)

@@ -2,8 +2,9 @@
 
     python tools/bench/kept.py [--count 64] [--layers 12]
 
-For each model: marked as it is, marked with ``output=`` where something is made of its output, and features that were
-computed by hand. Needs transformers, peft and diffusers; weights are random. Medians of later epochs, in a row.
+For each model: marked as it is, marked with ``output=`` where something is made of its output, marked together with its
+head, and features that were computed by hand. Needs transformers, peft and diffusers; weights are random. Medians of
+later epochs, in a row.
 """
 
 from __future__ import annotations
@@ -53,11 +54,26 @@ def probe(
         features = torch.cat([output(encode(part)).flatten(1) for part in data.split(BATCH)])
     head = nn.Linear(features.shape[1], 10)
     whole, kept = again(None), again(output)
+    both = torchcache.mark(Both(encode, output, head))
     return {
         "marked": (lambda rows: head(output(whole(data[rows])).flatten(1)), whole),
         "output=": (lambda rows: head(kept(data[rows]).flatten(1)), kept),
+        "with its head": (lambda rows: both(data[rows]), both),
         "by hand": (lambda rows: head(features[rows]), features),
     }
+
+
+class Both(nn.Module):
+    """A copy of an encoder, what is read of its output, and the head that reads it."""
+
+    def __init__(self, encode: Any, output: Callable[[Any], torch.Tensor], head: nn.Linear) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(getattr(encode, "__self__", encode))
+        self.method, self.output, self.head = getattr(encode, "__name__", "forward"), output, head
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.head(self.output(getattr(self.encoder, self.method)(data)).flatten(1))
 
 
 def marked(module: nn.Module, output: Any, method: str = "forward") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -196,9 +197,10 @@ def _add_foreign(watch: Watch, node: Node, owner: Any, foreign: Callable[[Any], 
 
 
 def _items(mapping: dict[Any, Any]) -> tuple[Any, ...]:
-    """The entries in order, without code of a subclass: one of ``transformers`` imports what it is asked for."""
-    names = OrderedDict.__iter__(mapping) if isinstance(mapping, OrderedDict) else dict.__iter__(mapping)
-    return tuple((name, dict.__getitem__(mapping, name)) for name in names)
+    """Names and values in turn, without code of a subclass: one of ``transformers`` imports what it is asked for."""
+    if not isinstance(mapping, OrderedDict):
+        return tuple(chain.from_iterable(dict.items(mapping)))
+    return tuple(chain.from_iterable((name, dict.__getitem__(mapping, name)) for name in OrderedDict.__iter__(mapping)))
 
 
 def _ordered(mapping: dict[Any, Any], items: list[tuple[Any, Any]], node: Node) -> Callable[[], list[str]]:

@@ -300,7 +300,9 @@ class Watch:
 
 def _unchanged(now: Any, known: Any) -> bool:
     if type(known) is tuple:
-        return type(now) is tuple and len(now) == len(known) and all(map(_unchanged, now, known))
+        if type(now) is not tuple or len(now) != len(known):
+            return False
+        return all(map(operator.is_, now, known)) or all(map(_unchanged, now, known))
     if type(known) is type(now) and type(known) in (str, bytes):
         return bool(now == known)
     return same(now, known) or (type(known).__module__.startswith("numpy") and bool(now == known))

@@ -30,6 +30,13 @@ from torchcache.reports.table import Table, Tabular, shown
 
 __all__ = ["Explanation", "LeftOut", "LoaderExplanation", "RegionPlanned", "explain"]
 
+# Bytes a row from which it is worth saying how fewer are stored.
+LARGE = 16_384
+SMALLER = (
+    "A head often reads little of a large row: mark the model that holds both, and only what is read is stored; or name"
+    " it, as in mark(module, output=lambda o: o[:, 0])."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class RegionPlanned:
@@ -108,6 +115,9 @@ class Explanation:
             error = (share_text(region.largest_error),) if seen else ()
             sizes = (f"{region.row_bytes:,}", f"{region.state_bytes:,}", *error)
             cached.add_row(*map(shown, (region.name, region.inputs, region.outputs, *sizes, region.mode)))
+        trains = {part.name for part in self.left_out if part.kind == "trainable"}
+        if any(region.row_bytes >= LARGE and region.name not in trains for region in self.regions):
+            cached.caption, cached.caption_justify = SMALLER, "left"
         left = RichTable("mark", "kind", "reason", title="not cached")
         for part in self.left_out:
             left.add_row(*map(shown, (part.name, part.kind, part.reason)))
