@@ -219,7 +219,7 @@ class Region:
         seen = given.seen or self.subject.identity.look()
         if (torch.is_grad_enabled() or self.partial) and any(map(_requires_grad, seen.tensors)):
             advice = "freeze it with torchcache.mark(module, freeze=True)"
-            raise Trains(f"it trains {trained(self.subject.module)}", advice)
+            raise Trains(lambda: f"it trains {trained(self.subject.module)}", advice)
         who = seen.who or self.subject.identity.current(seen)
         for gone in self._turnover.note(who, self.counters.hits):
             self._learning.forget(gone)

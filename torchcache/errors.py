@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torchcache.printable import printable
 
 __all__ = [
@@ -72,8 +74,8 @@ class Bypass(Exception):  # noqa: N818 - an outcome, which no user sees raised
 
     Parameters
     ----------
-    reason : str
-        Why, in words that a user knows.
+    reason : str or callable
+        Why, in words that a user knows; or what tells it, where that takes long.
     advice : str, default: ""
         What the user can do about it.
     lasting : bool, default: True
@@ -82,12 +84,21 @@ class Bypass(Exception):  # noqa: N818 - an outcome, which no user sees raised
         Whether it is counted only: the user asked for it, or it is over soon.
     """
 
-    def __init__(self, reason: str, advice: str = "", *, lasting: bool = True, quiet: bool = False) -> None:
+    def __init__(
+        self, reason: str | Callable[[], str], advice: str = "", *, lasting: bool = True, quiet: bool = False
+    ) -> None:
         super().__init__(reason, advice)
-        self.reason = reason
+        self._reason = reason
         self.advice = advice
         self.lasting = lasting
         self.quiet = quiet
+
+    @property
+    def reason(self) -> str:
+        """Why, in words that a user knows."""
+        if not isinstance(self._reason, str):
+            self._reason = self._reason()
+        return self._reason
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.advice}" if self.advice else self.reason
