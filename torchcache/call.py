@@ -203,6 +203,8 @@ class Region:
     def _check(self) -> None:
         if bypassed():
             raise Bypass(ASKED, quiet=True)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise Bypass("a CUDA graph is being captured", "capture what follows the mark", lasting=False)
         self._rest.check()
 
     def _take(self, given: Given) -> Batch:

@@ -125,7 +125,8 @@ class CacheOptions:
     zstd_compression_level : int or None
         Level for rows on disk that gain from compression (-100 to 22); ``None`` stores all as they are.
     digest : {"xxh3_128", "blake3"}
-        Hash of the inputs; "blake3" (of the package blake3) where inputs come from adversaries.
+        Hash of the inputs; "blake3" (of the package blake3) where inputs come from adversaries. With the default, what
+        lies on a device is hashed there, by a function of our own; BLAKE3 is computed on the CPU.
     audit : float
         Share of the run's time, 0 to 0.5, in which rows that were served are computed again and compared, beside the
         rows that are served first, which all are; 0 compares only the first rows that come from disk or a server.

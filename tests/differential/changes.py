@@ -41,8 +41,9 @@ def _optimizer(kind, **options):
 
 
 def _numpy(backbone, parameter, values):
-    view = parameter.detach().numpy()
-    view *= -2
+    if parameter.is_cpu:
+        view = parameter.detach().numpy()
+        view *= -2
 
 
 def _flat(backbone, parameter, values):

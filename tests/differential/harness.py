@@ -38,6 +38,7 @@ ROUGH = (torch.bfloat16, torch.float16)
 ROUGH_SLACK = 3
 BITS = {torch.bfloat16: torch.float16}
 MOST_PAIRS = 3
+CPU = torch.device("cpu")
 # These rows are asked for after every change, so that what is stale is asked for.
 SAME = [0, 1, 2]
 AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
@@ -71,16 +72,25 @@ class Run:
         Where rows are kept, if they are.
     counts : collections.Counter
         What is counted: operations, calls, rows and their hits.
+    device : torch.device
+        Where models and inputs are. On another than the CPU there is no autocast; rows stay there in half the programs.
     """
 
-    def __init__(self, program, directory, counts, pair=None, autocast=None):
+    def __init__(self, program, directory, counts, pair=None, autocast=None, device=CPU):
         self.program = program
         self.directory = directory
         self.counts = counts
         self.autocast = autocast
+        self.device = device
         self.pair = pair or Pair.build(program, directory)
         self.pairs = [self.pair]
-        self.pool = nets.KINDS[program.net].pool(torch.Generator().manual_seed(program.seed))
+        pool = nets.KINDS[program.net].pool(torch.Generator().manual_seed(program.seed))
+        self.pool = [tensor.to(device) for tensor in pool]
+        if device != CPU:
+            for model in self.pair.both:
+                model.to(device)
+            for part in self.pair.marked() if program.seed % 2 else ():
+                part.torchcache_memory_cache_device = None
         draw = random.Random(program.seed)
         self.forms = [{}, *(form for group in draw.sample(FORMS, 2) for form in group)]
         if program.net == "Shaped":
@@ -124,7 +134,8 @@ class Run:
         self._call(draw, gradients="input")
 
     def _autocast(self, draw):
-        self.autocast = draw.choice([dtype for dtype in AUTOCAST if dtype is not self.autocast])
+        if self.device == CPU:
+            self.autocast = draw.choice([dtype for dtype in AUTOCAST if dtype is not self.autocast])
 
     def _copy(self, draw):
         if draw.random() < 0.5:
@@ -334,7 +345,7 @@ def clean():
         nets.set_world(known)
 
 
-def execute(program, counts=None, after=None):
+def execute(program, counts=None, after=None, device=CPU):
     """Run a program.
 
     Parameters
@@ -345,6 +356,8 @@ def execute(program, counts=None, after=None):
         Where to count.
     after : callable, optional
         Called with the ``Run`` at its end, while its directory is there.
+    device : torch.device, optional
+        Where models and inputs are.
 
     Raises
     ------
@@ -353,7 +366,7 @@ def execute(program, counts=None, after=None):
     """
     counts = collections.Counter() if counts is None else counts
     with clean(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        run = Run(program, Path(temporary) / "cache", counts)
+        run = Run(program, Path(temporary) / "cache", counts, device=device)
         follow(run)
         if after is not None:
             after(run)

@@ -153,7 +153,7 @@ def fresh(name, tensor, draw):
     values = torch.randn(tensor.shape, generator=generator) * 0.6
     if "var" in name:
         values = values.abs() + 0.3
-    return values.to(tensor.dtype)
+    return values.to(tensor.device, tensor.dtype)
 
 
 def floating(module):
@@ -195,7 +195,7 @@ def compare(found, expected, coarse, where="output", slack=0.0):
 
 
 def _compare_tensors(found, expected, coarse, where, slack):
-    for name in ("dtype", "shape", "requires_grad"):
+    for name in ("dtype", "shape", "requires_grad", "device"):
         if getattr(found, name) != getattr(expected, name):
             raise DiffersError(f"{where}.{name} is {getattr(found, name)}, not {getattr(expected, name)}")
     a, b = found.detach().double(), expected.detach().double()

@@ -459,3 +459,17 @@ def test_what_cannot_be_read_is_not_read_again_in_every_call(monkeypatch):
         module(torch.randn(4, 3))
     assert len(made) <= 10
     assert torchcache.stats(module).bypasses == 120
+
+
+def test_a_captured_cuda_graph_holds_no_lookup(monkeypatch):
+    """What is looked up while it is captured would be what every replay gives."""
+    net, x = torchcache.mark(nn.Linear(4, 4).requires_grad_(False)), torch.randn(3, 4)
+    net(x)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    net(x)
+    monkeypatch.undo()
+    net(x)
+    stats = torchcache.stats(net)
+    assert (stats.hits, stats.misses, stats.bypasses) == (3, 3, 3)
+    assert stats.regions[0].reasons == {"a CUDA graph is being captured": 3}

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from torchcache.lazy.use import digests_of
+from torchcache.digest.device import digests_on_device, to_host
+from torchcache.lazy.use import digests_of, loaded
 from torchcache.store.blob import row_bytes
 from torchcache.threads import THREADED_ROW, in_parts
 
@@ -23,6 +24,8 @@ LARGE_ROW = 1024
 
 def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
     """Hash each row over all inputs. Samples that are not loaded count by the digests that are known of them.
+
+    What lies on a device is hashed there, by another function (``lanes.py``), unless BLAKE3 is asked for.
 
     Parameters
     ----------
@@ -37,6 +40,10 @@ def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
         ``B`` digests of 16 bytes.
     """
     known = [digests_of(leaf, algorithm) for leaf in rows]
+    away = [place for place, leaf in enumerate(rows) if known[place] is None and not leaf.is_cpu]
+    if away and algorithm == "xxh3_128":
+        found = to_host([digests_on_device(loaded(rows[place])) for place in away])
+        known = [found.pop(0) if place in away else digests for place, digests in enumerate(known)]
     if len(rows) == 1:
         return known[0] if known[0] is not None else _one_input(rows[0], algorithm)
     parts = []

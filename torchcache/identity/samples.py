@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ TURNS = 16
 WORD = 8
 # By the bytes of an element; complex numbers are taken for two.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Gives elements of a tensor, for a turn.
+Look = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Samples(Protocol):
@@ -49,9 +51,9 @@ def samples_of(tensors: Sequence[torch.Tensor]) -> list[Samples]:
     here = [index for index in with_data if tensors[index].is_cpu]
     whole = [index for index in here if tensors[index].numel() <= WHOLE]
     in_part = sorted({*here} - {*whole})
-    away: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    away: dict[torch.device, list[int]] = {}
     for index in sorted({*with_data} - {*here}):
-        away.setdefault((tensors[index].device, tensors[index].dtype), []).append(index)
+        away.setdefault(tensors[index].device, []).append(index)
     samples: list[Samples] = [OnDevice(group, tensors) for group in away.values()]
     if whole:
         samples.append(WholeInMemory(whole, tensors))
@@ -133,11 +135,16 @@ def _sampled_addresses(tensor: torch.Tensor, random: np.random.Generator) -> npt
 
 
 class OnDevice:
-    """Elements of tensors of one dtype on one device, gathered and compared there."""
+    """Elements of tensors on one device, gathered and compared there; who asks waits once."""
 
     def __init__(self, indices: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
-        self._indices = list(indices)
-        self._starts = np.random.default_rng().random((TURNS, len(self._indices)))
+        self._indices = set(indices)
+        shares = np.random.default_rng().random((len(indices), TURNS))
+        # By the size of their elements, since only tensors of one dtype are joined at once.
+        self._groups: dict[torch.dtype, list[tuple[int, Look]]] = {}
+        for index, share in zip(indices, shares, strict=True):
+            dtype, look = _look_at(tensors[index], share)
+            self._groups.setdefault(dtype, []).append((index, look))
         self._were = [self._gather(tensors, turn) for turn in range(TURNS)]
         self._turns = itertools.cycle(range(TURNS))
 
@@ -148,24 +155,34 @@ class OnDevice:
 
     def differing(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """All of the tensors, or none."""
-        turns = range(TURNS)
-        same = all(torch.equal(self._gather(tensors, turn), self._were[turn]) for turn in turns)
-        return set() if same else set(self._indices)
+        same = [torch.equal(self._gather(tensors, turn), self._were[turn]) for turn in range(TURNS)]
+        return set() if all(same) else self._indices
 
     def _gather(self, tensors: Sequence[torch.Tensor], turn: int) -> torch.Tensor:
-        starts = self._starts[turn]
-        return torch.cat([_strided(tensors[index], start) for index, start in zip(self._indices, starts, strict=True)])
+        with torch.no_grad():
+            groups = [
+                torch.cat([look(tensors[index], turn) for index, look in group]).to(torch.int64)
+                for group in self._groups.values()
+            ]
+            return torch.cat(groups) if len(groups) > 1 else groups[0]
 
 
-def _strided(tensor: torch.Tensor, start: float) -> torch.Tensor:
-    """Elements of a tensor as integers in one dimension: all, or every n-th from ``start``, a share of n."""
+def _look_at(tensor: torch.Tensor, shares: npt.NDArray[np.float64]) -> tuple[torch.dtype, Look]:
+    """What gives some elements of a tensor as integers, by turns: all, or every n-th from a share of n."""
+    dtype = _INTEGERS[tensor.itemsize // (2 if tensor.is_complex() else 1)]
+    numbers = _numbers(tensor, dtype)
+    count = numbers.numel()
+    step, length = (1, count) if count <= WHOLE else (count // PARTS, PARTS)
+    starts = [int(share * step) for share in shares] if count > WHOLE else [0] * TURNS
+    along = sorted(range(numbers.ndim), key=numbers.stride, reverse=True)
+    if not numbers.permute(along).is_contiguous():  # it has gaps
+        return dtype, lambda tensor, turn: _numbers(tensor, dtype).reshape(-1)[starts[turn] :: step]
+    offset = numbers.storage_offset()
+    if tensor.is_complex() or tensor.is_neg():
+        return dtype, lambda tensor, turn: _numbers(tensor, dtype).as_strided((length,), (step,), offset + starts[turn])
+    return dtype, lambda tensor, turn: tensor.view(dtype).as_strided((length,), (step,), offset + starts[turn])
+
+
+def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    tensor = tensor.view(_INTEGERS[tensor.itemsize])
-    if tensor.numel() <= WHOLE:
-        return tensor.reshape(-1)
-    step = tensor.numel() // PARTS
-    along = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    if tensor.permute(along).is_contiguous():  # permuted, and without gaps
-        return tensor.as_strided((PARTS,), (step,), tensor.storage_offset() + int(start * step))
-    return tensor.reshape(-1)[int(start * step) :: step]
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(dtype)

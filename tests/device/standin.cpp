@@ -1,0 +1,306 @@
+// A device for tests whose memory the host cannot touch: it is mapped twice, and the addresses that tensors have are
+// not readable. Operators run on the CPU, in the second mapping. What is copied to the host, and who waits, is counted.
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/Resize.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+namespace {
+
+constexpr auto kDevice = c10::DeviceType::PrivateUse1;
+std::atomic<int64_t> to_host{0}, to_device{0}, waits{0};
+
+struct Block {
+  void* hidden;
+  char* real;
+  size_t bytes;
+};
+std::mutex mutex;
+std::map<uintptr_t, Block> blocks;
+
+void release(void* hidden) {
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = blocks.find(reinterpret_cast<uintptr_t>(hidden));
+  if (found == blocks.end()) return;
+  munmap(found->second.hidden, found->second.bytes);
+  munmap(found->second.real, found->second.bytes);
+  blocks.erase(found);
+}
+
+struct Memory final : c10::Allocator {
+  c10::DataPtr allocate(size_t wanted) override {
+    c10::Device device(kDevice, 0);
+    if (wanted == 0) return {nullptr, device};
+    size_t page = sysconf(_SC_PAGESIZE), bytes = (wanted + page - 1) / page * page;
+    int file = memfd_create("standin", 0);
+    TORCH_CHECK(file >= 0 && ftruncate(file, bytes) == 0, "standin: no memory");
+    void* hidden = mmap(nullptr, bytes, PROT_NONE, MAP_SHARED, file, 0);
+    void* real = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    TORCH_CHECK(hidden != MAP_FAILED && real != MAP_FAILED, "standin: no memory");
+    std::lock_guard<std::mutex> lock(mutex);
+    blocks[reinterpret_cast<uintptr_t>(hidden)] = {hidden, static_cast<char*>(real), bytes};
+    return {hidden, hidden, &release, device};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override;
+} memory;
+
+char* real_address(const void* hidden) {
+  std::lock_guard<std::mutex> lock(mutex);
+  auto address = reinterpret_cast<uintptr_t>(hidden);
+  auto after = blocks.upper_bound(address);
+  TORCH_CHECK(after != blocks.begin(), "standin: no such address");
+  const Block& block = std::prev(after)->second;
+  size_t offset = address - reinterpret_cast<uintptr_t>(block.hidden);
+  TORCH_CHECK(offset < block.bytes, "standin: no such address");
+  return block.real + offset;
+}
+
+void Memory::copy_data(void* to, const void* from, size_t bytes) const {
+  if (bytes) std::memcpy(real_address(to), real_address(from), bytes);
+}
+
+bool is_here(const at::Tensor& tensor) { return tensor.defined() && tensor.device().type() == kDevice; }
+
+// The same elements as a tensor on the CPU.
+at::Tensor on_cpu(const at::Tensor& tensor) {
+  if (!is_here(tensor)) return tensor;
+  auto options = at::TensorOptions().dtype(tensor.scalar_type());
+  at::Tensor made = tensor.storage().nbytes() == 0
+      ? at::empty_strided(tensor.sizes(), tensor.strides(), options)
+      : at::from_blob(real_address(tensor.storage().data()) + tensor.storage_offset() * tensor.itemsize(),
+                      tensor.sizes(), tensor.strides(), options);
+  if (tensor.is_conj()) made._set_conj(true);
+  if (tensor.is_neg()) made._set_neg(true);
+  return made;
+}
+
+at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+  constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
+  return at::detail::empty_strided_generic(size, stride, &memory, keys, c10::dtype_or_default(dtype));
+}
+
+at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
+  return at::detail::empty_generic(size, &memory, keys, c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor brought(const at::Tensor& cpu) {
+  at::Tensor made = empty_strided(cpu.sizes(), cpu.strides(), cpu.scalar_type(), {}, {}, {});
+  if (cpu.numel()) on_cpu(made).copy_(cpu);
+  return made;
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  if (is_here(from) && !is_here(to)) {
+    to_host += from.numel() * from.itemsize();
+    waits += !non_blocking;
+  }
+  if (!is_here(from) && is_here(to)) to_device += from.numel() * from.itemsize();
+  on_cpu(to).copy_(on_cpu(from));
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  at::native::resize_(to, from.sizes());
+  return copy_from(from, to, false);
+}
+
+at::Scalar local_scalar(const at::Tensor& tensor) {
+  to_host += tensor.itemsize();
+  waits += 1;
+  return on_cpu(tensor).item();
+}
+
+bool equal(const at::Tensor& one, const at::Tensor& other) {
+  to_host += 1;
+  waits += 1;
+  return at::equal(on_cpu(one), on_cpu(other));
+}
+
+at::Tensor as_strided(const at::Tensor& tensor, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                      std::optional<c10::SymInt> offset) {
+  std::optional<int64_t> start;
+  if (offset.has_value()) start = offset->expect_int();
+  return at::native::as_strided_tensorimpl(tensor, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
+                                           start);
+}
+
+at::Tensor view(const at::Tensor& tensor, c10::SymIntArrayRef size) {
+  return at::native::view(tensor, C10_AS_INTARRAYREF_SLOW(size));
+}
+
+at::Tensor reshape_alias(const at::Tensor& tensor, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  return at::native::_reshape_alias(tensor, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
+}
+
+at::Tensor& set_storage(at::Tensor& tensor, at::Storage storage, c10::SymInt offset, c10::SymIntArrayRef size,
+                        c10::SymIntArrayRef stride) {
+  tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(storage);
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
+                                                      offset.expect_int());
+  return tensor;
+}
+
+at::Tensor& set_whole_storage(at::Tensor& tensor, at::Storage storage) {
+  const int64_t one = 1;
+  int64_t count = static_cast<int64_t>(storage.nbytes() / tensor.itemsize());
+  tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(storage);
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef(count), c10::IntArrayRef(one), 0);
+  return tensor;
+}
+
+const at::Tensor& resize(const at::Tensor& tensor, c10::SymIntArrayRef size, std::optional<at::MemoryFormat>) {
+  auto wanted = C10_AS_INTARRAYREF_SLOW(size);
+  auto* impl = tensor.unsafeGetTensorImpl();
+  impl->set_sizes_contiguous(wanted);
+  size_t bytes = (impl->storage_offset() + impl->numel()) * impl->itemsize();
+  if (bytes > impl->storage().nbytes()) {
+    at::Storage old = impl->storage();
+    auto data = memory.allocate(bytes);
+    if (old.nbytes()) memory.copy_data(data.get(), old.data(), old.nbytes());
+    old.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(data));
+    old.unsafeGetStorageImpl()->set_nbytes(bytes);
+  }
+  return tensor;
+}
+
+// Any other operator: run on the CPU, on the same memory.
+void anything(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  size_t count = schema.arguments().size(), begin = stack->size() - count;
+  std::vector<std::pair<at::Tensor, at::Tensor>> written;  // the CPU's tensor, and the one that was given
+  auto here = [&](const at::Tensor& tensor, bool writes) {
+    at::Tensor cpu = on_cpu(tensor);
+    if (writes && tensor.defined()) written.emplace_back(cpu, tensor);
+    return cpu;
+  };
+  for (size_t place = 0; place < count; place++) {
+    c10::IValue& value = (*stack)[begin + place];
+    const auto* alias = schema.arguments()[place].alias_info();
+    bool writes = alias && alias->isWrite();
+    if (value.isTensor()) {
+      value = here(value.toTensor(), writes);
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> made;
+      for (const at::Tensor& tensor : value.toTensorVector()) made.push_back(here(tensor, writes));
+      value = made;
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> made;
+      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector())
+        made.push_back(tensor.has_value() ? std::optional<at::Tensor>(here(*tensor, writes)) : tensor);
+      value = made;
+    } else if (value.isDevice()) {
+      value = c10::Device(c10::kCPU);
+    }
+  }
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  auto back = [&](const at::Tensor& cpu) {
+    if (!cpu.defined() || is_here(cpu)) return cpu;
+    for (auto& [made, given] : written) {
+      if (!made.is_same(cpu)) continue;
+      if (is_here(given) && cpu.sizes() != given.sizes()) {  // an out= that was resized
+        at::native::resize_(given, cpu.sizes());
+        on_cpu(given).copy_(cpu);
+      }
+      return given;
+    }
+    return brought(cpu);
+  };
+  for (size_t place = stack->size() - schema.returns().size(); place < stack->size(); place++) {
+    c10::IValue& value = (*stack)[place];
+    if (value.isTensor()) {
+      value = back(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> made;
+      for (const at::Tensor& tensor : value.toTensorVector()) made.push_back(back(tensor));
+      value = made;
+    }
+  }
+}
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return at::getCPUAllocator(); }
+  bool isPinnedPtr(const void*) const override { return false; }
+};
+
+// One device, one stream, on which everything is done at once.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kDevice; }
+  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  c10::Device getDevice() const override { return {kDevice, 0}; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
+  c10::Stream getNewStream(c10::Device, int) const override { return getStream(getDevice()); }
+  c10::Stream exchangeStream(c10::Stream) const override { return getStream(getDevice()); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
+    *event = const_cast<Guard*>(this);
+  }
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+  void synchronizeEvent(void*) const override { waits += 1; }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override { waits += 1; }
+  void synchronizeDevice(const c10::DeviceIndex) const override { waits += 1; }
+};
+
+int64_t count_of(const std::string& what) {
+  return what == "to_host" ? to_host : what == "to_device" ? to_device : waits;
+}
+
+void begin() { to_host = to_device = waits = 0; }
+
+const bool registered = [] {
+  static Hooks hooks;
+  at::RegisterPrivateUse1HooksInterface(&hooks);
+  return true;
+}();
+
+}  // namespace
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+REGISTER_ALLOCATOR(kDevice, &memory);
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&anything>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("empty.memory_format", empty);
+  m.impl("empty_strided", empty_strided);
+  m.impl("_copy_from", copy_from);
+  m.impl("_copy_from_and_resize", copy_from_and_resize);
+  m.impl("_local_scalar_dense", local_scalar);
+  m.impl("equal", equal);
+  m.impl("as_strided", as_strided);
+  m.impl("view", view);
+  m.impl("_reshape_alias", reshape_alias);
+  m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", set_whole_storage);
+  m.impl("resize_", resize);
+}
+
+TORCH_LIBRARY(standin, m) {
+  m.def("count(str what) -> int", count_of);
+  m.def("begin() -> ()", begin);
+}
