@@ -351,6 +351,22 @@ class Twice(Several):
         return (parts - parts.mean(1, keepdim=True) + parts[:, :1]).flatten(0, 1)
 
 
+class Late(Several):
+    """What is frozen ends where parts of different rows meet."""
+
+    def forward(self, x):
+        flat = torch.tanh(self.body(x)).flatten(0, 1)
+        return self.together(self.head(flat + flat.roll(1, 0)), len(x)).sum(1)
+
+
+class Chunked(Several):
+    """Several tensors of one, as attention makes its queries, keys and values."""
+
+    def forward(self, x):
+        one, other = self.body(x.flatten(0, 1)).chunk(2, -1)
+        return self.together(self.head(torch.cat([one.softmax(-1), other.square()], -1)), len(x)).sum(1)
+
+
 class Shifted(Several):
     """Each part reads the one before it, which may be of another row."""
 
@@ -362,7 +378,16 @@ class Shifted(Several):
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [(Several, 3 * 64 * 4), (Twice, 6 * 64 * 4), (Turned, None), (Repeated, None), (Crops, None), (Shifted, None)],
+    [
+        (Several, 3 * 64 * 4),
+        (Twice, 6 * 64 * 4),
+        (Late, 3 * 64 * 4),
+        (Chunked, 3 * 64 * 4),
+        (Turned, None),
+        (Repeated, None),
+        (Crops, None),
+        (Shifted, None),
+    ],
 )
 def test_a_row_may_be_several_entries_of_a_batch(door, kind, size):
     """Those of one row beside each other; where they lie elsewhere, or rows meet, it is right all the same."""

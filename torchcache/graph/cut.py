@@ -18,6 +18,14 @@ __all__ = ["Cut", "batch_of", "cut_region"]
 
 # Operators that may make the first dimensions of a tensor one, in their order.
 MERGING = frozenset({"view", "reshape", "flatten", "repeat_interleave"})
+# Operators along one dimension that leave its size as it is, with the place of that dimension among their arguments.
+ALONG = dict.fromkeys(
+    """
+    softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort flip gather scatter scatter_add
+    scatter_reduce index_select index_add index_copy index_fill take_along_dim
+    """.split(),
+    1,
+) | {"roll": 2, "normalize": 2}
 
 
 @dataclasses.dataclass
@@ -59,7 +67,7 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
         if not read:
             return None
         batch = batch_of(members, read, analysis)
-        whole = _rows(members, batch)
+        whole = _rows(members, batch, analysis)
         found = fewest(read, members, whole, analysis)
         if found is not None:
             outputs, recomputed = found
@@ -86,7 +94,7 @@ def batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis:
     return next((batch for batch in batches if batch in given), batches[0] if batches else None)
 
 
-def _rows(members: dict[fx.Node, None], batch: Any) -> dict[fx.Node, int]:
+def _rows(members: dict[fx.Node, None], batch: Any, analysis: Analysis) -> dict[fx.Node, int]:
     """The members that have rows which do not meet, as far as their shapes tell, with how many entries are one row.
 
     More than one is where what a row has several of, such as choices or frames, was made a batch, row by row.
@@ -95,21 +103,49 @@ def _rows(members: dict[fx.Node, None], batch: Any) -> dict[fx.Node, int]:
     for node in members:
         count = _entries(node, batch)
         if count == 1 or (
-            count and all(_keeps_together(node, source, count, found, batch) for source in node.all_input_nodes)
+            count
+            and _leaves_apart(node, analysis)
+            and all(
+                is_number(source)
+                or source not in analysis.varying
+                or _keeps_together(node, source, count, found, batch)
+                for source in node.all_input_nodes
+            )
         ):
             found[node] = count
     mixing = _mixing(members, batch)
-    return {node: count for node, count in found.items() if node not in mixing}
+    return {node: count for node, count in found.items() if node not in mixing and tensor_of(node) is not None}
 
 
 def _keeps_together(node: fx.Node, source: fx.Node, count: int, found: dict[fx.Node, int], batch: Any) -> bool:
     """Whether the entries of a row that ``node`` makes of ``source`` lie beside each other."""
-    tensor = tensor_of(source)
-    if tensor is None or not _counts(tensor, batch.free_symbols):
+    tensor = _any_tensor_of(source)
+    if tensor is not None and not _counts(tensor, batch.free_symbols):
         return True
     many = _entries(source, batch)
     together = many == 1 or source in found
     return together and (many == count or (many > 0 and operator_name(node) in MERGING))
+
+
+def _leaves_apart(node: fx.Node, analysis: Analysis) -> bool:
+    """Whether no entry along the first dimension reads another one, as far as operators and their arguments tell."""
+    name = operator_name(node)
+    if name == "getitem":
+        if tensor_of(node.all_input_nodes[0]) is None:  # of several tensors
+            return True
+        index = node.args[1]
+        first = index[0] if isinstance(index, tuple) and index else index
+        return (
+            first is ... or isinstance(first, slice) or (isinstance(first, fx.Node) and first not in analysis.varying)
+        )
+    place = ALONG.get(name)
+    if place is None:
+        return True
+    given = node.kwargs.get("dim", node.kwargs.get("dims", node.args[place] if len(node.args) > place else None))
+    given = 1 if given is None and name == "normalize" else given
+    tensor = tensor_of(node.all_input_nodes[0])
+    dims = given if isinstance(given, (tuple, list)) else [given]
+    return tensor is not None and all(isinstance(dim, int) and dim % tensor.ndim for dim in dims)
 
 
 def _entries(node: fx.Node, batch: Any) -> int:
@@ -117,7 +153,7 @@ def _entries(node: fx.Node, batch: Any) -> int:
 
     A tensor that is still to be conjugated has none.
     """
-    tensor = tensor_of(node)
+    tensor = _any_tensor_of(node)
     if tensor is None or not tensor.ndim or tensor.is_conj() or tensor.is_neg():
         return 0
     size = expression_of(tensor.shape[0])
@@ -126,6 +162,16 @@ def _entries(node: fx.Node, batch: Any) -> int:
     # Of a number nobody can say whether it follows from another.
     many = size / batch if batch is not None and batch.is_Symbol else None
     return int(many) if many is not None and many.is_Integer and many > 0 else 0
+
+
+def _any_tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that a node produces, or the first of several with as many entries."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, (tuple, list)):
+        return tensor_of(node)
+    tensors = [leaf for leaf in value if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    sizes = {expression_of(leaf.shape[0]) for leaf in tensors}
+    return tensors[0] if len(tensors) == len(value) and len(sizes) == 1 else None
 
 
 def _mixing(members: dict[fx.Node, None], batch: Any) -> set[fx.Node]:
