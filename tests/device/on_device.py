@@ -89,6 +89,19 @@ def test_of_a_batch_that_hits_only_digests_cross(memory, to_device, inputs):
     assert crossed.waits == 2
 
 
+@pytest.mark.skipif(KIND == "cuda" and torch.cuda.device_count() < 2, reason="there is one device")
+@pytest.mark.parametrize("memory", ["cpu", None])
+@pytest.mark.parametrize("door", ["call", "aot_eager"])
+def test_rows_come_back_on_the_device_that_is_asked(door, memory, tmp_path):
+    net, twin = nets(memory_cache_device=memory, persistent=True, persistent_cache_dir=str(tmp_path))
+    run = torch.compile(net, backend="torchcache", options={"inner": door}) if door != "call" else net
+    x = torch.randn(12, 6)
+    for place in (0, 1, 0, 1, 1):
+        device = torch.device(KIND, place)
+        compare(run.to(device), twin.to(device), x.to(device))
+    assert torchcache.stats(net).misses + torchcache.stats(net).hits == 60
+
+
 @counted
 def test_where_ids_are_given_nothing_of_the_batch_crosses():
     net, _ = nets(memory_cache_device=None)

@@ -18,7 +18,9 @@
 namespace {
 
 constexpr auto kDevice = c10::DeviceType::PrivateUse1;
+constexpr c10::DeviceIndex kCount = 2;
 std::atomic<int64_t> to_host{0}, to_device{0}, waits{0};
+thread_local c10::DeviceIndex current = 0;
 
 struct Block {
   void* hidden;
@@ -39,7 +41,7 @@ void release(void* hidden) {
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t wanted) override {
-    c10::Device device(kDevice, 0);
+    c10::Device device(kDevice, current);
     if (wanted == 0) return {nullptr, device};
     size_t page = sysconf(_SC_PAGESIZE), bytes = (wanted + page - 1) / page * page;
     int file = memfd_create("standin", 0);
@@ -86,20 +88,31 @@ at::Tensor on_cpu(const at::Tensor& tensor) {
   return made;
 }
 
+// Makes one of the devices the current one, for a block.
+struct On {
+  explicit On(std::optional<at::Device> device) : before(current) {
+    if (device.has_value() && device->has_index()) current = device->index();
+  }
+  ~On() { current = before; }
+  c10::DeviceIndex before;
+};
+
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  On on(device);
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_strided_generic(size, stride, &memory, keys, c10::dtype_or_default(dtype));
 }
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  On on(device);
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_generic(size, &memory, keys, c10::dtype_or_default(dtype), format);
 }
 
-at::Tensor brought(const at::Tensor& cpu) {
-  at::Tensor made = empty_strided(cpu.sizes(), cpu.strides(), cpu.scalar_type(), {}, {}, {});
+at::Tensor brought(const at::Tensor& cpu, std::optional<at::Device> device) {
+  at::Tensor made = empty_strided(cpu.sizes(), cpu.strides(), cpu.scalar_type(), {}, device, {});
   if (cpu.numel()) on_cpu(made).copy_(cpu);
   return made;
 }
@@ -115,6 +128,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  On on(to.device());
   at::native::resize_(to, from.sizes());
   return copy_from(from, to, false);
 }
@@ -170,6 +184,7 @@ const at::Tensor& resize(const at::Tensor& tensor, c10::SymIntArrayRef size, std
   size_t bytes = (impl->storage_offset() + impl->numel()) * impl->itemsize();
   if (bytes > impl->storage().nbytes()) {
     at::Storage old = impl->storage();
+    On on(tensor.device());
     auto data = memory.allocate(bytes);
     if (old.nbytes()) memory.copy_data(data.get(), old.data(), old.nbytes());
     old.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(data));
@@ -183,8 +198,13 @@ void anything(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   size_t count = schema.arguments().size(), begin = stack->size() - count;
   std::vector<std::pair<at::Tensor, at::Tensor>> written;  // the CPU's tensor, and the one that was given
+  std::optional<at::Device> device;
   auto here = [&](const at::Tensor& tensor, bool writes) {
     at::Tensor cpu = on_cpu(tensor);
+    if (is_here(tensor)) {
+      TORCH_CHECK(!device.has_value() || *device == tensor.device(), "standin: tensors on two devices");
+      device = tensor.device();
+    }
     if (writes && tensor.defined()) written.emplace_back(cpu, tensor);
     return cpu;
   };
@@ -204,6 +224,7 @@ void anything(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         made.push_back(tensor.has_value() ? std::optional<at::Tensor>(here(*tensor, writes)) : tensor);
       value = made;
     } else if (value.isDevice()) {
+      device = value.toDevice();
       value = c10::Device(c10::kCPU);
     }
   }
@@ -213,12 +234,13 @@ void anything(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     for (auto& [made, given] : written) {
       if (!made.is_same(cpu)) continue;
       if (is_here(given) && cpu.sizes() != given.sizes()) {  // an out= that was resized
+        On on(given.device());
         at::native::resize_(given, cpu.sizes());
         on_cpu(given).copy_(cpu);
       }
       return given;
     }
-    return brought(cpu);
+    return brought(cpu, device);
   };
   for (size_t place = stack->size() - schema.returns().size(); place < stack->size(); place++) {
     c10::IValue& value = (*stack)[place];
@@ -240,18 +262,26 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isPinnedPtr(const void*) const override { return false; }
 };
 
-// One device, one stream, on which everything is done at once.
+// Devices with one stream each, on which everything is done at once.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kDevice; }
-  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
-  c10::Device getDevice() const override { return {kDevice, 0}; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    c10::Device before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  c10::Device getDevice() const override { return {kDevice, current}; }
+  void setDevice(c10::Device device) const override { uncheckedSetDevice(device); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    if (device.has_index()) current = device.index();
+  }
+  c10::Stream getStream(c10::Device device) const override {
+    return c10::Stream(c10::Stream::DEFAULT, device.has_index() ? device : getDevice());
+  }
   c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
-  c10::Stream getNewStream(c10::Device, int) const override { return getStream(getDevice()); }
-  c10::Stream exchangeStream(c10::Stream) const override { return getStream(getDevice()); }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return getStream(stream.device()); }
+  c10::DeviceIndex deviceCount() const noexcept override { return kCount; }
   void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
     *event = const_cast<Guard*>(this);
   }

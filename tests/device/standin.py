@@ -47,7 +47,7 @@ def open_device():
     torch.utils.rename_privateuse1_backend("standin")
     module = types.ModuleType("torch.standin")
     module.is_available = lambda: True
-    module.device_count = lambda: 1
+    module.device_count = lambda: 2
     module.current_device = lambda: 0
     module._is_in_bad_fork = lambda: False
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
