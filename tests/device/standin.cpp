@@ -193,6 +193,29 @@ const at::Tensor& resize(const at::Tensor& tensor, c10::SymIntArrayRef size, std
   return tensor;
 }
 
+at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                       bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  std::optional<at::Tensor> bias_on_cpu;
+  if (bias.has_value() && bias->defined()) bias_on_cpu = on_cpu(*bias);
+  at::Tensor made = at::convolution_symint(on_cpu(input), on_cpu(weight), bias_on_cpu, stride, padding, dilation,
+                                           transposed, output_padding, groups);
+  return brought(made, input.device());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
+    c10::SymInt groups, std::array<bool, 3> wanted) {
+  c10::SymInt count = weight.sym_size(transposed ? 1 : 0) * (transposed ? groups : c10::SymInt(1));
+  std::vector<c10::SymInt> sizes{count};
+  auto [a, b, c] = at::convolution_backward_symint(on_cpu(grad), on_cpu(input), on_cpu(weight),
+                                                   c10::SymIntArrayRef(sizes), stride, padding, dilation, transposed,
+                                                   output_padding, groups, wanted);
+  auto back = [&](const at::Tensor& made) { return made.defined() ? brought(made, input.device()) : made; };
+  return {back(a), back(b), back(c)};
+}
+
 // Any other operator: run on the CPU, on the same memory.
 void anything(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -328,6 +351,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("resize_", resize);
+  m.impl("convolution_overrideable", convolution);
+  m.impl("convolution_backward_overrideable", convolution_backward);
 }
 
 TORCH_LIBRARY(standin, m) {
