@@ -39,6 +39,7 @@ ROUGH_SLACK = 3
 BITS = {torch.bfloat16: torch.float16}
 MOST_PAIRS = 3
 CPU = torch.device("cpu")
+TAGS = "skip_tensor_guards_with_matching_dict_tags"
 # These rows are asked for after every change, so that what is stale is asked for.
 SAME = [0, 1, 2]
 AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
@@ -338,8 +339,13 @@ def clean():
     """Globals as they were before, no traces left over; Dynamo looks at hooks that come late."""
     torch._dynamo.reset()
     known = nets.world()
+    asked = {"skip_nnmodule_hook_guards": False}
+    if hasattr(
+        torch._dynamo.config, TAGS
+    ):  # with it, some releases ask no guard of weights whose ``data`` was replaced
+        asked[TAGS] = False
     try:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        with torch._dynamo.config.patch(asked):
             yield
     finally:
         nets.set_world(known)
