@@ -220,7 +220,7 @@ class Region:
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         seen = given.seen or self.subject.identity.look()
         if (torch.is_grad_enabled() or self.partial) and any(map(_requires_grad, seen.tensors)):
-            advice = "freeze it with torchcache.mark(module, freeze=True)"
+            advice = "freeze what is not to train with requires_grad_(False), or all with mark(module, freeze=True)"
             raise Trains(lambda: f"it trains {trained(self.subject.module)}", advice)
         who = seen.who or self.subject.identity.current(seen)
         for gone in self._turnover.note(who, self.counters.hits):
