@@ -9,11 +9,10 @@ import os
 import harness
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from program import KEPT, MARKS, MEMORY, NUMBERS, OPERATIONS, Program
+from hypothesis import given
 from standin import Counted, open_device
 from test_cut import Blocks, trains
+from test_programs import AS_DRAWN, programs, runs
 from torch import nn
 
 import torchcache
@@ -182,41 +181,19 @@ def test_samples_that_are_not_loaded():
                 compare(net, twin, x.to(DEVICE)[:, :6])
 
 
-names = st.sampled_from([name for name, weight in OPERATIONS.items() for _ in range(weight)])
-
-
-def programs(door, steps):
-    return st.builds(
-        Program,
-        net=st.sampled_from(sorted(harness.nets.KINDS)),
-        door=st.just(door),
-        mark=st.sampled_from(MARKS),
-        persistent=st.booleans(),
-        memory=st.sampled_from(MEMORY),
-        seed=st.integers(0, NUMBERS - 1),
-        kept=st.sampled_from(sorted(set(KEPT))),
-        steps=st.lists(st.tuples(names, st.integers(0, NUMBERS - 1)), min_size=steps, max_size=steps).map(tuple),
-    )
-
-
-def runs(examples):
-    phases = (Phase.reuse, Phase.generate)
-    return settings(max_examples=examples, phases=phases, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@runs(15)
+@runs(15, AS_DRAWN)
 @given(programs("eager", 14))
 def test_programs_of_marked_modules(program):
     harness.execute(program, device=DEVICE)
 
 
-@runs(4)
+@runs(4, AS_DRAWN)
 @given(programs("transform", 10))
 def test_programs_of_transformed_models(program):
     harness.execute(program, device=DEVICE)
 
 
-@runs(4)
+@runs(4, AS_DRAWN)
 @given(programs("compile", 10))
 def test_programs_of_compiled_models(program):
     harness.execute(program, device=DEVICE)

@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import types
 from pathlib import Path
@@ -21,29 +19,24 @@ def compiler():
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def built():
-    """The library, built once for each source and torch."""
-    name = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"torchcache-standin-{os.getuid()}-{name}.so"
-    if not library.exists():
-        own = library.with_suffix(f".{os.getpid()}")
-        libraries = Path(torch.__file__).parent / "lib"
+def load():
+    """Build the library, which takes some seconds, and load it."""
+    libraries = Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "standin.so"
         subprocess.run(
-            [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", str(SOURCE), "-o", str(own), f"-L{libraries}"]
+            [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", str(SOURCE), "-o", str(library), f"-L{libraries}"]
             + [f"-I{path}" for path in cpp_extension.include_paths()]
             + ["-lc10", "-ltorch_cpu", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"],
             check=True,
-            capture_output=True,
-            text=True,
         )
-        own.rename(library)
-    return library
+        torch.ops.load_library(library)
 
 
 @functools.cache
 def open_device():
     """Make ``torch.device("standin")`` a device of this process."""
-    torch.ops.load_library(built())
+    load()
     torch.utils.rename_privateuse1_backend("standin")
     module = types.ModuleType("torch.standin")
     module.is_available = lambda: True
@@ -68,7 +61,3 @@ class Counted:
 
     def __exit__(self, *error):
         self.to_host, self.to_device, self.waits = map(torch.ops.standin.count, ("to_host", "to_device", "waits"))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{built()}\n")

@@ -341,9 +341,8 @@ def clean():
     torch._dynamo.reset()
     known = nets.world()
     asked = {"skip_nnmodule_hook_guards": False}
-    if hasattr(
-        torch._dynamo.config, TAGS
-    ):  # with it, some releases ask no guard of weights whose ``data`` was replaced
+    # With this, torch 2.8 asks no guard of weights whose ``data`` was replaced.
+    if hasattr(torch._dynamo.config, TAGS):
         asked[TAGS] = False
     try:
         with torch._dynamo.config.patch(asked):

@@ -39,19 +39,20 @@ def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
     list of bytes
         ``B`` digests of 16 bytes.
     """
-    known = [digests_of(leaf, algorithm) for leaf in rows]
-    away = [place for place, leaf in enumerate(rows) if known[place] is None and not leaf.is_cpu]
-    if away and algorithm == "xxh3_128":
+    known: list[list[bytes] | None] = [digests_of(leaf, algorithm) for leaf in rows]
+    if algorithm == "xxh3_128":
+        away = [place for place, leaf in enumerate(rows) if known[place] is None and not leaf.is_cpu]
         found = to_host([digests_on_device(loaded(rows[place])) for place in away])
-        known = [found.pop(0) if place in away else digests for place, digests in enumerate(known)]
+        for place, digests in zip(away, found, strict=True):
+            known[place] = digests
     if len(rows) == 1:
-        return known[0] if known[0] is not None else _one_input(rows[0], algorithm)
+        return _one_input(rows[0], algorithm) if known[0] is None else known[0]
     parts = []
-    for leaf, digests in zip(rows, known, strict=True):
-        if digests is None and row_size(leaf) < LARGE_ROW:
+    for leaf, own in zip(rows, known, strict=True):
+        if own is None and row_size(leaf) < LARGE_ROW:
             parts.append(row_bytes(host_rows(leaf)))
             continue
-        joined = b"".join(_one_input(leaf, algorithm) if digests is None else digests)
+        joined = b"".join(_one_input(leaf, algorithm) if own is None else own)
         parts.append(np.frombuffer(joined, np.uint8).reshape(-1, 16))
     return _hashed(np.concatenate(parts, axis=1), algorithm)
 

@@ -200,7 +200,7 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
         return Verdict("functorch", f"{_where(node)} runs under a functorch transform")
     if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in _leaves(node.meta.get("example_value"))):
         return Verdict("gradient", f"{_where(node)} computes from an input that needs a gradient")
-    inner = next(_subjects(node), None)
+    inner = _looked_up(node)
     if inner is not None:
         name = region_of(*inner).name
         return Verdict("marked", f"{name} in it has a mark of its own: unmark that, and only what is read is stored")
@@ -209,12 +209,10 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     return _operator_verdict(node, analysis)
 
 
-def _subjects(node: fx.Node) -> Iterator[tuple[Mark, nn.Module | None]]:
+def _looked_up(node: fx.Node) -> tuple[Mark, nn.Module | None] | None:
     """The mark that a node looks up as one call, and its module."""
-    for name in node.args:
-        found = subject_of(name.removesuffix(RECORDING)) if isinstance(name, str) else None
-        if found is not None:
-            yield found
+    names = [name.removesuffix(RECORDING) for name in node.args if isinstance(name, str)]
+    return next(filter(None, map(subject_of, names)), None)
 
 
 def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
