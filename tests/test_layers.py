@@ -12,7 +12,7 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest: folders, and files beside them. Those on one line may not import each other.
 LAYERS = [
-    {"printable", "quantity", "forks", "version", "threads", "dynamo", "kernels", "counters"},
+    {"printable", "quantity", "forks", "version", "threads", "dynamo", "kernels", "counters", "streams"},
     {"errors", "logging", "history"},
     {"address", "namesake", "switching"},
     {"options"},

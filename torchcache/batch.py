@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchcache.context import computing
+from torchcache.digest.rows import Started
 from torchcache.errors import Bypass
 from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
@@ -181,6 +182,8 @@ class Batch:
         The identity that computes it.
     mode : NumericMode
         The numeric mode.
+    started : mapping
+        Digests that devices are at work on.
     rows : list of torch.Tensor
         The arguments that have rows, rows first; known once the form of the call is.
     shared : list of bytes
@@ -195,6 +198,7 @@ class Batch:
     taken: Taken
     who: bytes
     mode: NumericMode
+    started: Started
     rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     shared: list[bytes] = dataclasses.field(default_factory=list)
     wrote: list[str] = dataclasses.field(default_factory=list)

@@ -32,9 +32,9 @@ from torchcache.context import (
 )
 from torchcache.counters import Counters, Reasons
 from torchcache.digest.ahead import learn, prepared
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import Early
 from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
-from torchcache.foresight import Foresight, expected
+from torchcache.foresight import Foresight, wanted_on
 from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
@@ -98,6 +98,7 @@ class Region:
         self.reasons = Reasons()
         self.schedule = Schedule(options.audit, functools.partial(lacks, subject))
         self._learning = Learning(subject, options)
+        self._early = Early(options.digest)
         self._turnover = Turnover()
         self._novelty = Novelty()
         self._usefulness = Usefulness(
@@ -218,6 +219,7 @@ class Region:
             raise Bypass("an argument needs a gradient", "detach it where its gradient is not wanted")
         if dynamo.keeps_parametrized(self.subject.module):
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
+        started = self._early.start(taken.key, tensors)
         seen = given.seen or self.subject.identity.look()
         if (torch.is_grad_enabled() or self.partial) and any(map(_requires_grad, seen.tensors)):
             advice = "freeze what is not to train with requires_grad_(False), or all with mark(module, freeze=True)"
@@ -225,9 +227,9 @@ class Region:
         who = seen.who or self.subject.identity.current(seen)
         for gone in self._turnover.note(who, self.counters.hits):
             self._learning.forget(gone)
-            self.tiers.memory.drop_state(gone)
+            self.tiers.drop_state(gone)
         gradients = given.gradients if who in self._learning.modal else None
-        return Batch(given, taken, who, NumericMode.current(tensors[0].device.type, gradients))
+        return Batch(given, taken, who, NumericMode.current(tensors[0].device.type, gradients), started)
 
     def _hash(self, batch: Batch, plan: Plan) -> tuple[bytes, list[bytes], Found | None]:
         """What the rows are filed under, their digests, and what was found for them ahead."""
@@ -241,11 +243,9 @@ class Region:
             )
         call = call_fingerprint(plan.form, self.options, batch.mode, batch.rows, batch.shared, named)
         key = layout_fingerprint(call, plan.layout)
-        found = None
-        if ids is not None:
-            digests = ids
-        else:
-            digests = digest_rows(batch.rows, self.options.digest)
+        found, digests = None, ids
+        if digests is None:
+            digests = self._early.digests(batch.taken.key, batch.taken.tensors, batch.rows, batch.started)
             tell(self, batch.rows, lambda: Foresight(self, batch, plan).hits)
             if self.tiers.beneath:
                 found = prepared(self)
@@ -256,7 +256,7 @@ class Region:
     def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
         start = time.perf_counter()
         with normal_tensors():
-            found = self.tiers.find(key, digests, lambda: expected(plan), batch.who, ahead)
+            found = self.tiers.find(key, digests, plan.precision.stored, batch.who, wanted_on(plan, batch.rows), ahead)
         missing = found.missing(digests)
         beneath = found.from_beneath
         if beneath:

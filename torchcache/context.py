@@ -23,6 +23,7 @@ __all__ = [
     "current_ids",
     "current_watcher",
     "explaining",
+    "ids_given",
     "inside_region",
     "normal_tensors",
     "number_of_call",
@@ -159,6 +160,11 @@ def current_ids(rows: int, name: str) -> list[bytes] | None:
     if len(given.ids) != rows:
         raise SampleKeyError(f"sample_keys got {len(given.ids)} ids, but {name} is called with a batch of {rows} rows")
     return given.ids
+
+
+def ids_given() -> bool:
+    """Whether rows are known by ids inside this block."""
+    return _ids.get() is not None
 
 
 def some_ids(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:

@@ -11,14 +11,13 @@ import torch
 from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.audit import Schedule
 from torchcache.checks.plan import Plan
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import digest_rows
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.options import CacheOptions
-from torchcache.store.blob import RowSpec
 from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Found, Tiers
 
-__all__ = ["Foresight", "expected"]
+__all__ = ["Foresight", "wanted_on"]
 
 
 class _Region(Protocol):
@@ -53,7 +52,7 @@ class Foresight:
         call = call_fingerprint(plan.form, region.options, self._mode, rows, self._shared, 0)
         digests = digest_rows(rows, region.options.digest)
         key = layout_fingerprint(call, plan.layout)
-        return region.tiers.find(key, digests, lambda: expected(plan), self._who, copies=False)
+        return region.tiers.find(key, digests, plan.precision.stored, self._who, wanted_on(plan, rows), copies=False)
 
     def hits(self, rows: Sequence[torch.Tensor]) -> list[bool] | None:
         """Which of ``rows`` need not be computed; ``None`` where that cannot be told."""
@@ -71,6 +70,7 @@ class Foresight:
         return [slot != ABSENT or digest in found.extra for slot, digest in pairs]
 
 
-def expected(plan: Plan) -> tuple[RowSpec, torch.device]:
-    """What is stored of a row of such calls, and on which device its user is."""
-    return plan.precision.stored, plan.output.tensors[0].device
+def wanted_on(plan: Plan, rows: Sequence[torch.Tensor]) -> torch.device:
+    """On which device the outputs of such a call lie."""
+    near, learnt = rows[0].device, plan.output.tensors[0].device
+    return near if near.type == learnt.type else learnt

@@ -114,7 +114,11 @@ class CacheOptions:
         Bytes that the memory tier of one region may hold. When full, rows that come back take the place of rows that
         were idle for longer than rows usually take to come back; the others stay.
     memory_cache_device : str, torch.device or None
-        Where the memory tier lives; ``None`` is the device of the outputs.
+        "cpu": rows are kept in the host's memory, and sent to a device for each batch that lies there. "auto", or
+        ``None``: those that were served are kept on the device of the outputs as well. A device: there.
+    memory_device_share : float
+        Share of a device's memory that is free, from 0 to 0.9, which rows of all regions may take there together. When
+        something else comes to need it, they leave it, and fewer are kept there from then on.
     cache_dtype : torch.dtype, mapping of str to (torch.dtype or None), or None
         Store floating-point outputs in this dtype and give them back in their own. ``torch.int8``,
         ``torch.float8_e4m3fn`` and ``torch.float8_e5m2`` are stored with a scale a row, which its largest magnitude
@@ -164,6 +168,7 @@ class CacheOptions:
     max_persistent_cache_size: int = 10_000_000_000
     max_memory_cache_size: int = 1_000_000_000
     memory_cache_device: str | torch.device | None = "cpu"
+    memory_device_share: float = 0.5
     cache_dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None
     zstd_compression_level: int | None = 1
     digest: str = "xxh3_128"
@@ -239,12 +244,17 @@ class CacheOptions:
     def _check_device(self) -> None:
         device = self.memory_cache_device
         kinds = device is None or isinstance(device, (str, torch.device))
-        _require(kinds, "memory_cache_device", "'cpu', a device, or None", device)
-        if isinstance(device, str):
+        _require(kinds, "memory_cache_device", "'cpu', 'auto', a device, or None", device)
+        if device is not None and device != "auto":
             try:
-                torch.device(device)
+                kind = torch.device(device).type
             except RuntimeError as error:
                 raise ValueError(f"torchcache: memory_cache_device={device!r} is no device: {error}") from None
+            _require(kind != "meta", "memory_cache_device", "a device with memory", device, ValueError)
+        share = self.memory_device_share
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        _require(number, "memory_device_share", "a share of what is free", share)
+        _require(0 <= share <= 0.9, "memory_device_share", "from 0 to 0.9", share, ValueError)
 
     def _check_dtype(self) -> None:
         chosen: Any = self.cache_dtype

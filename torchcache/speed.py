@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import digest_rows
 from torchcache.errors import StoreError
 from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.catalogue import Region

@@ -12,7 +12,7 @@ from filled import ROWS, Model, data, run
 from torch import nn
 
 import torchcache
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import digest_rows
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 

@@ -33,6 +33,22 @@ def load():
         torch.ops.load_library(library)
 
 
+_room = 1 << 40
+
+
+@contextlib.contextmanager
+def room(more):
+    """Have the devices of the process together so many bytes beyond those that are in use, for a block."""
+    global _room
+    before, _room = _room, torch.ops.standin.count("held") + more
+    torch.ops.standin.set_room(_room)
+    try:
+        yield
+    finally:
+        _room = before
+        torch.ops.standin.set_room(before)
+
+
 @functools.cache
 def open_device():
     """Make ``torch.device("standin")`` a device of this process."""
@@ -42,10 +58,11 @@ def open_device():
     module.is_available = lambda: True
     module.device_count = lambda: 2
     module.current_device = lambda: 0
+    module.mem_get_info = lambda device=None: (_room - torch.ops.standin.count("held"), _room)
     module._is_in_bad_fork = lambda: False
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.manual_seed_all = lambda seed: None
-    module.synchronize = lambda device=None: None
+    module.synchronize = torch.accelerator.synchronize
     module.device = lambda index: contextlib.nullcontext()
     torch._register_device_module("standin", module)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)

@@ -15,6 +15,7 @@ from torchcache import call, padded, padding, regions
 from torchcache.call import Region
 from torchcache.checks import audit, learning, probe
 from torchcache.digest import cpu
+from torchcache.digest import rows as rows_module
 from torchcache.graph import rewrite
 from torchcache.identity import callables, key, modules, objects, optimizers, program, record, samples, state
 from torchcache.identity.identity import Identity
@@ -155,15 +156,15 @@ def rows_swapped(patch):
 
 
 def digests_of_one_byte(patch):
-    def short(rows, algorithm):
-        return [bytes(cpu.row_bytes(cpu.host_rows(rows[0]))[row][3:4]).ljust(16) for row in range(len(rows[0]))]
+    def short(rows, algorithm, started):
+        return [bytes(rows_module.row_bytes(cpu.host_rows(rows[0]))[row][3:4]).ljust(16) for row in range(len(rows[0]))]
 
-    patch.setattr(call, "digest_rows", short)
+    patch.setattr(rows_module, "digest_rows", short)
 
 
 def digests_of_the_first_argument(patch):
-    digest_rows = call.digest_rows
-    patch.setattr(call, "digest_rows", lambda rows, algorithm: digest_rows(rows[:1], algorithm))
+    digest_rows = rows_module.digest_rows
+    patch.setattr(rows_module, "digest_rows", lambda rows, *others: digest_rows(rows[:1], *others))
 
 
 def one_slot_for_all(patch):
@@ -193,9 +194,9 @@ def rows_on_disk_under_digests_of_others(patch):
 def stored_rows_given_out(patch):
     gather = Slab.gather
 
-    def shared(self, slots):
+    def shared(self, slots, to_send):
         run = len(slots) and list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        return [leaf[slots[0] : slots[0] + len(slots)] for leaf in self.leaves] if run else gather(self, slots)
+        return [leaf[slots[0] : slots[0] + len(slots)] for leaf in self.leaves] if run else gather(self, slots, to_send)
 
     patch.setattr(Slab, "gather", shared)
 

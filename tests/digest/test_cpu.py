@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchcache
-from torchcache.digest.cpu import digest_bytes, digest_rows, digest_tensor
+from torchcache.digest.cpu import digest_bytes
+from torchcache.digest.rows import digest_rows, digest_tensor
 
 ALGORITHMS = ["xxh3_128", "blake3"]
 

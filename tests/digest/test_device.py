@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import digest
 
-from torchcache.digest.device import digests_on_device, to_host
+from torchcache.digest.device import OnTheWay, digests_on_device
 
 BITS = 128
 HERE = Path(__file__).parent
 
 
 def digests(leaf):
-    return to_host([digests_on_device(leaf)])[0]
+    return OnTheWay(leaf).digests()
 
 
 def bits(leaf):

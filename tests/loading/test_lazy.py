@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchcache
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import digest_rows
 from torchcache.lazy.rows import Kind, Row
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import stack_rows

@@ -14,7 +14,6 @@ from torchcache.store.blob import RowSpec
 from torchcache.store.memory import MemoryTier
 from torchcache.store.slab import ABSENT, Slab
 
-CPU = torch.device("cpu")
 SPEC = RowSpec(((torch.float32, (3,)), (torch.int64, ())))
 WIDE = RowSpec(((torch.float32, (4000,)), (torch.int64, ())))
 
@@ -44,7 +43,7 @@ class Looking:
                 assert torch.equal(leaf, wanted)
         missing = list(dict.fromkeys(number for number, slot in zip(numbers, slots, strict=True) if slot == ABSENT))
         if missing:
-            self.tier.admit(self.fingerprint, digests(missing), rows(missing, self.spec), self.spec, CPU)
+            self.tier.admit(self.fingerprint, digests(missing), rows(missing, self.spec), self.spec)
         assert self.tier.used <= self.tier.budget
         return len(held)
 
@@ -60,7 +59,7 @@ def lazy(request, monkeypatch):
         monkeypatch.setattr(
             Slab,
             "__init__",
-            lambda self, spec, device, capacity, lazy, *others: new(self, spec, device, capacity, False, *others),
+            lambda self, spec, capacity, lazy, *others: new(self, spec, capacity, False, *others),
         )
     return request.param
 
@@ -79,7 +78,7 @@ def test_whatever_is_looked_up_in_whatever_order_is_right(capacity, steps, held)
         both[second].step(numbers)
         slab = tier.slab(both[second].fingerprint)
         if held and slab is not None and slab.used:
-            lease, _ = tier.admit(b"a", digests([99]), rows([99]), SPEC, CPU)
+            lease, _ = tier.admit(b"a", digests([99]), rows([99]), SPEC)
             leases = [*leases[-2:], lease] if lease is not None else leases
         for lease in leases:  # what is held is not written over
             assert lease.rows()[1].tolist() == [99]
@@ -118,15 +117,15 @@ def test_threads_on_a_tiny_budget_never_get_a_wrong_row(lazy):
 
 def taken_while_rows_give_way(monkeypatch):
     """What a lookup of rows 0 to 19 got when half of them were replaced between finding and reading: said, and read."""
-    slab = Slab(SPEC, CPU, 20, True)
+    slab = Slab(SPEC, 20, True)
     slab.write(slab.lease(20), digests(range(20)), rows(range(20)))
     gather, moves = Slab.gather, iter([10])
 
-    def late(self, slots):
+    def late(self, slots, to_send):
         for count in moves:
             assert slab.give_way(math.inf, count) == count
             slab.write(slab.lease(count), digests(range(100, 100 + count)), rows(range(100, 100 + count)))
-        return gather(self, slots)
+        return gather(self, slots, to_send)
 
     monkeypatch.setattr(Slab, "gather", late)
     slots, there = slab.take(digests(range(20)))
@@ -190,7 +189,7 @@ def test_a_row_that_is_held_stays_where_it_is():
     tier = MemoryTier(40 * SPEC.size)
     looking = Looking(tier)
     looking.steps(range(30))
-    lease, _ = tier.admit(b"a", digests(range(30, 40)), rows(range(30, 40)), SPEC, CPU)
+    lease, _ = tier.admit(b"a", digests(range(30, 40)), rows(range(30, 40)), SPEC)
     shared = lease.rows()[1]
     for _ in range(20):
         looking.steps(range(100, 140))

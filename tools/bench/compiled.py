@@ -20,7 +20,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 import torchcache
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import digest_rows
 
 TABLE = 4096  # rows of precomputed features
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 import torchcache
-from torchcache.digest.device import digests_on_device, to_host
+from torchcache.digest.device import OnTheWay
 
 WIDTH = 768
 
@@ -70,9 +70,7 @@ def main() -> None:
     }
     for name, rows in batches.items():
         batch = rows.to(device)
-        found = medians(
-            {"digest": lambda b=batch: to_host([digests_on_device(b)]), "copy": batch.clone}, device, chosen.repeats
-        )
+        found = medians({"digest": lambda b=batch: OnTheWay(b).digests(), "copy": batch.clone}, device, chosen.repeats)
         rate = batch.nbytes / found["digest"] / 1e9
         table.add_row(name, f"{rate:.1f}", f"{found['copy'] / found['digest']:.0%}", f"{found['digest'] * 1e3:.3f}")
     console.print(table)

@@ -13,7 +13,8 @@ from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.checks.stored import stored, suffices
 from torchcache.context import computing, normal_tensors
-from torchcache.digest.cpu import digest_bytes, digest_tensor
+from torchcache.digest.cpu import digest_bytes
+from torchcache.digest.rows import digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
 from torchcache.identity.content import versions
 from torchcache.identity.key import call_fingerprint

@@ -14,7 +14,7 @@ import torch
 
 from torchcache.checks.compare import Rounding, identical, magnitudes
 from torchcache.checks.culprit import Run, find_culprit
-from torchcache.digest.cpu import digest_rows
+from torchcache.digest.rows import digest_rows
 from torchcache.errors import Bypass, RowwiseError
 from torchcache.store.select import concatenate, select_rows
 from torchcache.values.layout import pick_rows

@@ -6,9 +6,10 @@ the batch in use, the same places of the next batch will be the row inputs of it
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchcache.forks import without_forks
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.logging import logger
 from torchcache.store.tiers import Found
+from torchcache.streams import beside, has_streams
 
 __all__ = ["Ahead", "Routes", "learn", "prepared"]
 
@@ -52,9 +54,8 @@ class Ahead:
         self._batch, self._work, self._coming = [], {}, ([], {})
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, batch: Any) -> None:
-        """Begin with the work for the batch that comes next."""
-        tensors = _tensors(batch)
+    def start(self, tensors: list[torch.Tensor]) -> None:
+        """Begin with the work for the batch of these tensors, which comes next."""
         work = {}
         for owner, (places, prepare) in list(self._routes.items()):
             if max(places) < len(tensors):
@@ -109,7 +110,8 @@ def learn(owner: Any, rows: Sequence[torch.Tensor], prepare: Callable[[], Prepar
 
 @without_forks
 def _prepare(rows: list[torch.Tensor], prepare: Prepare) -> Found | None:
-    return prepare(rows)
+    with beside(rows[0].device) if has_streams(rows[0].device) else contextlib.nullcontext():
+        return prepare(rows)
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -122,13 +124,3 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         and one.stride() == other.stride()
         and one.device == other.device
     )
-
-
-def _tensors(batch: Any) -> list[torch.Tensor]:
-    if isinstance(batch, torch.Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return [tensor for item in batch for tensor in _tensors(item)]
-    return []

@@ -1,9 +1,8 @@
-"""Of what: the 128-bit digest of each row of a batch, over every byte of every batched input."""
+"""On the CPU: XXH3 or BLAKE3 of rows of bytes, by several threads where rows are long."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,65 +10,14 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from torchcache.digest.device import digests_on_device, to_host
-from torchcache.lazy.use import digests_of, loaded
-from torchcache.store.blob import row_bytes
 from torchcache.threads import THREADED_ROW, in_parts
 
-__all__ = ["LARGE_ROW", "digest_bytes", "digest_rows", "digest_tensor", "row_size"]
-
-# Of several inputs, one whose rows have so many bytes counts by its own digest: who knows that needs no data.
-LARGE_ROW = 1024
-
-
-def digest_rows(rows: Sequence[torch.Tensor], algorithm: str) -> list[bytes]:
-    """Hash each row over all inputs. Samples that are not loaded count by the digests that are known of them.
-
-    What lies on a device is hashed there, by another function (``lanes.py``), unless BLAKE3 is asked for.
-
-    Parameters
-    ----------
-    rows : sequence of torch.Tensor
-        The batched inputs, each of shape ``(B, *)``. Contiguous CPU tensors are hashed where they are.
-    algorithm : {"xxh3_128", "blake3"}
-        XXH3 by Yann Collet (github.com/Cyan4973/xxHash), or BLAKE3 cut to 128 bits.
-
-    Returns
-    -------
-    list of bytes
-        ``B`` digests of 16 bytes.
-    """
-    known: list[list[bytes] | None] = [digests_of(leaf, algorithm) for leaf in rows]
-    if algorithm == "xxh3_128":
-        away = [place for place, leaf in enumerate(rows) if known[place] is None and not leaf.is_cpu]
-        found = to_host([digests_on_device(loaded(rows[place])) for place in away])
-        for place, digests in zip(away, found, strict=True):
-            known[place] = digests
-    if len(rows) == 1:
-        return _one_input(rows[0], algorithm) if known[0] is None else known[0]
-    parts = []
-    for leaf, own in zip(rows, known, strict=True):
-        if own is None and row_size(leaf) < LARGE_ROW:
-            parts.append(row_bytes(host_rows(leaf)))
-            continue
-        joined = b"".join(_one_input(leaf, algorithm) if own is None else own)
-        parts.append(np.frombuffer(joined, np.uint8).reshape(-1, 16))
-    return _hashed(np.concatenate(parts, axis=1), algorithm)
+__all__ = ["digest_bytes", "hashed", "host_rows"]
 
 
 def digest_bytes(data: bytes, algorithm: str = "xxh3_128") -> bytes:
     """The digest of ``data``, 16 bytes; with the algorithm of the rows' digests where ``data`` comes with them."""
     return _hasher(algorithm)(data)
-
-
-def digest_tensor(tensor: torch.Tensor, algorithm: str = "xxh3_128") -> bytes:
-    """The digest of a tensor's elements in row-major order, 16 bytes."""
-    return digest_rows([tensor.reshape(1, *tensor.shape)], algorithm)[0]
-
-
-def row_size(leaf: torch.Tensor) -> int:
-    """Bytes of one row."""
-    return leaf.dtype.itemsize * math.prod(leaf.shape[1:])
 
 
 def host_rows(leaf: torch.Tensor) -> torch.Tensor:
@@ -93,11 +41,8 @@ def _hasher(algorithm: str) -> Callable[[Any], bytes]:
     return lambda data: bytes(blake3.blake3(data).digest(length=16))
 
 
-def _one_input(leaf: torch.Tensor, algorithm: str) -> list[bytes]:
-    return _hashed(row_bytes(host_rows(leaf)), algorithm)
-
-
-def _hashed(rows: npt.NDArray[np.uint8], algorithm: str) -> list[bytes]:
+def hashed(rows: npt.NDArray[np.uint8], algorithm: str) -> list[bytes]:
+    """The digest of each row of bytes, 16 bytes."""
     count, width = rows.shape
     if width < THREADED_ROW:
         return list(map(_hasher(algorithm), rows))

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from torchcache.digest.lanes import in_operators
 from torchcache.logging import logger
 from torchcache.store.select import element_bytes
+from torchcache.streams import Coming
 
-__all__ = ["digests_on_device", "to_host"]
+__all__ = ["OnTheWay", "digests_on_device"]
+
+
+class OnTheWay:
+    """The digests of a batch's rows, which its device computes while the host goes on.
+
+    Parameters
+    ----------
+    leaf : torch.Tensor
+        Of shape ``(B, *)`` and any dtype.
+    """
+
+    def __init__(self, leaf: torch.Tensor) -> None:
+        self._coming = Coming(digests_on_device(leaf))
+
+    def digests(self) -> list[bytes]:
+        """16 bytes a row; the first who asks waits, for all that is on the way."""
+        digests: list[bytes] = self._coming.words().astype("<i8", copy=False).view("V16").tolist()
+        return digests
 
 
 def digests_on_device(leaf: torch.Tensor) -> torch.Tensor:
@@ -34,18 +52,6 @@ def digests_on_device(leaf: torch.Tensor) -> torch.Tensor:
         if not rows.shape[0]:
             return torch.empty(0, 2, dtype=torch.int64, device=leaf.device)
         return _way(leaf.device)(rows, size)
-
-
-def to_host(digests: Sequence[torch.Tensor]) -> list[list[bytes]]:
-    """Digests that devices computed, as 16 bytes a row: one copy, and one wait, for each device."""
-    found: list[list[bytes]] = [[] for _ in digests]
-    for device in dict.fromkeys(part.device for part in digests):
-        places = [place for place, part in enumerate(digests) if part.device == device]
-        data = torch.cat([digests[place] for place in places]).cpu().numpy().astype("<i8", copy=False)
-        parts = np.split(data, np.cumsum([digests[place].shape[0] for place in places])[:-1])
-        for place, part in zip(places, parts, strict=True):
-            found[place] = part.view("V16").ravel().tolist()
-    return found
 
 
 def _rows(leaf: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from torchcache.identity.memory import elements_at, row_major_bytes
+from torchcache.streams import Coming
 
 __all__ = ["Samples", "samples_of"]
 
@@ -135,7 +136,7 @@ def _sampled_addresses(tensor: torch.Tensor, random: np.random.Generator) -> npt
 
 
 class OnDevice:
-    """Elements of tensors on one device, gathered and compared there; who asks waits once."""
+    """Elements of tensors on one device, gathered and compared there; who asks waits for all that is on its way."""
 
     def __init__(self, indices: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
         self._indices = set(indices)
@@ -151,7 +152,7 @@ class OnDevice:
     def same(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the next elements are what they were; waits for the device."""
         turn = next(self._turns)
-        return torch.equal(self._gather(tensors, turn), self._were[turn])
+        return not Coming((self._gather(tensors, turn) != self._were[turn]).any().long()).words()[0]
 
     def differing(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """All of the tensors, or none."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from torchcache.digest.cpu import LARGE_ROW, digest_tensor
+from torchcache.digest.rows import LARGE_ROW, digest_tensor
 from torchcache.errors import Bypass
 from torchcache.lazy.rows import Kind
 

@@ -66,7 +66,6 @@ class MemoryTier:
         digests: Sequence[bytes],
         rows: Sequence[torch.Tensor],
         spec: RowSpec,
-        device: torch.device,
         state: bytes = b"",
     ) -> tuple[Lease | None, Sequence[int]]:
         """Store as many of ``rows`` as there is room for, first ones first, then those that were asked for before.
@@ -83,7 +82,7 @@ class MemoryTier:
             places: Sequence[int] = range(min(self._room(spec), len(digests)))
             if len(places) < len(digests):
                 places = self._choose(fingerprint, digests, len(places), spec)
-            lease = self._lease(fingerprint, len(places), spec, device, state)
+            lease = self._lease(fingerprint, len(places), spec, state)
             if lease is None:
                 return None, []
             places = places[: len(lease)]
@@ -99,7 +98,6 @@ class MemoryTier:
         digests: Sequence[bytes],
         fill: Callable[[int, Tensors], list[int]],
         spec: RowSpec,
-        device: torch.device,
         state: bytes = b"",
     ) -> tuple[list[int], int]:
         """Store rows that ``fill`` writes where they are kept; no row gives way.
@@ -117,7 +115,7 @@ class MemoryTier:
         with self._lock:
             self._make_room(len(digests), spec, state)
             count = min(self._room(spec), len(digests))
-            lease = self._lease(fingerprint, count, spec, device, state)
+            lease = self._lease(fingerprint, count, spec, state)
             if lease is None:
                 return [], 0
             if not lease.slab.lazy:  # the slots may move when they grow
@@ -125,13 +123,7 @@ class MemoryTier:
         return self._fill(lease, digests, fill), len(lease)
 
     def _fill(self, lease: Lease, digests: Sequence[bytes], fill: Callable[[int, Tensors], list[int]]) -> list[int]:
-        slots = lease.rows()
-        on_cpu = slots[0].device.type == "cpu"
-        rows = slots if on_cpu else lease.slab.spec.empty(len(lease))
-        good = fill(len(lease), rows)
-        if not on_cpu:
-            for slot, row in zip(slots, rows, strict=True):
-                slot.copy_(row)
+        good = fill(len(lease), lease.rows())
         lease.slab.publish(lease, [digests[index] for index in good])
         return good
 
@@ -173,13 +165,13 @@ class MemoryTier:
         if self._room(spec) < wanted:
             self._refused = sum(slab.used for _, slab in slabs) // PORTION
 
-    def _lease(self, fingerprint: bytes, count: int, spec: RowSpec, device: torch.device, state: bytes) -> Lease | None:
+    def _lease(self, fingerprint: bytes, count: int, spec: RowSpec, state: bytes) -> Lease | None:
         if count <= 0:
             return None
         slab = self._slabs.get(fingerprint)
         try:
             if slab is None:
-                slab = self._new_slab(spec, device, state)
+                slab = self._new_slab(spec, state)
             lease = slab.lease(min(count, slab.capacity - slab.used))
         except (MemoryError, RuntimeError):  # the tier is as full as it gets
             return None
@@ -187,14 +179,14 @@ class MemoryTier:
         self.used += len(lease) * slab.size
         return lease
 
-    def _new_slab(self, spec: RowSpec, device: torch.device, state: bytes) -> Slab:
+    def _new_slab(self, spec: RowSpec, state: bytes) -> Slab:
         capacity = self.budget // max(spec.size, 1)
         self.buffers.kept = 3 * len(spec.leaves)  # two batches, and rows that are cast to another dtype
-        if device.type == "cpu" and os.name == "posix":
+        if os.name == "posix":
             # Any slab may come to have the whole budget, when others are dropped.
             with contextlib.suppress(OSError, RuntimeError):  # a system that promises no more memory than it has
-                return Slab(spec, device, capacity, True, state, self.buffers, self._reuse)
-        return Slab(spec, device, capacity, False, state, self.buffers, self._reuse)
+                return Slab(spec, capacity, True, state, self.buffers, self._reuse)
+        return Slab(spec, capacity, False, state, self.buffers, self._reuse)
 
     @without_forks
     def drop_state(self, state: bytes) -> None:

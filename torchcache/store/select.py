@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from torchcache.streams import send
+
 __all__ = ["INDEXABLE", "concatenate", "element_bytes", "place_rows", "select_rows"]
 
 Rows = Sequence[int] | npt.NDArray[np.int64]
@@ -62,7 +64,7 @@ def element_bytes(leaf: torch.Tensor) -> torch.Tensor:
 def _index(rows: Rows, device: torch.device) -> torch.Tensor:
     # torch.tensor takes several times as long to find out that a list holds integers.
     index = torch.from_numpy(rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64, len(rows)))
-    return index if device.type == "cpu" else index.to(device)
+    return send(index, device)
 
 
 def _carried(leaf: torch.Tensor) -> torch.Tensor:

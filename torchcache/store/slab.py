@@ -17,6 +17,7 @@ from torchcache.store.blob import RowSpec
 from torchcache.store.buffers import Buffers
 from torchcache.store.reuse import Reuse
 from torchcache.store.select import place_rows, select_rows
+from torchcache.streams import pinned
 
 __all__ = ["ABSENT", "Lease", "Slab"]
 
@@ -60,19 +61,16 @@ class Slab:
     found, and who finds it moved after reading begins again. Writers of new rows, and whoever reads slots over a
     longer time, hold a ``Lease``.
 
-    On the CPU the slots are reserved at once and committed by the operating system as they are written; on other
-    devices they grow.
+    Where the operating system commits memory as it is written, all slots are reserved at once; elsewhere they grow.
 
     Parameters
     ----------
     spec : RowSpec
         What a slot holds.
-    device : torch.device
-        Where the slots live.
     capacity : int
         Slots at the most.
     lazy : bool
-        Whether unwritten memory of ``device`` costs nothing.
+        Whether unwritten memory costs nothing.
     state : bytes
         Digest of the weights that computed the rows.
     buffers : Buffers or None
@@ -91,7 +89,6 @@ class Slab:
     def __init__(
         self,
         spec: RowSpec,
-        device: torch.device,
         capacity: int,
         lazy: bool,
         state: bytes = b"",
@@ -111,7 +108,7 @@ class Slab:
         self._last = np.full(min(capacity, self.FIRST_SLOTS), -1, np.int64)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._memories: list[tuple[mmap.mmap, int]] = []
-        self.leaves = self._reserved() if lazy else spec.empty(min(capacity, self.FIRST_SLOTS), device)
+        self.leaves = self._reserved() if lazy else spec.empty(min(capacity, self.FIRST_SLOTS))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -130,8 +127,8 @@ class Slab:
         """The slot of each digest, ``ABSENT`` where it has none."""
         return list(map(self.slots.get, digests, repeat(ABSENT)))
 
-    def take(self, digests: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
-        """The rows of ``digests``.
+    def take(self, digests: Sequence[bytes], to_send: bool = False) -> tuple[list[int], list[torch.Tensor]]:
+        """The rows of ``digests``, where a device can take them from itself if they are to be sent to one.
 
         Returns
         -------
@@ -148,7 +145,7 @@ class Slab:
             if digests and not held:
                 return slots, []
             index = np.fromiter(held, np.int64, len(held))
-            rows = self.gather(index)
+            rows = self.gather(index, to_send)
             if self.version == version:
                 if self._reuse.full and held:
                     self._reuse.note(int(self._last[held[0]]))
@@ -156,11 +153,9 @@ class Slab:
                 return slots, rows
         return [ABSENT] * len(digests), []
 
-    def gather(self, slots: Sequence[int] | npt.NDArray[np.int64]) -> list[torch.Tensor]:
+    def gather(self, slots: Sequence[int] | npt.NDArray[np.int64], to_send: bool = False) -> list[torch.Tensor]:
         """Fresh tensors of shape ``(len(slots), *)``, one a leaf; right only where ``version`` did not move."""
-        if self.leaves[0].device.type != "cpu":
-            return [select_rows(leaf, slots) for leaf in self.leaves]
-        empty, count = self._buffers.empty, len(slots)
+        empty, count = pinned if to_send else self._buffers.empty, len(slots)
         return [select_rows(leaf, slots, empty((count, *leaf.shape[1:]), leaf.dtype)) for leaf in self.leaves]
 
     def lease(self, count: int) -> Lease:
@@ -233,18 +228,11 @@ class Slab:
             del self.slots[digest]
 
     def _move(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
-        self._synchronize()  # other streams may still read what is written over
         piece = max(1, PIECE_BYTES // self.size)
         for start in range(0, len(sources), piece):
             part = slice(start, start + piece)
             for leaf in self.leaves:
                 place_rows(leaf, targets[part], select_rows(leaf, sources[part]))
-        self._synchronize()
-
-    def _synchronize(self) -> None:
-        device = self.leaves[0].device
-        if device.type not in ("cpu", "meta"):
-            torch.get_device_module(device).synchronize(device)
 
     def _grow(self, slots: int) -> None:
         """Make room for ``slots`` slots, at least doubling where there is not."""
@@ -259,10 +247,9 @@ class Slab:
 
     def _resize(self, slots: int) -> None:
         held = min(self.used, slots)
-        leaves = self.spec.empty(slots, self.leaves[0].device)
+        leaves = self.spec.empty(slots)
         for new, old in zip(leaves, self.leaves, strict=True):
             new[:held].copy_(old[:held])
-        self._synchronize()
         self.leaves = leaves
 
     def _reserved(self) -> list[torch.Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import get_worker_info
@@ -16,12 +17,15 @@ from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import Places
 from torchcache.store.memory import MemoryTier
+from torchcache.store.near import Near
 from torchcache.store.note import note_bytes, note_entries
 from torchcache.store.precision import Precision
 from torchcache.store.scan import Scan
 from torchcache.store.select import select_rows
 from torchcache.store.slab import ABSENT, Lease
 from torchcache.store.tier import Blob
+from torchcache.store.writer import receiver
+from torchcache.streams import bring_behind, has_streams, send
 
 __all__ = ["Found", "Tiers"]
 
@@ -95,6 +99,11 @@ class Tiers:
         self.options = options
         self.name = name
         self.memory = MemoryTier(options.max_memory_cache_size)
+        chosen = options.memory_cache_device
+        self._chosen = None if chosen in (None, "auto") else torch.device(chosen)
+        on_host = self._chosen is not None and self._chosen.type == "cpu"
+        self._near = None if on_host else Near(options.memory_device_share)
+        self._arriving: set[bytes] = set()
         self.beneath = beneath if beneath is not None else Beneath(options, name)
         self._codecs: dict[RowSpec, Codec] = {}
         self._scans: dict[bytes, Scan] = {}
@@ -103,8 +112,9 @@ class Tiers:
         self,
         fingerprint: bytes,
         digests: Sequence[bytes],
-        expected: Callable[[], tuple[RowSpec, torch.device]],
+        spec: RowSpec,
         state: bytes,
+        near: torch.device,
         ahead: Found | None = None,
         copies: bool = True,
     ) -> Found:
@@ -114,19 +124,24 @@ class Tiers:
         ----------
         fingerprint, digests
             The keys.
-        expected : callable
-            What is stored of a row and on which device its user is; asked only where memory lacks rows.
+        spec : RowSpec
+            What is stored of a row.
         state : bytes
             Digest of the weights that compute such rows now.
+        near : torch.device
+            Where rows are wanted.
         ahead : Found or None
-            What was found for the same keys before: rows that memory had no room for are not read again.
+            What was found for the same keys before, on the host: rows that memory had no room for are not read again.
         copies : bool
             Whether rows in memory are wanted; else those on disk are only brought near.
         """
         scan = self._scans.get(fingerprint)
         early = scan.ask(digests) if scan is not None else frozenset()
         found = Found(fingerprint, [])
-        self._take(found, digests, copies)
+        take = functools.partial(self._take, found, digests, spec, state, near if copies else None)
+        take()
+        if self._arriving and self._arrive(found, digests):
+            take()
         if early:
             found.from_disk = early & _present(digests, found)
         if not self.beneath or ABSENT not in found.slots:
@@ -134,29 +149,54 @@ class Tiers:
         pairs = zip(digests, found.slots, strict=True)
         absent = list(dict.fromkeys(digest for digest, slot in pairs if slot == ABSENT))
         if ahead is not None and ahead.fingerprint == fingerprint and ahead.extra.keys() >= set(absent):
-            found.extra, found.extra_rows = ahead.extra, ahead.extra_rows
+            found.extra, found.extra_rows = ahead.extra, [send(leaf, near) for leaf in ahead.extra_rows]
             taken = frozenset(absent)
             found.from_disk |= taken & ahead.from_disk
             found.from_others |= taken & ahead.from_others
             return found
-        self._read(found, fingerprint, absent, expected, state)
+        self._read(found, fingerprint, absent, spec, state)
+        if copies:
+            found.extra_rows = [send(leaf, near) for leaf in found.extra_rows]
         if scan is not None:
             scan.forget(found.from_disk)  # rows that it is reading at this moment as well
         if found.from_beneath:
-            self._take(found, digests, copies)
+            take()
             present = _present(digests, found)
             found.from_disk &= present
             found.from_others &= present
         return found
 
-    def _take(self, found: Found, digests: Sequence[bytes], copies: bool) -> None:
+    def _take(
+        self, found: Found, digests: Sequence[bytes], spec: RowSpec, state: bytes, near: torch.device | None
+    ) -> None:
+        """Take rows from memory to ``near``; ``None`` only looks for them."""
         slab = self.memory.slab(found.fingerprint)
-        if slab is None:
+
+        def below(wanted: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
+            return slab.take(wanted, to_send=True) if slab is not None else ([ABSENT] * len(wanted), [])
+
+        if near is not None and near.type != "cpu":
+            place = self._place(near)
+            if self._near is not None and has_streams(place):
+                found.slots, rows = self._near.take(found.fingerprint, digests, place, below, spec, state)
+                found.rows = [leaf.to(near) for leaf in rows]
+            else:
+                found.slots, rows = below(digests)
+                found.rows = [send(leaf, near) for leaf in rows]
+        elif slab is None:
             found.slots = [ABSENT] * len(digests)
-        elif copies:
+        elif near is not None:
             found.slots, found.rows = slab.take(digests)
         else:
             found.slots = slab.find(digests)
+
+    def _arrive(self, found: Found, digests: Sequence[bytes]) -> bool:
+        """Wait for rows that are on their way to memory, where any of these is among them."""
+        pairs = zip(digests, found.slots, strict=True)
+        waited = any(slot == ABSENT and found.fingerprint + digest in self._arriving for digest, slot in pairs)
+        if waited:
+            receiver().flush()
+        return waited
 
     def keep(
         self,
@@ -166,8 +206,40 @@ class Tiers:
         precision: Precision,
         state: bytes,
     ) -> None:
-        """Store computed ``rows``, as far as they can be: in memory now, beneath it behind the step."""
-        stored, (rows, held) = precision.stored, precision.pack(rows)
+        """Store computed ``rows``, as far as they can be: in memory, soon where they are on a device, then beneath."""
+        rows, held = precision.pack(rows)
+        if all(leaf.is_cpu for leaf in rows):
+            self._keep(fingerprint, digests, rows, held, precision.stored, state)
+            return
+        keys = [fingerprint + digest for digest in digests]
+        try:
+            arrive = bring_behind(
+                [leaf.to(dtype) for leaf, (dtype, _) in zip(rows, precision.stored.leaves, strict=True)]
+            )
+        except torch.OutOfMemoryError:
+            logger.debug("%s: the device has no room for rows that are to be stored", self.name)
+            return
+
+        def job() -> None:
+            try:
+                self._keep(fingerprint, digests, arrive(), held, precision.stored, state)
+            finally:
+                self._arriving.difference_update(keys)
+
+        self._arriving.update(keys)
+        receiver().submit(precision.stored.size * len(keys), job)
+
+    @without_forks
+    def _keep(
+        self,
+        fingerprint: bytes,
+        digests: Sequence[bytes],
+        rows: Sequence[torch.Tensor],
+        held: torch.Tensor | None,
+        stored: RowSpec,
+        state: bytes,
+    ) -> None:
+        """Store rows that are on the host."""
         if held is not None:
             kept = held.nonzero().flatten().tolist()
             warn_once(
@@ -178,7 +250,7 @@ class Tiers:
             digests, rows = [digests[place] for place in kept], [select_rows(leaf, kept) for leaf in rows]
             if not digests:
                 return
-        lease, places = self.memory.admit(fingerprint, digests, rows, stored, self._device(rows[0].device), state)
+        lease, places = self.memory.admit(fingerprint, digests, rows, stored, state)
         if not self.beneath and get_worker_info() is not None:
             warn_once(
                 f"{self.name} is called in a worker of a DataLoader: its rows are in the worker's memory, which no "
@@ -227,20 +299,27 @@ class Tiers:
     def _region(self, state: bytes) -> Region:
         return Region.of(state.hex(), self.name, self.options)
 
-    def _device(self, output: torch.device) -> torch.device:
-        chosen = self.options.memory_cache_device
-        return output if chosen is None else torch.device(chosen)
+    def drop_state(self, state: bytes) -> None:
+        """Forget the rows of one identity in memory."""
+        self.memory.drop_state(state)
+        if self._near is not None:
+            self._near.drop_state(state)
+
+    def _place(self, near: torch.device) -> torch.device:
+        """On which device rows are kept that are wanted on ``near``."""
+        chosen = self._chosen
+        if chosen is None or (chosen.index is None and chosen.type == near.type):
+            return near
+        return chosen if chosen.index is not None else torch.device(chosen.type, 0)
 
     def _read(
         self,
         found: Found,
         fingerprint: bytes,
         digests: list[bytes],
-        expected: Callable[[], tuple[RowSpec, torch.device]],
+        stored: RowSpec,
         state: bytes,
     ) -> None:
-        stored, device = expected()
-        target = self._device(device)
         if not storable(stored):
             return
         region, most = self._region(state), self._codec(stored).longest
@@ -248,7 +327,7 @@ class Tiers:
         blobs = {key: blob for _, part in sources for key, blob in part.items()}
         if not blobs:
             return
-        sound, tried = self._promote(found, blobs, stored, target, state)
+        sound, tried = self._promote(found, blobs, stored, state)
         for source in sources:
             good = self.beneath.settle(source, sound, region)
             taken = frozenset(key[len(fingerprint) :] for key in good)
@@ -257,14 +336,13 @@ class Tiers:
             else:
                 found.from_others |= taken
         if found.from_disk and tried == len(blobs) and fingerprint not in self._scans:
-            self._scans[fingerprint] = self._scan(fingerprint, stored, target, state, region)
+            self._scans[fingerprint] = self._scan(fingerprint, stored, state, region)
 
     def _promote(
         self,
         found: Found,
         blobs: dict[bytes, Blob],
         stored: RowSpec,
-        device: torch.device,
         state: bytes,
         extra: bool = True,
     ) -> tuple[set[bytes], int]:
@@ -285,7 +363,6 @@ class Tiers:
             digests,
             lambda count, rows: codec.decode_into(keys[:count], read[:count], rows),
             stored,
-            device,
             state,
         )
         if extra and tried < len(keys):
@@ -293,11 +370,11 @@ class Tiers:
             more = codec.decode_into(keys[tried:], read[tried:], rows)
             found.extra_rows = [leaf[: len(more)] for leaf in rows]
             found.extra = {digests[tried + index]: row for row, index in enumerate(more)}
-            self.memory.admit(found.fingerprint, list(found.extra), found.extra_rows, stored, device, state)
+            self.memory.admit(found.fingerprint, list(found.extra), found.extra_rows, stored, state)
             sound += [tried + index for index in more]
         return {keys[index] for index in sound}, tried
 
-    def _scan(self, fingerprint: bytes, stored: RowSpec, device: torch.device, state: bytes, region: Region) -> Scan:
+    def _scan(self, fingerprint: bytes, stored: RowSpec, state: bytes, region: Region) -> Scan:
         """What reads the other rows of a call ahead, until half of the memory is full."""
         disk, last = self.beneath.disk, fingerprint + b"\xff" * DIGEST_SIZE
         assert disk is not None
@@ -317,7 +394,7 @@ class Tiers:
             scan.forget(known)
             new = {key: blob for key, blob in blobs.items() if key[len(fingerprint) :] not in known}
             if new:
-                sound, tried = self._promote(Found(fingerprint, []), new, stored, device, state, extra=False)
+                sound, tried = self._promote(Found(fingerprint, []), new, stored, state, extra=False)
                 if len(sound) < tried:
                     disk.remove(region, {key: new[key] for key in list(new)[:tried] if key not in sound})
             return True
@@ -337,8 +414,7 @@ class Tiers:
         keys = [fingerprint + digest for digest in digests]
 
         def entries() -> list[tuple[bytes, bytes]]:
-            leaves = rows.rows() if isinstance(rows, Lease) else rows
-            blobs = self._codec(spec).encode(keys, [leaf.cpu() for leaf in leaves])
+            blobs = self._codec(spec).encode(keys, rows.rows() if isinstance(rows, Lease) else rows)
             return list(zip(keys, blobs, strict=True))
 
         self.beneath.write(spec.size * len(keys), entries, region)

@@ -1,4 +1,4 @@
-"""Write-behind: rows go to tiers on threads of their own, in order, never more than a bounded amount behind."""
+"""Behind the step: rows go to memory and to tiers on threads of their own, in order, a bounded amount at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchcache.errors import brief
 from torchcache.logging import logger, warn_once
 from torchcache.threads import yield_to_training
 
-__all__ = ["Writer", "flush", "sender", "writer"]
+__all__ = ["Writer", "flush", "receiver", "sender", "writer"]
 
 QUEUE_BYTES = 256 * 1024 * 1024
 
@@ -81,11 +81,16 @@ class Writer:
                 self._changed.notify_all()
 
 
-def _new() -> tuple[Writer, Writer]:
-    return Writer(), Writer(name="torchcache-sender")
+def _new() -> tuple[Writer, Writer, Writer]:
+    return Writer(name="torchcache-receiver"), Writer(), Writer(name="torchcache-sender")
 
 
-_writer, _sender = _new()
+_receiver, _writer, _sender = _new()
+
+
+def receiver() -> Writer:
+    """What puts rows into memory that come from a device."""
+    return _receiver
 
 
 def writer() -> Writer:
@@ -99,15 +104,16 @@ def sender() -> Writer:
 
 
 def flush() -> None:
-    """Wait until every row stored so far is on disk, and with all other tiers."""
+    """Wait until every row stored so far is in memory, on disk, and with all other tiers."""
+    _receiver.flush()
     _writer.flush()
     _sender.flush()
 
 
 def _after_fork() -> None:
     # The child has neither the threads nor usable locks; the parent writes what was waiting.
-    global _writer, _sender
-    _writer, _sender = _new()
+    global _receiver, _writer, _sender
+    _receiver, _writer, _sender = _new()
 
 
 atexit.register(flush)
