@@ -46,8 +46,9 @@ from torchcache.looked import Looked
 from torchcache.modes import trained
 from torchcache.options import CacheOptions
 from torchcache.padding import Padding
+from torchcache.store.found import Found
 from torchcache.store.select import select_rows
-from torchcache.store.tiers import Found, Tiers
+from torchcache.store.tiers import Tiers
 from torchcache.usefulness import Usefulness
 from torchcache.values.layout import pick_rows
 from torchcache.values.merge import assemble
@@ -152,11 +153,9 @@ class Region:
             if not bypass.quiet and bypass is not self._rest.reason:
                 self._rest.begin(bypass)
             return self.compute(given, bypass)
-        except Unreadable as bypass:
-            if bypass is not self._rest.reason:
-                self._rest.begin_after_some(bypass)
-            return self.compute(given, bypass)
         except Bypass as bypass:
+            if isinstance(bypass, Unreadable) and bypass is not self._rest.reason:
+                self._rest.begin_after_some(bypass)
             return self.compute(given, bypass)
         except TorchcacheError as error:
             if not (self.counters.calls or self.partial):

@@ -14,8 +14,9 @@ from torchcache.checks.plan import Plan
 from torchcache.digest.rows import digest_rows
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.options import CacheOptions
+from torchcache.store.found import Found
 from torchcache.store.slab import ABSENT
-from torchcache.store.tiers import Found, Tiers
+from torchcache.store.tiers import Tiers
 
 __all__ = ["Foresight", "wanted_on"]
 

@@ -6,6 +6,7 @@ The device is what ``$TORCHCACHE_TEST_DEVICE`` says: the stand-in, on which all 
 import contextlib
 import copy
 import gc
+import math
 import os
 import time
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from torch import nn
 import torchcache
 from torchcache import streams
 from torchcache.digest.ahead import prepared
+from torchcache.identity import record
 from torchcache.regions import regions_in
 from torchcache.store import near, slab, tiers
 from torchcache.store.tiers import Tiers
@@ -104,10 +106,11 @@ def test_rows_are_found_and_come_back_where_they_belong(door, memory, tmp_path):
 @pytest.mark.parametrize(("memory", "to_device"), [("cpu", 12 * WIDTH * 4), ("auto", 12 * 8)])
 @pytest.mark.parametrize("inputs", [1, 3])
 @pytest.mark.parametrize("door", ["call", "transform", "aot_eager"])
-def test_of_a_batch_that_hits_only_digests_cross(door, memory, to_device, inputs):
+def test_of_a_batch_that_hits_only_digests_cross(door, memory, to_device, inputs, monkeypatch):
     net, twin = nets(memory_cache_device=memory)
     run = opened(door, net)
     given = [torch.randn(12, 6).to(DEVICE) for _ in range(inputs)]
+    monkeypatch.setattr(record, "SHARE", 0.0)  # a look at a whole weight is 16 bytes more
     for _ in range(4):
         compare(run, twin, *given)
     with Counted() as crossed:
@@ -363,7 +366,8 @@ def test_any_batches_in_any_room(batches, share):
 
 
 @counted
-def test_where_ids_are_given_nothing_of_the_batch_crosses():
+def test_where_ids_are_given_nothing_of_the_batch_crosses(monkeypatch):
+    monkeypatch.setattr(record, "SHARE", 0.0)
     net, _ = nets(memory_cache_device="auto")
     x = torch.randn(12, 6).to(DEVICE)
     for _ in range(3):
@@ -396,6 +400,27 @@ def test_a_write_to_a_weight_is_seen(write, layer):
             (weight.data if write == "data" else weight).add_(1)
     compare(net, twin, x)
     assert torchcache.stats(net).hits == 12
+
+
+def test_a_write_to_one_element_is_found_in_time(monkeypatch):
+    monkeypatch.setattr(record, "SHARE", math.inf)
+    net, twin = nets(Wide)
+    x = torch.randn(12, 6).to(DEVICE)
+    compare(net, twin, x)
+    for each in (net, twin):
+        each.body[-1].weight.data[500, 7] += 1
+    for _ in range(len(list(net.body.parameters()))):
+        net(x)
+    compare(net, twin, x)
+
+
+@counted
+def test_the_state_does_not_cross():
+    net, _ = nets(Wide)
+    x = torch.randn(12, 6).to(DEVICE)
+    with Counted() as crossed:
+        net.body(x)
+    assert crossed.to_host < net.body[-1].weight.nbytes // 2
 
 
 @pytest.mark.parametrize("kind", [Blocks, trains("value")])

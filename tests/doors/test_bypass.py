@@ -331,7 +331,7 @@ def test_an_exception_of_ours_does_not_end_the_run(when, warnings, monkeypatch):
         raise ZeroDivisionError("a slip of ours")
 
     with monkeypatch.context() as patches:
-        patches.setattr("torchcache.call.digest_rows", broken)
+        patches.setattr("torchcache.digest.rows.digest_rows", broken)
         for _ in range(2):
             assert torch.equal(module(x), twin(x))
         assert torchcache.stats(module).bypasses == 8

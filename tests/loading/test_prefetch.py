@@ -45,11 +45,11 @@ def test_a_warm_run_finds_its_rows_in_memory(tmp_path, door, monkeypatch):
     expected = [first(x) for x, _ in batches()]
     torchcache.flush()
     hashed = []
-    digest_rows = torchcache.call.digest_rows
+    digest_rows = torchcache.digest.rows.digest_rows
     monkeypatch.setattr(
-        torchcache.call,
+        torchcache.digest.rows,
         "digest_rows",
-        lambda rows, algorithm: hashed.append(rows[0].shape[0]) or digest_rows(rows, algorithm),
+        lambda rows, *others: hashed.append(rows[0].shape[0]) or digest_rows(rows, *others),
     )
     warm = model()
     loader = torchcache.prefetch(batches())

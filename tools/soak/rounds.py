@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,8 @@ __all__ = ["ROUNDS"]
 Counts = collections.Counter[str]
 Round = Callable[[Path, int], Counts]
 BLOBS = 50_000
+# On the stand-in device, which has to be built first.
+PROGRAMS = 60
 
 
 def _kills(directory: Path, seed: int) -> Counts:
@@ -68,6 +72,13 @@ def _loading(directory: Path, seed: int) -> Counts:
     return Counts(changing.endure(directory / "files", seed))
 
 
+def _device(directory: Path, seed: int) -> Counts:
+    command = [sys.executable, str(TESTS / "device" / "endure.py"), str(seed), str(PROGRAMS)]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-4000:]
+    return Counts(json.loads(done.stdout.splitlines()[-1]))
+
+
 ROUNDS: dict[str, Round] = {
     "kills": _kills,
     "damage": _damage,
@@ -77,4 +88,5 @@ ROUNDS: dict[str, Round] = {
     "loading": _loading,
     "processes": _processes,
     "interrupts": _interrupts,
+    "device": _device,
 }

@@ -18,7 +18,7 @@ import torch
 from torchcache.forks import without_forks
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.logging import logger
-from torchcache.store.tiers import Found
+from torchcache.store.found import Found
 from torchcache.streams import beside, has_streams
 
 __all__ = ["Ahead", "Routes", "learn", "prepared"]

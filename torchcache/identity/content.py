@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torch import nn
 
+from torchcache.digest.device import OnTheWay
 from torchcache.errors import Bypass, brief
 from torchcache.identity.memory import ITEM_SIZES, elements_at, row_major_bytes
 from torchcache.threads import in_parts
@@ -21,11 +22,11 @@ __all__ = [
     "Content",
     "block_digests",
     "content_digest",
-    "content_of",
     "contents_of",
     "joined_digest",
     "plain_tensors",
     "readable",
+    "start_content",
 ]
 
 # Content is hashed in blocks of this size, by several threads where there are several of both.
@@ -78,31 +79,37 @@ def joined_digest(contents: Sequence[Content], wrapping: str) -> bytes:
     return bytes(hasher.digest())
 
 
-def content_of(tensor: torch.Tensor) -> Content:
-    """The content of a plain tensor; see ``plain_tensors``."""
+def start_content(tensor: torch.Tensor) -> Callable[[], Content]:
+    """What gives the content of a plain tensor (see ``plain_tensors``); on a device it is hashed there meanwhile."""
     # Code may ask how a weight lies in memory, and kernels round otherwise where it lies otherwise.
     order = () if tensor.is_contiguous() else memory_order(tensor.shape, tensor.stride())
     told = "" if order == tuple(sorted(order)) else f" {order}"
     described = xxhash.xxh3_128_digest(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.is_meta}{told}".encode())
     if tensor.is_meta:
-        return (described,)
+        return lambda: (described,)
+    _check_memory(tensor)
+    if not tensor.is_cpu:
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a device that lacks an operator
+            digest = OnTheWay(tensor.detach()[None])
+            return lambda: (described, *digest.digests())
     data = _bytes(tensor)
     count = -(-len(data) // BLOCK_BYTES)
-    return (described, *in_parts(count, BLOCK_BYTES, lambda start, stop: block_digests(data, start, stop)))
+    content = (described, *in_parts(count, BLOCK_BYTES, lambda start, stop: block_digests(data, start, stop)))
+    return lambda: content
 
 
 def contents_of(tensors: Sequence[torch.Tensor]) -> list[Content]:
     """The contents of plain tensors; what lies twice in the same memory, as tied weights do, is hashed once."""
-    known: dict[object, Content] = {}
-    contents = []
+    known: dict[object, Callable[[], Content]] = {}
+    places = list[object]()
     for tensor in tensors:
         place: object = id(tensor)
-        if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape)
+        if not tensor.is_meta and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape)
         if place not in known:
-            known[place] = content_of(tensor)
-        contents.append(known[place])
-    return contents
+            known[place] = start_content(tensor)
+        places.append(place)
+    return [known[place]() for place in places]
 
 
 def block_digests(data: npt.NDArray[np.uint8], start: int, stop: int) -> list[bytes]:
@@ -112,7 +119,6 @@ def block_digests(data: npt.NDArray[np.uint8], start: int, stop: int) -> list[by
 
 
 def _bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    _check_memory(tensor)
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu()
     return row_major_bytes(elements_at(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.itemsize, tensor))
 

@@ -23,7 +23,8 @@ class State:
     - an optimizer that holds its memory made a step,
     - elements differ that are looked at in every call: all of tensors up to 2,048 elements, some of larger ones, others
       each time, at least one in any run of 1/16,
-    - a thread that hashes everything again, within 0.5% of the time, finds a difference.
+    - everything is hashed again, within 0.5% of the time, and there is a difference: in a thread what the host has; of
+      what a device has, one tensor in a call.
 
     What is suspected is hashed as a whole. Only other content is a change.
 

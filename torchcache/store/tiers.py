@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from torchcache.store.beneath import Beneath
 from torchcache.store.blob import Codec, RowSpec, storable
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import Places
+from torchcache.store.found import Found
 from torchcache.store.memory import MemoryTier
 from torchcache.store.near import Near
 from torchcache.store.note import note_bytes, note_entries
@@ -27,52 +27,9 @@ from torchcache.store.tier import Blob
 from torchcache.store.writer import receiver
 from torchcache.streams import bring_behind, has_streams, send
 
-__all__ = ["Found", "Tiers"]
+__all__ = ["Tiers"]
 
 DIGEST_SIZE = 16
-
-
-@dataclasses.dataclass
-class Found:
-    """What the tiers hold of one batch.
-
-    Parameters
-    ----------
-    fingerprint : bytes
-        Of the call.
-    slots : list of int
-        For each row of the batch ``ABSENT`` where it was not in memory, any other number where it was.
-    rows : list of torch.Tensor
-        Copies of the rows that were in memory, in the batch's order, one tensor a leaf.
-    extra : dict of bytes to int
-        Rows from beneath that memory had no room for: digest to row of ``extra_rows``.
-    extra_rows : list of torch.Tensor
-        Those rows, one tensor a leaf.
-    from_disk, from_others : frozenset of bytes
-        Digests that the disk tier answered, and tiers beneath it.
-    """
-
-    fingerprint: bytes
-    slots: list[int]
-    rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    extra: dict[bytes, int] = dataclasses.field(default_factory=dict)
-    extra_rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    from_disk: frozenset[bytes] = frozenset()
-    from_others: frozenset[bytes] = frozenset()
-
-    @property
-    def from_beneath(self) -> frozenset[bytes]:
-        """Digests that memory did not hold, and another tier did."""
-        return self.from_disk | self.from_others
-
-    def missing(self, digests: Sequence[bytes]) -> dict[bytes, int]:
-        """Digest to its first row in the batch, for each that was found nowhere."""
-        missing: dict[bytes, int] = {}
-        if ABSENT in self.slots:
-            for row, (digest, slot) in enumerate(zip(digests, self.slots, strict=True)):
-                if slot == ABSENT and digest not in self.extra:
-                    missing.setdefault(digest, row)
-        return missing
 
 
 class Tiers:
@@ -143,7 +100,7 @@ class Tiers:
         if self._arriving and self._arrive(found, digests):
             take()
         if early:
-            found.from_disk = early & _present(digests, found)
+            found.from_disk = early & found.present(digests)
         if not self.beneath or ABSENT not in found.slots:
             return found
         pairs = zip(digests, found.slots, strict=True)
@@ -161,7 +118,7 @@ class Tiers:
             scan.forget(found.from_disk)  # rows that it is reading at this moment as well
         if found.from_beneath:
             take()
-            present = _present(digests, found)
+            present = found.present(digests)
             found.from_disk &= present
             found.from_others &= present
         return found
@@ -424,8 +381,3 @@ class Tiers:
         if codec is None:
             codec = self._codecs[spec] = Codec(spec, self.options.zstd_compression_level)
         return codec
-
-
-def _present(digests: Sequence[bytes], found: Found) -> frozenset[bytes]:
-    pairs = zip(digests, found.slots, strict=True)
-    return frozenset(digest for digest, slot in pairs if slot != ABSENT or digest in found.extra)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from torchcache.store.buffers import Buffers
+from torchcache.store.found import Found
 from torchcache.store.precision import Precision
 from torchcache.store.select import place_rows, select_rows
 from torchcache.store.slab import ABSENT
-from torchcache.store.tiers import Found
 from torchcache.values.layout import Layout
 
 __all__ = ["assemble"]
