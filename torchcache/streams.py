@@ -40,8 +40,8 @@ class Coming:
     def words(self) -> Words:
         """The integers, in one dimension; waits for the device the first time."""
         if self._words is None:
-            started = [coming for reference in _under_way.all if (coming := reference()) is not None]
-            _under_way.all = []
+            others = [coming for reference in _under_way.all if (coming := reference()) not in (None, self)]
+            started, _under_way.all = [self, *others], []
             for device in dict.fromkeys(coming._tensor.device for coming in started if coming._tensor is not None):
                 _bring([coming for coming in started if coming._tensor is not None and coming._tensor.device == device])
         assert self._words is not None

@@ -267,6 +267,15 @@ def test_rows_that_are_on_their_way_to_memory_are_found(memory, monkeypatch):
     assert torchcache.stats(net).misses == 8
 
 
+@pytest.mark.parametrize("enough", [False, True])
+def test_filling_ahead_says_when_memory_is_full(enough, caplog):
+    net, _ = nets(Wide, max_memory_cache_size=4096 * (64 if enough else 20))
+    x = torch.randn(64, 6).to(DEVICE)
+    torchcache.warm(net, x.split(8))
+    assert ("is full" in caplog.text) is not enough
+    assert torchcache.stats(net).regions[0].memory_bytes == 4096 * (64 if enough else 20)
+
+
 def test_a_device_without_room_for_what_is_to_be_stored(monkeypatch):
     net, twin = nets()
     x = torch.randn(12, 6).to(DEVICE)

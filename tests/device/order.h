@@ -31,10 +31,12 @@ struct Uses {
   std::set<Key> noted;  // by record_stream
 };
 
+// No tensor that Python may know is held: to let go of it needs Python's lock, whose owner may wait for ours.
 struct Copy {
   Key stream;
   int64_t number;
-  at::Tensor host, bytes;
+  char* host;
+  at::Tensor bytes;
   bool to_host;
 };
 
@@ -95,8 +97,15 @@ inline void release(const Uses& uses) {
       race("freed while another stream uses it");
 }
 
-inline at::Tensor bytes_of(const at::Tensor& tensor) {
-  return at::from_blob(tensor.data_ptr(), {static_cast<int64_t>(tensor.nbytes())}, at::kByte);
+inline void begin(const Key& stream, int64_t number, const at::Tensor& host, bool to_host) {
+  at::Tensor bytes = at::from_blob(host.data_ptr(), {static_cast<int64_t>(host.nbytes())}, at::kByte).clone();
+  copies.push_back({stream, number, static_cast<char*>(host.data_ptr()), bytes, to_host});
+  if (to_host) std::memset(host.data_ptr(), 0xCD, host.nbytes());
+}
+
+// Pinned memory that nobody holds any more is given to nobody else before its copies are over.
+inline void forget(char* from, size_t bytes) {
+  copies.remove_if([&](const Copy& copy) { return copy.host >= from && copy.host < from + bytes; });
 }
 
 inline void settle() {
@@ -106,8 +115,8 @@ inline void settle() {
       continue;
     }
     if (copy->to_host) {
-      std::memcpy(copy->host.data_ptr(), copy->bytes.data_ptr(), copy->bytes.numel());
-    } else if (!at::equal(bytes_of(copy->host), copy->bytes)) {
+      std::memcpy(copy->host, copy->bytes.data_ptr(), copy->bytes.numel());
+    } else if (std::memcmp(copy->host, copy->bytes.data_ptr(), copy->bytes.numel())) {
       race("pinned memory was written to before its copy was over");
     }
     copy = copies.erase(copy);

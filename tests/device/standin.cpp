@@ -95,7 +95,11 @@ struct Pinned final : c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override {
     return [](void* memory) {
       Lock lock(order::mutex);
-      pinned.erase(reinterpret_cast<uintptr_t>(memory));
+      auto found = pinned.find(reinterpret_cast<uintptr_t>(memory));
+      if (found != pinned.end()) {
+        order::forget(static_cast<char*>(memory), found->second);
+        pinned.erase(found);
+      }
       std::free(memory);
     };
   }
@@ -203,11 +207,10 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
   if (is_here(from) && is_here(to)) return to;
   (is_here(from) ? to_host : to_device) += from.numel() * from.itemsize();
   const at::Tensor& on_host = is_here(from) ? to : from;
-  if (!non_blocking || (is_here(to) && !is_pinned(from.storage().data()))) {
+  if (!non_blocking || !on_host.is_contiguous() || !is_pinned(on_host.storage().data())) {
     wait_for(device.index());
-  } else if (on_host.numel() && on_host.is_contiguous()) {
-    order::copies.push_back({now.stream, now.number, on_host, order::bytes_of(on_host).clone(), is_here(from)});
-    if (is_here(from)) std::memset(on_host.data_ptr(), 0xCD, on_host.nbytes());
+  } else if (on_host.numel()) {
+    order::begin(now.stream, now.number, on_host, is_here(from));
   }
   return to;
 }

@@ -9,6 +9,7 @@ import torch
 
 from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.chance import Generators, generators_kept
+from torchcache.checks.gradients import Original, modes_agree
 from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.checks.stored import stored, suffices
@@ -278,15 +279,7 @@ class Learning:
         written, steady = self._watch(batch.wrote), self._subject.identity.steady()
         try:
             with generators_kept(), normal_tensors(), torch.no_grad():
-                learnt, output = learn(
-                    self._subject.name,
-                    batch.taken.tensors,
-                    whole,
-                    lambda tensors: take_outputs(batch.original(tensors)),
-                    batch_dim=self._options.batch_dim,
-                    spare=form.spare if form.spare is not None and self._alike(form.spare, batch) else None,
-                    coarse=batch.coarse,
-                )
+                learnt, output, agree = self._probe(batch, form, whole)
         except Unproven:
             first = batch.taken.tensors[0]
             if first.ndim and first.shape[0] == 1:
@@ -307,10 +300,35 @@ class Learning:
             written.restore()
             raise self._writes(form, names) from None
         self._settle(batch, form, written, learnt, whole)
-        self._compare_modes(batch, learnt, whole)
+        if not (agree or modes_agree(batch, learnt, whole)):
+            self.modal.add(batch.who)
+            why = "where gradients are recorded it computes other values: each mode has rows of its own from now on"
+            raise Bypass(why, lasting=False, quiet=True)
         form.roles, form.learnt, form.spare = learnt.rows, learnt, None
         self._assign(batch, learnt.rows)
         return self._keep(batch, learnt, output, proven=True)
+
+    def _probe(self, batch: Batch, form: _Form, whole: Taken | None) -> tuple[Learnt, Taken, bool]:
+        """What the probe learns, and whether grad modes matter to nothing, as far as that is known then."""
+        ask = self._subject.identity.asks_for_gradients and batch.who not in self.modal
+        for both in (True, False) if ask else (False,):
+            original = Original(batch, both)
+            try:
+                learnt, output = learn(
+                    self._subject.name,
+                    batch.taken.tensors,
+                    whole,
+                    original,
+                    batch_dim=self._options.batch_dim,
+                    spare=form.spare if form.spare is not None and self._alike(form.spare, batch) else None,
+                    coarse=batch.coarse,
+                )
+            except (Bypass, RowwiseError, Unproven):
+                if not original.crossed:  # else it may be the other mode that differs
+                    raise
+            else:
+                return learnt, output, original.crossed or not ask
+        raise AssertionError("the last probe is in one mode")
 
     def _alike(self, spare: Sequence[torch.Tensor], batch: Batch) -> bool:
         """Whether rows of an earlier call are as long and wide as those of this one."""
@@ -352,24 +370,6 @@ class Learning:
         if not taken.tensors:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
-
-    def _compare_modes(self, batch: Batch, learnt: Learnt, whole: Taken | None) -> None:
-        """Find whether it matters that gradients are recorded, where the program asks for that."""
-        if batch.who in self.modal or not self._subject.identity.asks_for_gradients:
-            return
-        tensors = batch.taken.tensors
-        given = rows_of(tensors, learnt.rows)
-        some = range(min(2, given[0].shape[0]))
-        rows = select(tensors, learnt.rows, [pick_rows(leaf, some) for leaf in given])
-        with generators_kept(), normal_tensors():
-            here = whole if whole is not None else take_outputs(batch.original(rows))
-            there = take_outputs(batch.original(rows, gradients=not batch.given.gradients)).tensors
-        dims = learnt.output_dims
-        mine = [leaf.narrow(dim, 0, len(some)) for leaf, dim in zip(here.tensors, dims, strict=True)]
-        if len(mine) != len(there) or not learnt.rounding.agree(mine, there):
-            self.modal.add(batch.who)
-            why = "where gradients are recorded it computes other values: each mode has rows of its own from now on"
-            raise Bypass(why, lasting=False, quiet=True)
 
     def _settle(self, batch: Batch, form: _Form, written: Written | None, learnt: Learnt, whole: Taken | None) -> None:
         """Go on with the identity after a first call, which may set a module up; another call must not change it."""

@@ -235,7 +235,7 @@ class _Watch:
         self.misses += len(looked.missing)
         self._count += 1
         if looked.missing and not region.tiers.beneath:
-            held = region.tiers.memory.used
+            held = region.tiers.used
             if held == self._held.get(region):
                 warn_once(
                     f"warm: the memory of {region.name} is full at {size_text(held)}, so further rows are computed and "
@@ -248,7 +248,7 @@ class _Watch:
 
 def _stored(region: Region) -> int:
     tiers = region.tiers
-    return tiers.memory.used if tiers.beneath.disk is None else tiers.beneath.disk_bytes
+    return tiers.used if tiers.beneath.disk is None else tiers.beneath.disk_bytes
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -137,7 +137,7 @@ class RegionStats:
     def of(cls, region: Region) -> RegionStats:
         """The counters of ``region`` as they are now."""
         counters, tiers = region.counters, region.tiers
-        now = Point.of(counters, tiers.memory.used, tiers.beneath.disk_bytes)
+        now = Point.of(counters, tiers.used, tiers.beneath.disk_bytes)
         return cls(
             name=region.name,
             memory_hits=counters.memory_hits,

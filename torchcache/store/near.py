@@ -98,10 +98,10 @@ class _Kept:
         self.slots: dict[bytes, int] = {}
         self.leaves = spec.empty(0, memory.device)
         self.stream = torch.accelerator.current_stream(memory.device)
-        self._memory = memory
+        self._memory, self._held = memory, 0
 
     def __del__(self) -> None:
-        self._memory.held -= self._bytes(self.capacity)
+        self._memory.held -= self._held
 
     @property
     def capacity(self) -> int:
@@ -136,7 +136,7 @@ class _Kept:
             if not self._memory.allows(self._bytes(slots), share):
                 continue
             self._follow()
-            before, used = self.capacity, len(self.slots)
+            used = len(self.slots)
             try:
                 leaves = self.spec.empty(slots, self._memory.device)
             except RuntimeError:  # somebody was faster
@@ -144,7 +144,8 @@ class _Kept:
             for new, old in zip(leaves, self.leaves, strict=True):
                 new[:used].copy_(old[:used])
             self.leaves = leaves
-            self._memory.held += self._bytes(slots) - self._bytes(before)
+            self._memory.held += self._bytes(slots) - self._held
+            self._held = self._bytes(slots)
             return
 
     def _bytes(self, slots: int) -> int:

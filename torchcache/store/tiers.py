@@ -65,6 +65,13 @@ class Tiers:
         self._codecs: dict[RowSpec, Codec] = {}
         self._scans: dict[bytes, Scan] = {}
 
+    @property
+    def used(self) -> int:
+        """Bytes of rows in memory, once those that are on their way are there."""
+        if self._arriving:
+            receiver().flush()
+        return self.memory.used
+
     def find(
         self,
         fingerprint: bytes,

@@ -16,6 +16,8 @@ from torchcache.threads import yield_to_training
 __all__ = ["Writer", "flush", "receiver", "sender", "writer"]
 
 QUEUE_BYTES = 256 * 1024 * 1024
+# What is on its way from a device is held there, too.
+ON_DEVICE_BYTES = 64 * 1024 * 1024
 
 Job = Callable[[], object]
 
@@ -82,7 +84,7 @@ class Writer:
 
 
 def _new() -> tuple[Writer, Writer, Writer]:
-    return Writer(name="torchcache-receiver"), Writer(), Writer(name="torchcache-sender")
+    return Writer(ON_DEVICE_BYTES, "torchcache-receiver"), Writer(), Writer(name="torchcache-sender")
 
 
 _receiver, _writer, _sender = _new()

@@ -1,0 +1,64 @@
+"""Whether it matters to an original that gradients are recorded: asked only of programs that ask for it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from torchcache.batch import Batch
+from torchcache.checks.chance import generators_kept
+from torchcache.checks.probe import Learnt, rows_of, select
+from torchcache.context import normal_tensors
+from torchcache.values.layout import pick_rows
+from torchcache.values.take import Taken, take_outputs
+
+__all__ = ["Original", "modes_agree"]
+
+# Of a probe's batches the one that is compared with most others of its size.
+THIRD = 3
+
+
+class Original:
+    """What a probe runs: the original on other rows, one batch of them in the other grad mode.
+
+    A probe that finds nothing has compared that batch, too.
+
+    Parameters
+    ----------
+    batch : Batch
+        The call.
+    both : bool
+        Whether the other mode is wanted.
+
+    Attributes
+    ----------
+    crossed : bool
+        Whether a batch ran in the other mode.
+    """
+
+    def __init__(self, batch: Batch, both: bool) -> None:
+        self._batch = batch
+        self._left = THIRD if both else 0
+        self.crossed = False
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> Taken:
+        """The outputs for ``tensors`` in place of the caller's."""
+        self._left -= 1
+        other = self._left == 0
+        self.crossed |= other
+        return take_outputs(self._batch.original(tensors, gradients=self._batch.given.gradients != other))
+
+
+def modes_agree(batch: Batch, learnt: Learnt, whole: Taken | None) -> bool:
+    """Whether two rows come out the same in both grad modes."""
+    tensors = batch.taken.tensors
+    given = rows_of(tensors, learnt.rows)
+    some = range(min(2, given[0].shape[0]))
+    rows = select(tensors, learnt.rows, [pick_rows(leaf, some) for leaf in given])
+    with generators_kept(), normal_tensors():
+        here = whole if whole is not None else take_outputs(batch.original(rows))
+        there = take_outputs(batch.original(rows, gradients=not batch.given.gradients)).tensors
+    dims = learnt.output_dims
+    mine = [leaf.narrow(dim, 0, len(some)) for leaf, dim in zip(here.tensors, dims, strict=True)]
+    return len(mine) == len(there) and learnt.rounding.agree(mine, there)
