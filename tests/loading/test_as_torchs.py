@@ -1,8 +1,7 @@
 """Whatever data sets, samplers and collate functions do, batches and random numbers are those of PyTorch's loader."""
 
-from __future__ import annotations
-
 import collections
+import functools
 import itertools
 import multiprocessing
 import os
@@ -379,12 +378,13 @@ def test_a_loader_that_nothing_was_taken_from_says_so():
     assert "a trainer" in torchcache.stats(torchcache.DataLoader(Plain(), batch_size=5)).reason
 
 
-def write_to(path):
-    def begin(number):
-        with open(path, "a") as file:
-            file.write(f"{number}\n")
+def _began(path, worker):
+    with path.open("a") as file:
+        file.write(f"{worker} ")
 
-    return begin
+
+def write_to(path):
+    return functools.partial(_began, path)
 
 
 def test_what_is_set_on_the_loader_later_counts(tmp_path):
