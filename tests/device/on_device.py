@@ -347,6 +347,27 @@ def test_rows_leave_the_device_when_its_memory_is_needed(models, monkeypatch):
 
 
 @counted
+def test_a_step_that_ran_out_of_memory_can_be_tried_again(monkeypatch):
+    monkeypatch.setattr(near, "LOOK_SECONDS", 0.0)
+    net, twin = nets(Wide, memory_cache_device="auto")
+    x = torch.randn(2048, 6).to(DEVICE)
+    for _ in range(2):
+        for rows in x.split(64):
+            compare(net, twin, rows)
+    with room(20 << 20):
+
+        def step():
+            found = net(x[:64])
+            large = torch.empty(24 << 20, dtype=torch.uint8, device=DEVICE)
+            return found, large
+
+        with pytest.raises(torch.OutOfMemoryError):
+            step()
+        torch.testing.assert_close(step()[0], twin(x[:64]), atol=1e-5, rtol=1e-5)
+    assert torchcache.stats(net).misses == 2048
+
+
+@counted
 def test_rows_leave_the_device_with_their_model():
     x = torch.randn(2048, 6).to(DEVICE)
     held = []

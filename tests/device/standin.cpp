@@ -23,7 +23,7 @@ namespace {
 
 constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 constexpr c10::DeviceIndex kCount = 2;
-std::atomic<int64_t> to_host{0}, to_device{0}, waits{0}, held{0}, room{int64_t(1) << 40};
+std::atomic<int64_t> to_host{0}, to_device{0}, waits{0}, held{0}, room{int64_t(1) << 40}, failures{0};
 thread_local c10::DeviceIndex current = 0;
 
 struct Block {
@@ -52,7 +52,9 @@ struct Memory final : c10::Allocator {
     c10::Device device(kDevice, current);
     if (wanted == 0) return {nullptr, device};
     size_t page = sysconf(_SC_PAGESIZE), bytes = (wanted + page - 1) / page * page;
-    TORCH_CHECK_WITH(OutOfMemoryError, held + static_cast<int64_t>(bytes) <= room, "standin: out of memory");
+    bool fits = held + static_cast<int64_t>(bytes) <= room;
+    failures += !fits;
+    TORCH_CHECK_WITH(OutOfMemoryError, fits, "standin: out of memory");
     int file = memfd_create("standin", 0);
     TORCH_CHECK(file >= 0 && ftruncate(file, bytes) == 0, "standin: no memory");
     void* hidden = mmap(nullptr, bytes, PROT_NONE, MAP_SHARED, file, 0);
@@ -471,6 +473,7 @@ void record_stream(at::Tensor& tensor, c10::Stream stream) {
 
 int64_t count_of(const std::string& what) {
   if (what == "held") return held;
+  if (what == "failures") return failures;
   return what == "to_host" ? to_host : what == "to_device" ? to_device : waits;
 }
 

@@ -62,6 +62,7 @@ def open_device():
     module._is_in_bad_fork = lambda: False
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.manual_seed_all = lambda seed: None
+    module.memory_stats = lambda device=None: {"num_ooms": torch.ops.standin.count("failures")}
     module.synchronize = torch.accelerator.synchronize
     module.device = lambda index: contextlib.nullcontext()
     torch._register_device_module("standin", module)

@@ -49,6 +49,8 @@ class _Device:
         self._part = 1.0
         self._looked = -LOOK_SECONDS
         self._retries = self._out_of_memory()
+        if not self._free():
+            logger.info("%s: no rows are kept there, since it does not tell how much of its memory is free", device)
 
     def allows(self, more: int, share: float) -> bool:
         """Whether rows may take so many bytes more: together no more than a share of what else would be free."""
@@ -58,7 +60,7 @@ class _Device:
     def check(self, share: float) -> None:
         """Let all rows go where something else needs the memory: less is free than is allowed for, or none was."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if not self.held or now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
         before, self._retries = self._retries, self._out_of_memory()
@@ -68,6 +70,10 @@ class _Device:
         logger.info("%s: rows of the cache leave it, since its memory is needed for something else", self.device)
         for near in list(self.users):
             near.leave(self.device)
+
+    def note_failures(self) -> None:
+        """Let allocations that failed so far count for nothing."""
+        self._retries = self._out_of_memory()
 
     def _free(self) -> int:
         module = torch.get_device_module(self.device)
@@ -141,6 +147,8 @@ class _Kept:
                 leaves = self.spec.empty(slots, self._memory.device)
             except RuntimeError:  # somebody was faster
                 return
+            finally:
+                self._memory.note_failures()
             for new, old in zip(leaves, self.leaves, strict=True):
                 new[:used].copy_(old[:used])
             self.leaves = leaves
