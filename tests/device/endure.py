@@ -31,6 +31,7 @@ def scarce(chance):
     with (
         mock.patch.object(near, "FIRST_SLOTS", 2),
         mock.patch.object(near, "LOOK_SECONDS", 0.0),
+        mock.patch.object(near, "REST_SECONDS", 0.0),
         mock.patch.object(near._Device, "_free", side_effect=lambda: chance.choice([0, 1 << 12, *[1 << 30] * 3])),
         mock.patch.object(near._Device, "_part", property(lambda self: 1.0, lambda self, part: None), create=True),
     ):

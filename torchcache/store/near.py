@@ -27,6 +27,8 @@ __all__ = ["Near"]
 FIRST_SLOTS = 1024
 # How often a device is asked how much of its memory is free, in seconds.
 LOOK_SECONDS = 0.1
+# For how long nothing is kept where rows had to leave.
+REST_SECONDS = 30.0
 
 Rows = tuple[list[int], list[torch.Tensor]]
 
@@ -47,7 +49,7 @@ class _Device:
         self.held = 0
         self.users: weakref.WeakSet[Near] = weakref.WeakSet()
         self._part = 1.0
-        self._looked = -LOOK_SECONDS
+        self._looked, self._rests = -LOOK_SECONDS, 0.0
         self._retries = self._out_of_memory()
         if not self._free():
             logger.info("%s: no rows are kept there, since it does not tell how much of its memory is free", device)
@@ -55,7 +57,8 @@ class _Device:
     def allows(self, more: int, share: float) -> bool:
         """Whether rows may take so many bytes more: together no more than a share of what else would be free."""
         free = self._free()
-        return free > 0 and self.held + more <= self._part * share * (free + self.held)
+        rests = more > 0 and time.monotonic() < self._rests
+        return not rests and free > 0 and self.held + more <= self._part * share * (free + self.held)
 
     def check(self, share: float) -> None:
         """Let all rows go where something else needs the memory: less is free than is allowed for, or none was."""
@@ -67,6 +70,7 @@ class _Device:
         if self._retries == before and self.allows(0, share):
             return
         self._part /= 2
+        self._rests = now + REST_SECONDS
         logger.info("%s: rows of the cache leave it, since its memory is needed for something else", self.device)
         for near in list(self.users):
             near.leave(self.device)
