@@ -445,6 +445,19 @@ def test_a_write_to_one_element_is_found_in_time(monkeypatch):
     compare(net, twin, x)
 
 
+@pytest.mark.skipif(KIND != "cuda", reason="only CUDA has graphs")
+@pytest.mark.parametrize("backend", ["inductor", "torchcache"])
+def test_what_follows_a_mark_runs_as_a_graph_of_cuda(backend):
+    net, twin = nets()
+    run = torch.compile(net, backend=backend, mode="reduce-overhead")
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(12, 6).to(DEVICE)
+        compare(run, twin, x)
+        compare(run, twin, x)
+    assert torchcache.stats(net).hits >= 12
+
+
 @counted
 def test_the_state_does_not_cross():
     net, _ = nets(Wide)

@@ -627,3 +627,8 @@ def test_calls_within_sample_keys_that_a_graph_holds_are_not_taken_for_others(ba
     for call in range(8):
         with torchcache.sample_keys(range(16)), torch.set_grad_enabled(call > 4):
             torch.testing.assert_close(run(x, y), plain(x, y))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_no_graph_of_cuda_holds_a_lookup():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.torchcache.lookup.default.tags
