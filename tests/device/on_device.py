@@ -26,6 +26,7 @@ import torchcache
 from torchcache import streams
 from torchcache.digest.ahead import prepared
 from torchcache.identity import record
+from torchcache.loading import remembered
 from torchcache.regions import regions_in
 from torchcache.store import near, slab, tiers
 from torchcache.store.tiers import Tiers
@@ -509,6 +510,20 @@ def test_samples_that_are_not_loaded():
         for _ in range(3):
             for x, _ in loader:
                 compare(net, twin, x.to(DEVICE)[:, :6])
+
+
+def test_rows_of_the_first_epoch_are_found_by_what_the_loader_remembers(monkeypatch):
+    monkeypatch.setattr(remembered, "CHEAP", 0.0)
+    torch.manual_seed(0)
+    twin = nn.Linear(600, WIDTH).requires_grad_(False).to(DEVICE)
+    net = torchcache.mark(copy.deepcopy(twin), audit=0)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 600), torch.arange(64))
+    loader = torchcache.DataLoader(data, batch_size=8, shuffle=True)
+    for _ in range(4):
+        for x, places in loader:
+            found = net(x.to(DEVICE))
+            torch.testing.assert_close(found, twin(data.tensors[0][places].to(DEVICE)), atol=1e-5, rtol=1e-5)
+    assert torchcache.stats(net).misses <= 64 + 8  # the first batch is looked at as a whole
 
 
 @runs(15, AS_DRAWN)

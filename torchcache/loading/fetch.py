@@ -165,14 +165,14 @@ class Fetcher(Dataset[Any]):
         if task.rows:
             wanted = [index for index, sample in zip(task.indices, task.known, strict=True) if sample is None]
         samples, learnt, taken = self._learn(wanted, task) if len(wanted) else ([], None, [])
-        if not task.rows:
-            return Arrived(task.number, self.collate(samples), learnt)
-        if taken is None:  # a loaded sample is not understood: nothing is left out
-            return Arrived(task.number, self.collate(self.load(task.indices)), learnt)
-        parts = iter(taken)
-        described = [(sample, None) if sample is not None else next(parts) for sample in task.known]
-        if self.collated and not alike([sample for sample, _ in described]):  # as PyTorch mixes dtypes, or refuses to
-            return Arrived(task.number, self.collate(self.load(task.indices)), learnt)
+        described: list[tuple[Sample, list[torch.Tensor] | None]] = []
+        if task.rows and taken is not None:
+            parts = iter(taken)
+            described = [(sample, None) if sample is not None else next(parts) for sample in task.known]
+        # A loaded sample may not be understood; and PyTorch mixes dtypes, or refuses to.
+        if not described or (self.collated and not alike([sample for sample, _ in described])):
+            whole = samples if len(wanted) == len(task.indices) else self.load(task.indices)
+            return Arrived(task.number, self.collate(whole), learnt)
         mixed = [
             _row_sample(source, index, sample, large, self.collated)
             for index, (sample, large) in zip(task.indices, described, strict=True)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from torchcache.digest.cpu import digest_bytes
 from torchcache.lazy.rows import Foresee, Row
 from torchcache.lazy.use import register, stack_rows
@@ -80,6 +82,8 @@ class Remembered:
         self._new: list[tuple[Any, Sample]] = []
         self._samples = ByIndex()
         self.uses = Uses()
+        # A device computes other digests: what goes there is known by these from the first epoch on.
+        self._has_device = torch.accelerator.is_available()
         self._given = self._since = self._agreed = 0
         self._alone = False
         # Whether this pass has compared no samples yet: a process that trains alone does not before it believes them.
@@ -256,7 +260,7 @@ class Remembered:
             self._new = []
 
     def known(self, indices: Sequence[Any]) -> tuple[list[Sample | None] | Block, bool]:
-        """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether any is remembered."""
+        """Of which samples of a batch nothing is to be loaded, as far as can be foreseen; whether it is one of rows."""
         plain = set(map(type, indices)) == {int}
         if not plain and not self.reason and any(name_of(index) is None for index in indices):
             self.refuse(f"its sampler gives indices of class {type(indices[0]).__qualname__}")
@@ -268,7 +272,7 @@ class Remembered:
         if not self.reader.apart:  # its code runs here, now
             self._take_surroundings()
             if self.uses.batches and not self._subject.seems_to_hold() and not self.look():
-                return nothing, False
+                return nothing, self._has_device
         self._since += len(indices)
         endless = self._since > max(len(self._samples), ENOUGH)
         if endless or (self._unchecked and self._believed()):
@@ -279,7 +283,7 @@ class Remembered:
         found = [self._samples.get(index) for index in indices]
         remembered = [one for one in found if one is not None]
         if not (remembered and self._believed()):
-            return nothing, False
+            return nothing, self._has_device
         if (self.collated or self.at_once) and not alike(remembered):  # PyTorch makes of them what it makes of them
             return nothing, False
         for leaf, foresee in self.uses.foreseen():
