@@ -25,7 +25,7 @@ from torch import nn
 import torchcache
 from torchcache import streams
 from torchcache.digest.ahead import prepared
-from torchcache.identity import record
+from torchcache.identity import content, record
 from torchcache.loading import remembered
 from torchcache.regions import regions_in
 from torchcache.store import near, slab, tiers
@@ -457,6 +457,21 @@ def test_what_follows_a_mark_runs_as_a_graph_of_cuda(backend):
         compare(run, twin, x)
         compare(run, twin, x)
     assert torchcache.stats(net).hits >= 12
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.complex64, torch.int64]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (40, 33), (2, 0)])
+def test_tensors_that_are_hashed_together_have_the_contents_that_each_has(dtype, shape, monkeypatch):
+    monkeypatch.setattr(content, "TOGETHER", 3 * 40 * 33 * 4)
+    tensors = [torch.randint(0, 2, shape).to(dtype).to(DEVICE) for _ in range(8)]
+    tensors += [tensors[0], tensors[1].clone(), torch.ones(4, dtype=dtype).to(DEVICE)]
+    if len(shape) == 2:
+        tensors += [tensor.T for tensor in tensors[:2]] + [torch.ones(shape[::-1], dtype=dtype).to(DEVICE)]
+    if dtype.is_complex and KIND != "standin":  # which cannot do that
+        tensors += [tensor.conj() for tensor in tensors[:2]]
+    assert content.contents_of(tensors) == [content.start_content(tensor)() for tensor in tensors]
 
 
 @counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from torchcache.digest.device import OnTheWay
 from torchcache.errors import Bypass, brief
 from torchcache.identity.memory import ITEM_SIZES, elements_at, row_major_bytes
+from torchcache.store.select import concatenate
 from torchcache.threads import in_parts
 from torchcache.values.layout import memory_order
 
@@ -31,6 +33,8 @@ __all__ = [
 
 # Content is hashed in blocks of this size, by several threads where there are several of both.
 BLOCK_BYTES = 1 << 20
+# Tensors that a device hashes at once have so many bytes: launches cost more than a copy.
+TOGETHER = 1 << 26
 
 # The digests of a tensor's blocks, after one of its dtype and shape.
 Content = tuple[bytes, ...]
@@ -81,10 +85,7 @@ def joined_digest(contents: Sequence[Content], wrapping: str) -> bytes:
 
 def start_content(tensor: torch.Tensor) -> Callable[[], Content]:
     """What gives the content of a plain tensor (see ``plain_tensors``); on a device it is hashed there meanwhile."""
-    # Code may ask how a weight lies in memory, and kernels round otherwise where it lies otherwise.
-    order = () if tensor.is_contiguous() else memory_order(tensor.shape, tensor.stride())
-    told = "" if order == tuple(sorted(order)) else f" {order}"
-    described = xxhash.xxh3_128_digest(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.is_meta}{told}".encode())
+    described = _described(tensor)
     if tensor.is_meta:
         return lambda: (described,)
     _check_memory(tensor)
@@ -101,15 +102,52 @@ def start_content(tensor: torch.Tensor) -> Callable[[], Content]:
 def contents_of(tensors: Sequence[torch.Tensor]) -> list[Content]:
     """The contents of plain tensors; what lies twice in the same memory, as tied weights do, is hashed once."""
     known: dict[object, Callable[[], Content]] = {}
+    away: dict[object, dict[object, torch.Tensor]] = {}
     places = list[object]()
     for tensor in tensors:
         place: object = id(tensor)
         if not tensor.is_meta and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape)
-        if place not in known:
+        if not (tensor.is_cpu or tensor.is_meta):
+            away.setdefault((tensor.device, tensor.dtype, tensor.shape), {})[place] = tensor
+        elif place not in known:
             known[place] = start_content(tensor)
         places.append(place)
+    for alike in away.values():
+        known.update(zip(alike, _start_alike([*alike.values()]), strict=True))
     return [known[place]() for place in places]
+
+
+def _start_alike(tensors: Sequence[torch.Tensor]) -> Iterator[Callable[[], Content]]:
+    """What gives the contents of tensors of one shape and dtype on one device, which hashes them as rows of a batch."""
+    step = max(1, TOGETHER // max(tensors[0].nbytes, 1))
+    for start in range(0, len(tensors), step):
+        some = tensors[start : start + step]
+        try:
+            yield from _start_rows(some)
+        except (RuntimeError, NotImplementedError):  # there is no room for a copy, or an operator is lacking
+            yield from map(start_content, some)
+
+
+def _start_rows(tensors: Sequence[torch.Tensor]) -> list[Callable[[], Content]]:
+    if len(tensors) == 1:
+        return [start_content(tensors[0])]
+    for tensor in tensors:
+        _check_memory(tensor)
+    rows = [tensor.detach().resolve_conj().resolve_neg().contiguous()[None] for tensor in tensors]
+    digest = OnTheWay(concatenate(rows))
+
+    def content(row: int) -> Content:
+        return _described(tensors[row]), digest.digests()[row]
+
+    return [functools.partial(content, row) for row in range(len(tensors))]
+
+
+def _described(tensor: torch.Tensor) -> bytes:
+    # Code may ask how a weight lies in memory, and kernels round otherwise where it lies otherwise.
+    order = () if tensor.is_contiguous() else memory_order(tensor.shape, tensor.stride())
+    told = "" if order == tuple(sorted(order)) else f" {order}"
+    return bytes(xxhash.xxh3_128_digest(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.is_meta}{told}".encode()))
 
 
 def block_digests(data: npt.NDArray[np.uint8], start: int, stop: int) -> list[bytes]:
