@@ -269,6 +269,17 @@ def test_rows_that_are_on_their_way_to_memory_are_found(memory, monkeypatch):
     assert torchcache.stats(net).misses == 8
 
 
+def test_rows_that_arrive_while_memory_is_asked_are_found(monkeypatch):
+    net, twin = nets()
+    keep, take = Tiers._keep, Tiers._take
+    monkeypatch.setattr(Tiers, "_keep", lambda self, *given: (time.sleep(0.2), keep(self, *given)))
+    monkeypatch.setattr(Tiers, "_take", lambda self, *given: (take(self, *given), torchcache.flush()))
+    x = torch.randn(12, 6).to(DEVICE)
+    for _ in range(2):
+        compare(net, twin, x)
+    assert torchcache.stats(net).misses == 12
+
+
 @pytest.mark.parametrize("enough", [False, True])
 def test_filling_ahead_says_when_memory_is_full(enough, caplog):
     net, _ = nets(Wide, max_memory_cache_size=4096 * (64 if enough else 20))

@@ -98,7 +98,7 @@ def main() -> None:
         filling = torchcache.mark(Backbone(chosen.layers).to(device, dtype), freeze=True)
         filling(images)  # what is learnt at first
         epochs = {"fill": filling, "uncached": plain}
-        fill = medians({n: lambda b=b, h=head: _epoch(b, h, images) for n, b in epochs.items()}, device, EPOCHS)
+        fill = medians({n: lambda b=b, h=head, x=images: _epoch(b, h, x) for n, b in epochs.items()}, device, EPOCHS)
         found["all misses"] = found["uncached"] * fill["fill"] / fill["uncached"]
         for name, took in found.items():
             table.add_row(name, str(dtype), f"{took * 1e3:.3f}", f"{took / found['features']:.2f}x")

@@ -103,8 +103,12 @@ class Tiers:
         early = scan.ask(digests) if scan is not None else frozenset()
         found = Found(fingerprint, [])
         take = functools.partial(self._take, found, digests, spec, state, near if copies else None)
+        arriving = self._arriving
+        # Asked before memory is: what arrives in between is found the second time.
+        coming = {digest for digest in digests if fingerprint + digest in arriving} if arriving else None
         take()
-        if self._arriving and self._arrive(found, digests):
+        if coming and not coming <= found.present(digests):
+            receiver().flush()
             take()
         if early:
             found.from_disk = early & found.present(digests)
@@ -153,14 +157,6 @@ class Tiers:
             found.slots, found.rows = slab.take(digests)
         else:
             found.slots = slab.find(digests)
-
-    def _arrive(self, found: Found, digests: Sequence[bytes]) -> bool:
-        """Wait for rows that are on their way to memory, where any of these is among them."""
-        pairs = zip(digests, found.slots, strict=True)
-        waited = any(slot == ABSENT and found.fingerprint + digest in self._arriving for digest, slot in pairs)
-        if waited:
-            receiver().flush()
-        return waited
 
     def keep(
         self,
