@@ -34,7 +34,7 @@ from torchcache.counters import Counters, Reasons
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.rows import Early
 from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
-from torchcache.foresight import Foresight, wanted_on
+from torchcache.foresight import Foresight
 from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
@@ -255,7 +255,8 @@ class Region:
     def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
         start = time.perf_counter()
         with normal_tensors():
-            found = self.tiers.find(key, digests, plan.precision.stored, batch.who, wanted_on(plan, batch.rows), ahead)
+            near = plan.place(batch.rows[0].device)
+            found = self.tiers.find(key, digests, plan.precision.stored, batch.who, near, ahead)
         missing = found.missing(digests)
         beneath = found.from_beneath
         if beneath:

@@ -18,7 +18,7 @@ from torchcache.store.found import Found
 from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Tiers
 
-__all__ = ["Foresight", "wanted_on"]
+__all__ = ["Foresight"]
 
 
 class _Region(Protocol):
@@ -53,7 +53,7 @@ class Foresight:
         call = call_fingerprint(plan.form, region.options, self._mode, rows, self._shared, 0)
         digests = digest_rows(rows, region.options.digest)
         key = layout_fingerprint(call, plan.layout)
-        return region.tiers.find(key, digests, plan.precision.stored, self._who, wanted_on(plan, rows), copies=False)
+        return region.tiers.find(key, digests, plan.precision.stored, self._who, None)
 
     def hits(self, rows: Sequence[torch.Tensor]) -> list[bool] | None:
         """Which of ``rows`` need not be computed; ``None`` where that cannot be told."""
@@ -69,9 +69,3 @@ class Foresight:
             return [True] * count
         pairs = zip(found.slots, digest_rows(rows, region.options.digest), strict=True)
         return [slot != ABSENT or digest in found.extra for slot, digest in pairs]
-
-
-def wanted_on(plan: Plan, rows: Sequence[torch.Tensor]) -> torch.device:
-    """On which device the outputs of such a call lie."""
-    near, learnt = rows[0].device, plan.output.tensors[0].device
-    return near if near.type == learnt.type else learnt

@@ -242,7 +242,7 @@ def test_batches_that_are_moved_ahead(own_stream, memory, tmp_path, monkeypatch)
     stream = torch.Stream(DEVICE) if own_stream else before
     net, _ = nets(**options)
     stream.wait_stream(before)
-    loader = torchcache.prefetch(data, DEVICE)
+    loader = torchcache.prefetch(data, DEVICE if own_stream else DEVICE.type)
     for epoch in range(3):
         found = []
         with stream:

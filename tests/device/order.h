@@ -11,7 +11,6 @@
 #include <c10/core/Stream.h>
 
 #include <cstring>
-#include <deque>
 #include <list>
 #include <map>
 #include <mutex>

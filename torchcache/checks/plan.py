@@ -71,6 +71,11 @@ class Plan:
         """Leaves of an output with their rows first."""
         return rows_of(leaves, self.learnt.output_dims)
 
+    def place(self, near: torch.device) -> torch.device:
+        """Where outputs lie whose inputs are on ``near``: keys are shared between the devices of one kind."""
+        learnt = self.output.tensors[0].device
+        return near if near.type == learnt.type else learnt
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row as its user gets it."""

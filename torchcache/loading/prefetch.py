@@ -92,7 +92,8 @@ def prefetch(loader: Iterable[B], device: torch.device | str | None = None) -> P
     >>> for x, y in torchcache.prefetch(loader, "cuda"):
     ...     loss = criterion(model(x), y)
     """
-    return Prefetcher(loader, torch.device(device) if device is not None else None)
+    # With its number: streams are kept by device.
+    return Prefetcher(loader, torch.empty(0, device=device).device if device is not None else None)
 
 
 def _nothing() -> None:
@@ -101,7 +102,7 @@ def _nothing() -> None:
 
 def _moved(batch: Any, device: torch.device) -> tuple[Any, Callable[[], None]]:
     """A batch whose tensors are on a device, and what is to be called before they are used."""
-    plain = [tensor for tensor in _tensors(batch) if type(tensor) is not LazyTensor and tensor.device != device]
+    plain = [tensor for tensor in _tensors(batch) if type(tensor) is not LazyTensor and tensor.is_cpu]
     sent, arrive = send_ahead(plain, device)
     there = dict(zip(map(id, plain), sent, strict=True))
 

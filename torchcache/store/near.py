@@ -200,33 +200,36 @@ class Near:
         rows : list of torch.Tensor
             Fresh tensors of the others, one a leaf, in order.
         """
+        memory = _device(device)
+        memory.check(self._share)
         with self._lock:
-            memory = _device(device)
-            memory.check(self._share)
-            kept = self._kept.get((fingerprint, device)) or _Kept(spec, memory, state)
-            slots = kept.find(digests)
-            if ABSENT not in slots:
-                return slots, kept.gather(slots)
-            others = [place for place, slot in enumerate(slots) if slot == ABSENT]
-            lower, rows = below([digests[place] for place in others])
+            kept = self._kept.get((fingerprint, device))
+            slots = kept.find(digests) if kept is not None else [ABSENT] * len(digests)
             here = [place for place, slot in enumerate(slots) if slot != ABSENT]
-            held = kept.gather([slots[place] for place in here]) if here else []
-            found = [place for place, slot in zip(others, lower, strict=True) if slot != ABSENT]
-            if not found:
-                return slots, held
-            sent = [send(leaf, device) for leaf in rows]
+            held = kept.gather([slots[place] for place in here]) if kept is not None and here else []
+        if len(here) == len(digests):
+            return slots, held
+        others = [place for place, slot in enumerate(slots) if slot == ABSENT]
+        lower, rows = below([digests[place] for place in others])
+        found = [place for place, slot in zip(others, lower, strict=True) if slot != ABSENT]
+        if not found:
+            return slots, held
+        sent = [send(leaf, device) for leaf in rows]
+        with self._lock:
+            kept = self._kept.get((fingerprint, device)) or _Kept(spec, memory, state)
             if self._keep(kept, [digests[place] for place in found], sent):
                 self._kept[fingerprint, device] = kept
                 memory.users.add(self)
-            for place, slot in zip(others, lower, strict=True):
-                slots[place] = slot
-            return slots, _joined(here, held, found, sent) if here else sent
+        for place, slot in zip(others, lower, strict=True):
+            slots[place] = slot
+        return slots, _joined(here, held, found, sent) if here else sent
 
     def _keep(self, kept: _Kept, digests: Sequence[bytes], rows: Sequence[torch.Tensor]) -> bool:
         """Keep as many of the rows as there is room for; whether any is kept."""
         new: dict[bytes, int] = {}
         for place, digest in enumerate(digests):
-            new.setdefault(digest, place)
+            if digest not in kept.slots:  # as another thread may have kept it meanwhile
+                new.setdefault(digest, place)
         if len(new) > kept.left:
             kept.grow(len(kept.slots) + len(new), self._share)
         places = list(new.values())[: kept.left]

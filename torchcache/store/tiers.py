@@ -78,9 +78,8 @@ class Tiers:
         digests: Sequence[bytes],
         spec: RowSpec,
         state: bytes,
-        near: torch.device,
+        near: torch.device | None,
         ahead: Found | None = None,
-        copies: bool = True,
     ) -> Found:
         """Look ``digests`` up in memory, then the rest beneath it; what is found there is promoted to memory.
 
@@ -92,17 +91,15 @@ class Tiers:
             What is stored of a row.
         state : bytes
             Digest of the weights that compute such rows now.
-        near : torch.device
-            Where rows are wanted.
+        near : torch.device or None
+            Where rows are wanted; ``None`` only has those on disk brought into memory.
         ahead : Found or None
             What was found for the same keys before, on the host: rows that memory had no room for are not read again.
-        copies : bool
-            Whether rows in memory are wanted; else those on disk are only brought near.
         """
         scan = self._scans.get(fingerprint)
         early = scan.ask(digests) if scan is not None else frozenset()
         found = Found(fingerprint, [])
-        take = functools.partial(self._take, found, digests, spec, state, near if copies else None)
+        take = functools.partial(self._take, found, digests, spec, state, near)
         arriving = self._arriving
         # Asked before memory is: what arrives in between is found the second time.
         coming = {digest for digest in digests if fingerprint + digest in arriving} if arriving else None
@@ -116,14 +113,19 @@ class Tiers:
             return found
         pairs = zip(digests, found.slots, strict=True)
         absent = list(dict.fromkeys(digest for digest, slot in pairs if slot == ABSENT))
-        if ahead is not None and ahead.fingerprint == fingerprint and ahead.extra.keys() >= set(absent):
+        if (
+            near is not None
+            and ahead is not None
+            and ahead.fingerprint == fingerprint
+            and ahead.extra.keys() >= set(absent)
+        ):
             found.extra, found.extra_rows = ahead.extra, [send(leaf, near) for leaf in ahead.extra_rows]
             taken = frozenset(absent)
             found.from_disk |= taken & ahead.from_disk
             found.from_others |= taken & ahead.from_others
             return found
         self._read(found, fingerprint, absent, spec, state)
-        if copies:
+        if near is not None:
             found.extra_rows = [send(leaf, near) for leaf in found.extra_rows]
         if scan is not None:
             scan.forget(found.from_disk)  # rows that it is reading at this moment as well
@@ -139,24 +141,25 @@ class Tiers:
     ) -> None:
         """Take rows from memory to ``near``; ``None`` only looks for them."""
         slab = self.memory.slab(found.fingerprint)
+        if near is None or near.type == "cpu":
+            if slab is None:
+                found.slots = [ABSENT] * len(digests)
+            elif near is not None:
+                found.slots, found.rows = slab.take(digests)
+            else:
+                found.slots = slab.find(digests)
+            return
 
         def below(wanted: Sequence[bytes]) -> tuple[list[int], list[torch.Tensor]]:
             return slab.take(wanted, to_send=True) if slab is not None else ([ABSENT] * len(wanted), [])
 
-        if near is not None and near.type != "cpu":
-            place = self._place(near)
-            if self._near is not None and has_streams(place):
-                found.slots, rows = self._near.take(found.fingerprint, digests, place, below, spec, state)
-                found.rows = [leaf.to(near) for leaf in rows]
-            else:
-                found.slots, rows = below(digests)
-                found.rows = [send(leaf, near) for leaf in rows]
-        elif slab is None:
-            found.slots = [ABSENT] * len(digests)
-        elif near is not None:
-            found.slots, found.rows = slab.take(digests)
+        place = self._place(near)
+        if self._near is not None and has_streams(place):
+            found.slots, rows = self._near.take(found.fingerprint, digests, place, below, spec, state)
+            found.rows = [leaf.to(near) for leaf in rows]
         else:
-            found.slots = slab.find(digests)
+            found.slots, rows = below(digests)
+            found.rows = [send(leaf, near) for leaf in rows]
 
     def keep(
         self,
