@@ -27,8 +27,8 @@ __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
     "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of", "fake_state",
     "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
-    "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "leave_graph", "names_parts",
-    "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
+    "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "layout_check", "leave_graph",
+    "names_parts", "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
     "pending_writes", "retrace", "retrace_later", "source_of", "storage_of", "takes_rows", "traced_shapes",
     "tracing_failed", "untraced", "vary", "vary_rows", "written",
 ]  # fmt: skip
@@ -41,6 +41,8 @@ OPAQUE_TAGS = tuple(
 
 # Whether a tensor is one of functorch's, as ``vmap`` and ``grad`` hand them around.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# Compute with real tensors while a graph is traced.
+no_mode = unset_fake_temporarily
 # Of a subclass of tensors whose operators are seen below autograd only.
 no_torch_function = torch._C._disabled_torch_function_impl
 
@@ -324,11 +326,6 @@ def passes_structures() -> bool:
     return "checked_output" in inspect.signature(FlatApply.__call__).parameters
 
 
-def no_mode() -> contextlib.AbstractContextManager[Any]:
-    """Compute with real tensors while a graph is traced."""
-    return unset_fake_temporarily()
-
-
 @contextlib.contextmanager
 def outside_dispatch() -> Iterator[None]:
     """Run a user's code as a thread that has just begun runs it, from wherever an operator called us.
@@ -483,6 +480,21 @@ def tracing_failed(error: BaseException) -> str | None:
         return None
     said = (str(error).strip().splitlines() or [""])[0][:200]
     return f"{type(error).__name__}: {said}"
+
+
+def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """Tells of as many tensors, in C, whether they are laid out as these: class, dtype, device, shape, strides, views.
+
+    ``None`` where this release of torch has no such check, or it tells nothing: of one tensor that comes twice. It does
+    not hold in another inference mode or with another autocast, and keeps no tensor alive.
+    """
+    shapes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards
+        check = guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+        return cast(Callable[..., bool], check) if check(*tensors) else None
+    except Exception:
+        return None
 
 
 class Stamps:

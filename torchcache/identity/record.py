@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchcache.dynamo import layout_check
 from torchcache.identity.content import Content, block_digests, start_content
 from torchcache.identity.memory import elements_at, row_major_bytes
 from torchcache.identity.samples import samples_of
@@ -52,6 +53,7 @@ class Record:
         self._cleared: dict[int, int] = {}
         self._versions = _versions(tensors)
         self._layouts = _layouts(tensors)
+        self._alike = layout_check(tensors)
         self._contiguous = [tensor.is_contiguous() for tensor in tensors]
         # Conjugate and negative views differ from what they view in nothing else.
         self._views = [i for i, tensor in enumerate(tensors) if tensor.is_complex() or not self._contiguous[i]]
@@ -78,11 +80,15 @@ class Record:
 
     def in_place(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether ``tensors`` lie in the same memory, with the same shapes, strides and dtypes."""
-        return (
-            not self._gone  # as long as storages live, nothing else has their addresses
-            and _layouts(tensors) == self._layouts
-            and self._view_flags(tensors) == self._flags
-        )
+        if self._gone or _addresses(tensors) != self._layouts[0]:  # as long as storages live, these are theirs alone
+            return False
+        if self._alike is not None and len(tensors) == len(self._layouts[0]) and self._alike(*tensors):
+            return True
+        if _layouts(tensors) != self._layouts or self._view_flags(tensors) != self._flags:
+            return False
+        if self._alike is not None:
+            self._alike = layout_check(tensors)
+        return True
 
     def unchanged(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the content of ``tensors`` is what was hashed; they must be in place.
@@ -165,9 +171,13 @@ class Record:
         return [flag for i in self._views for flag in (tensors[i].is_conj(), tensors[i].is_neg())]
 
 
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
 def _layouts(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
     return (
-        list(map(torch.Tensor.data_ptr, tensors)),
+        _addresses(tensors),
         list(map(_shape, tensors)),
         list(map(torch.Tensor.stride, tensors)),
         list(map(_dtype, tensors)),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, cycle, repeat
 from typing import Any, NamedTuple
 
 from torchcache.dynamo import Stamps
@@ -98,9 +98,11 @@ class Watch:
         self._values: list[Any] = []
         self._labels: list[Callable[[], str]] = []
         self._slow: list[tuple[Any, str, Any, Callable[[], str]]] = []
-        self._turn = 0
+        self._turns: Iterator[tuple[Any, ...]] = iter(())
         self._groups: list[Any] = []
         self._items: list[list[Any]] = []
+        self._sizes: list[int] = []
+        self._flat: list[Any] = []
         self._group_labels: list[Callable[[], str]] = []
         self._references: list[Callable[[], Any]] = []
         self._laid = _Laid([], [], [], [], [], [])
@@ -148,6 +150,9 @@ class Watch:
         """No more is to be watched."""
         for space in self.namespaces:
             (self._empty if space.closed and not space.live else self._quiet).append(space)
+        firsts = range(0, len(self._slow), _A_TURN)
+        self._turns = cycle([tuple(zip(*self._slow[first : first + _A_TURN], strict=True))[:3] for first in firsts])
+        self._sizes, self._flat = list(map(len, self._items)), list(chain.from_iterable(self._items))
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -188,7 +193,7 @@ class Watch:
             return False
         return (
             (not self._owners or self._attributes())
-            and (not self._groups or all(map(_same_items, self._groups, self._items)))
+            and (not self._groups or self._same_groups())
             and all(reference() is not None for reference in self._references)
             and all(_unchanged(read(owner), known) for owner, read, known, _ in self.contents)
             and self._next_turn()
@@ -215,9 +220,16 @@ class Watch:
     def _next_turn(self) -> bool:
         if not self._slow:
             return True
-        some = self._slow[self._turn : self._turn + _A_TURN]
-        self._turn = self._turn + _A_TURN if self._turn + _A_TURN < len(self._slow) else 0
-        return all(same(getattr(owner, name, ABSENT), value) for owner, name, value, _ in some)
+        owners, names, values = next(self._turns)
+        now = list(map(getattr, owners, names, repeat(ABSENT)))
+        return all(map(operator.is_, now, values)) or all(map(same, now, values))
+
+    def _same_groups(self) -> bool:
+        if list(map(len, self._groups)) != self._sizes:
+            return False
+        return all(map(operator.is_, chain.from_iterable(self._groups), self._flat)) or all(
+            map(_same_items, self._groups, self._items)
+        )
 
     def _spaces(self) -> bool:
         laid, stamped = self._laid, self._stamped
