@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import fx, nn
 from torch._C._dynamo import eval_frame
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, fake_tensor_tls, unset_fake_temporarily
 from torch.autograd import forward_ad
@@ -29,8 +30,8 @@ __all__ = [
     "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
     "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "layout_check", "leave_graph",
     "names_parts", "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
-    "pending_writes", "retrace", "retrace_later", "source_of", "storage_of", "takes_rows", "traced_shapes",
-    "tracing_failed", "untraced", "vary", "vary_rows", "written",
+    "pending_writes", "retrace", "retrace_later", "source_of", "storage_of", "symbolic_sizes", "takes_rows",
+    "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows", "written",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,6 +44,8 @@ OPAQUE_TAGS = tuple(
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # Compute with real tensors while a graph is traced.
 no_mode = unset_fake_temporarily
+# Have operators that are written in C++ take sizes that are traced as they are, as Dynamo does.
+symbolic_sizes = enable_python_dispatcher
 # Of a subclass of tensors whose operators are seen below autograd only.
 no_torch_function = torch._C._disabled_torch_function_impl
 
@@ -490,7 +493,7 @@ def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     """
     shapes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     try:
-        guards = torch._C._dynamo.guards.TensorGuards
+        guards: Any = torch._C._dynamo.guards.TensorGuards
         check = guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
         return cast(Callable[..., bool], check) if check(*tensors) else None
     except Exception:

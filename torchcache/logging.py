@@ -100,3 +100,28 @@ def inform_once(message: str) -> None:
 
 
 configure()
+
+
+class Complaints:
+    """What a store suffers: counted, and the first of it a warning, since what follows from it would say the same.
+
+    Parameters
+    ----------
+    store : str
+        What suffers, for people.
+
+    Attributes
+    ----------
+    errors : int
+        Failures, and rows that were damaged.
+    """
+
+    def __init__(self, store: str) -> None:
+        self.errors = 0
+        self._suffers = store
+
+    def complain(self, what: str, count: int = 1) -> None:
+        """Count errors, and say what happened."""
+        level = logging.INFO if self.errors else logging.WARNING
+        self.errors += count
+        logger.log(level, "%s %s", self._suffers, what)

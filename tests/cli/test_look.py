@@ -13,6 +13,7 @@ import torch
 from filled import ROWS, Model, data, run
 
 import torchcache
+from torchcache.store.pack import rows_in
 
 
 def database(cache):
@@ -113,6 +114,8 @@ def damage(cache):
         connection.execute(f"UPDATE Cache SET value = ({other}) WHERE rowid = ?", (small[3], small[2]))
         connection.execute("UPDATE Cache SET mode = 4, value = x'80054b2a2e' WHERE rowid = ?", (small[4],))
         connection.execute("UPDATE Cache SET filename = '../../outside.val' WHERE rowid = ?", (large[0][0],))
+        broken = [small[0], small[1], small[2], small[4]]
+        keys = [connection.execute("SELECT key FROM Cache WHERE rowid = ?", (place,)).fetchone()[0] for place in broken]
     (cache / "rows-1" / large[1][1]).unlink()
     with open(cache / "rows-1" / large[2][1], "r+b") as file:
         file.truncate(1000)
@@ -121,10 +124,12 @@ def damage(cache):
     orphans[1].write_bytes(b"lost")
     for orphan in orphans:
         os.utime(orphan, (1, 1))
-    return 7, orphans
+    return sum(map(rows_in, keys)) + 3, orphans
 
 
 def test_verify_finds_every_kind_of_damage_and_drops_it(cache, torchcache_json):
+    run(cache, data(100, seed=2))
+    rows = 2 * (ROWS + 100)
     outside = cache.parent / "outside.val"
     outside.write_bytes(b"not ours")
     count, orphans = damage(cache)
@@ -135,8 +140,9 @@ def test_verify_finds_every_kind_of_damage_and_drops_it(cache, torchcache_json):
     assert repaired["repaired"] == count + 2
     assert not any(orphan.exists() for orphan in orphans)
     assert outside.read_bytes() == b"not ours"
-    assert torchcache_json("verify", cache)["checked"] == 2 * ROWS - count
-    assert run(cache)[1:] == (count, 2 * ROWS - count)
+    assert torchcache_json("verify", cache)["checked"] == rows - count
+    misses, hits = zip(run(cache)[1:], run(cache, data(100, seed=2))[1:], strict=True)
+    assert (sum(misses), sum(hits)) == (count, rows - count)
 
 
 def test_a_file_that_is_just_being_stored_is_no_orphan(cache, torchcache_json):

@@ -13,17 +13,16 @@ from torch import nn
 
 import torchcache
 from torchcache.digest.rows import digest_rows
+from torchcache.store.pack import rows_in
+from torchcache.store.records import Records
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
 
 def blobs(directory):
-    with sqlite3.connect(directory / "rows-1" / "cache.db") as connection:
-        found = connection.execute("SELECT key, tag, value, filename FROM Cache").fetchall()
-    return {
-        key: (tag, value if filename is None else (directory / "rows-1" / filename).read_bytes())
-        for key, tag, value, filename in found
-    }
+    """Region and blob of each row, wherever it is."""
+    with Records(directory) as records:
+        return {key: (entry.tag, blob) for entry in records.entries() for key, blob in entry.rows().items()}
 
 
 def test_what_is_exported_are_the_features_and_the_digests_of_their_inputs(cache, tmp_path, torchcache_json):
@@ -119,14 +118,20 @@ def test_one_kind_of_call_can_be_exported_alone(cache, tmp_path, torchcache_json
     assert load_file(tmp_path / "one")["leaf0"].dtype == torch.bfloat16
 
 
+def spoil(directory, chosen="min"):
+    """Damage the first or last entry of the database, and say how many rows it has."""
+    with sqlite3.connect(directory / "rows-1" / "cache.db") as connection:
+        where = f"rowid = (SELECT {chosen}(rowid) FROM Cache WHERE filename IS NULL)"
+        ((key,),) = connection.execute(f"SELECT key FROM Cache WHERE {where}")
+        connection.execute(f"UPDATE Cache SET value = zeroblob(50) WHERE {where}")
+    return rows_in(key)
+
+
 def test_damaged_rows_are_not_exported(cache, tmp_path, torchcache_json):
-    with sqlite3.connect(cache / "rows-1" / "cache.db") as connection:
-        connection.execute(
-            "UPDATE Cache SET value = zeroblob(100) WHERE rowid = (SELECT min(rowid) FROM Cache WHERE filename IS NULL)"
-        )
+    lost = spoil(cache)
     done = torchcache_json("export", cache, tmp_path / "out", "--region", "text", code=1)
-    assert (done["rows"], done["damaged"]) == (ROWS - 1, 1)
-    assert load_file(tmp_path / "out")["leaf0"].shape == (ROWS - 1, 800)
+    assert (done["rows"], done["damaged"]) == (ROWS - lost, lost)
+    assert load_file(tmp_path / "out")["leaf0"].shape == (ROWS - lost, 800)
 
 
 def lies(header, about):
@@ -221,12 +226,10 @@ def test_merging_takes_no_damaged_row_and_mends_those_of_the_target(tmp_path, to
     first, second = tmp_path / "first", tmp_path / "second"
     run(first)
     shutil.copytree(first, second)
-    for directory, chosen in ((first, "min"), (second, "max")):
-        with sqlite3.connect(directory / "rows-1" / "cache.db") as connection:
-            where = f"rowid = (SELECT {chosen}(rowid) FROM Cache WHERE filename IS NULL)"
-            connection.execute(f"UPDATE Cache SET value = zeroblob(50) WHERE {where}")
+    lost, lacking = spoil(first, "min"), spoil(second, "max")
     merged = torchcache_json("merge", first, second, code=1)
-    assert (merged["stored"], merged["present"], merged["damaged"]) == (1, 2 * ROWS - 2, 1)
+    assert (merged["stored"], merged["present"], merged["damaged"]) == (lacking, 2 * ROWS - lacking - lost, lost)
+    assert torchcache_json("verify", second)["checked"] == 2 * ROWS
     assert torchcache_json("verify", second)["sound"]
 
 

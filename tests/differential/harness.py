@@ -19,6 +19,7 @@ from structures import build, draw_spec, tensors_of, varied
 
 import torchcache
 from torchcache.errors import RowwiseError
+from torchcache.store import pack, packs
 
 # Forms of a call: what goes together is drawn together, so that keys that should differ meet.
 FORMS = (
@@ -45,6 +46,11 @@ TAGS = "skip_tensor_guards_with_matching_dict_tags"
 SAME = [0, 1, 2]
 AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
 SIZES = (0, *range(1, 10), *range(2, 10))
+
+
+# A few rows make a pack, and a few of those a long one.
+pack.FEWEST, pack.LONGEST_PACK = 2, 2000
+packs.LONGEST_PACK, packs.SHORT = 2000, 1800
 
 
 class WrongAnswerError(AssertionError):

@@ -514,3 +514,31 @@ def test_misses_are_compiled_for_any_number_of_rows():
         assert_trains_the_same(run, model, twin, [x[rows]])
     compiled = [graph for graph in seen if not graph.graph.find_nodes(op="call_function", target=LOOKUP)]
     assert 1 <= len(compiled) <= 2
+
+
+class Enlarging(nn.Module):
+    """Maps that are made as large as others, as in a feature pyramid; the last convolution trains."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.fine, self.coarse, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, 2), nn.Conv2d(8, 3, 3)
+        self.mode = mode
+        self.fine.requires_grad_(False)
+        self.coarse.requires_grad_(False)
+
+    def forward(self, x):
+        fine = self.fine(x)
+        return self.last(fine + nn.functional.interpolate(self.coarse(fine), fine.shape[-2:], mode=self.mode)).mean(
+            (2, 3)
+        )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area"])
+@pytest.mark.parametrize("door", ["transform", "call", "aot_eager"])
+def test_rows_that_are_enlarged_are_found_in_batches_of_other_sizes(door, mode):
+    model = torchcache.mark(Enlarging(mode))
+    run, twin, x = opened(door, model), copy.deepcopy(model), torch.randn(8, 3, 12, 12)
+    twin = torchcache.unmark(twin)
+    for rows in (8, 5, 3, 8):
+        assert_trains_the_same(run, model, twin, [x[:rows]])
+    assert counted(run)[1] == 8

@@ -27,6 +27,7 @@ from torchcache.store import gate
 from torchcache.store.catalogue import Region
 from torchcache.store.connect import marker
 from torchcache.store.disk import DiskTier
+from torchcache.store.pack import rows_in
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="attacks by links, pipes and modes")
 
@@ -194,7 +195,7 @@ def test_the_schema_is_diskcaches(tmp_path):
 def test_diskcache_opens_what_the_store_made(cache):
     import diskcache
 
-    assert len(diskcache.Cache(str(cache / "rows-1"))) == 62
+    assert sum(map(rows_in, diskcache.Cache(str(cache / "rows-1")))) == 62
 
 
 ENDLESS = grammar.ENDLESS
@@ -287,7 +288,7 @@ def test_a_query_has_a_budget_of_processor_time_that_grows_with_the_database(cac
     with pytest.raises(sqlite3.OperationalError, match="interrupted") as caught:
         connection.fetch(ENDLESS)
     assert gate.is_over_budget(caught.value)
-    assert connection.fetch("SELECT count(*) FROM Cache") == [(62,)]  # each has its own
+    assert sum(rows_in(key) for (key,) in connection.fetch("SELECT key FROM Cache")) == 62  # each has its own
     monkeypatch.setattr(gate, "BUDGET_SECONDS", 0.0)
     monkeypatch.setattr(gate, "_bytes_on_disk", lambda path: 10**12)
     hundred_thousand = (

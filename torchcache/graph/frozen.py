@@ -268,7 +268,7 @@ def _record(node: fx.Node) -> _Recorder:
     # What makes a tensor from a size has the mode of others: outside of it the size would become a constant.
     examples = itertools.chain(_leaves(arguments), (other.meta.get("example_value") for other in node.graph.nodes))
     fake = next((leaf for leaf in examples if isinstance(leaf, FakeTensor)), None)
-    with contextlib.nullcontext() if fake is None else fake.fake_mode, recorder:
+    with contextlib.nullcontext() if fake is None else fake.fake_mode, dynamo.symbolic_sizes(), recorder:
         _run(node, *arguments)
     return recorder
 

@@ -52,6 +52,7 @@ class Record:
         self._suspected: dict[int, int] = {}
         self._cleared: dict[int, int] = {}
         self._versions = _versions(tensors)
+        self._types = list(map(type, tensors))
         self._layouts = _layouts(tensors)
         self._alike = layout_check(tensors)
         self._contiguous = [tensor.is_contiguous() for tensor in tensors]
@@ -79,12 +80,14 @@ class Record:
         self._suspected.update((index, event) for index in list(indices))
 
     def in_place(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether ``tensors`` lie in the same memory, with the same shapes, strides and dtypes."""
-        if self._gone or _addresses(tensors) != self._layouts[0]:  # as long as storages live, these are theirs alone
+        """Whether ``tensors`` lie in the same memory, with the same classes, shapes, strides and dtypes."""
+        if self._gone:  # as long as storages live, nothing else has their addresses
             return False
-        if self._alike is not None and len(tensors) == len(self._layouts[0]) and self._alike(*tensors):
-            return True
-        if _layouts(tensors) != self._layouts or self._view_flags(tensors) != self._flags:
+        if self._alike is not None and len(tensors) == len(self._types) and self._alike(*tensors):
+            return _addresses(tensors) == self._layouts[0]
+        if list(map(type, tensors)) != self._types or _layouts(tensors) != self._layouts:
+            return False
+        if self._view_flags(tensors) != self._flags:
             return False
         if self._alike is not None:
             self._alike = layout_check(tensors)

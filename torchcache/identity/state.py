@@ -32,7 +32,7 @@ class State:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[Record, list[type], str, bytes] | None = None
+        self._known: tuple[Record, str, bytes] | None = None
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         # What is known of tensors says nothing about their copies.
@@ -65,7 +65,7 @@ class State:
             plain, wrapping = plain_tensors(tensors)
             record = _watched(plain)
             record.contents = contents_of(plain)
-        return self._keep(record, tensors, wrapping)
+        return self._keep(record, wrapping)
 
     def current(self, tensors: Sequence[torch.Tensor]) -> bytes:
         """The digest of ``tensors`` as they are now, which are hashed only where they are not what was last hashed.
@@ -92,9 +92,9 @@ class State:
         if self._known is None:
             return b""
         keep_checking()
-        record, types, wrapping, digest = self._known
+        record, wrapping, digest = self._known
         with readable():
-            if not wrapping and list(map(type, tensors)) == types and record.in_place(tensors):
+            if not wrapping and record.in_place(tensors):
                 return digest if record.unchanged(tensors) else b""
             plain, now = plain_tensors(tensors)
             if now != wrapping or len(plain) != len(record.contents):
@@ -105,11 +105,11 @@ class State:
             if not record.holds(plain, record.moved_first(plain)):
                 return b""
             fresh.contents = record.contents
-        return self._keep(fresh, tensors, wrapping)
+        return self._keep(fresh, wrapping)
 
-    def _keep(self, record: Record, tensors: Sequence[torch.Tensor], wrapping: str) -> bytes:
+    def _keep(self, record: Record, wrapping: str) -> bytes:
         digest = joined_digest(record.contents, wrapping)
-        self._known = (record, list(map(type, tensors)), wrapping, digest)
+        self._known = (record, wrapping, digest)
         check_in_background(record)
         return digest
 

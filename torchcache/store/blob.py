@@ -157,8 +157,8 @@ class Codec:
 
     Attributes
     ----------
-    longest : int
-        Bytes of the longest blob of such a row.
+    longest, plain : int
+        Bytes of the longest blob of such a row, and of one that is not compressed.
     """
 
     def __init__(self, spec: RowSpec, level: int | None = None) -> None:
@@ -173,6 +173,7 @@ class Codec:
         self._payload_at = _HEAD.size + len(self._descriptors)
         # A payload that compression makes longer is longer by this at the most.
         self.longest = self._payload_at + self._size + self._size // 128 + 512 + CHECKSUM_SIZE
+        self.plain = self._payload_at + self._size + CHECKSUM_SIZE
         self._prefixes = {flags: self._prefix(flags) for flags in (0, COMPRESSED, COMPRESSED | SHUFFLED)}
 
     def encode(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[bytes]:
@@ -244,7 +245,7 @@ class Codec:
         self, keys: Sequence[bytes], blobs: Sequence[bytes | BlobFile], rows: Sequence[torch.Tensor]
     ) -> bool:
         """Write the rows of short blobs in one go; ``False`` if not all of them are sound and uncompressed."""
-        length = self._payload_at + self._size + CHECKSUM_SIZE
+        length = self.plain
         plain = [blob for blob in blobs if type(blob) is bytes and len(blob) == length]
         if not plain or len(plain) < len(blobs) or self._size > THREADED_ROW:
             return False
@@ -268,8 +269,7 @@ class Codec:
     ) -> None:
         """Write the leaves of one row."""
         if isinstance(blob, BlobFile):
-            plain = self._payload_at + self._size + CHECKSUM_SIZE
-            if SCATTERS and blob.size == plain and self._read_plain(key, blob, row):
+            if SCATTERS and blob.size == self.plain and self._read_plain(key, blob, row):
                 return
             blob = blob.read(self.longest)
         payload = self._open(key, blob, decompressor)

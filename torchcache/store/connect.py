@@ -16,6 +16,7 @@ import shutil
 import sqlite3
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
     def fetch(self, query: str, parameters: Any = (), most: int = 1000) -> list[Any]:
         """The first ``most`` rows of a query."""
         return self._con.fetch(query, parameters, most)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """A transaction that leaves no lock and no file behind when it fails, be it at its very end."""
+        files = list[str]()
+        try:
+            with self.transact(retry=False):
+                self.disk.uncommitted = files  # another thread may have had the transaction before
+                yield
+        except BaseException as error:
+            if "cannot rollback" in str(error) and error.__context__ is not None:
+                error = error.__context__  # SQLite has undone it by itself, and diskcache tries again
+            connection = self._con
+            if connection.in_transaction:  # diskcache does not undo what cannot be committed
+                connection.rollback()
+            for name in files:
+                self.disk.remove(name)
+            raise error from None
 
     def volume(self) -> int:
         """Bytes of the directory: pages of the database and files of values."""

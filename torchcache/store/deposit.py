@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -94,9 +95,10 @@ class DirectoryDeposit(Deposit):
         if damaged:
             self._records.remove(damaged)
         sound = {entry.key for entry in here} - {entry.key for entry in damaged}
+        region = Region(tag, "", options={"max_persistent_cache_size": self._limit})
+        sound |= self._tier.read([key for key, _ in entries if key not in sound], region).keys()
         wanted = [(key, blob) for key, blob in entries if key not in sound]
         errors = self._tier.errors
-        region = Region(tag, "", options={"max_persistent_cache_size": self._limit})
         stored, size = self._tier.write(wanted, region)
         if self._tier.errors > errors:
             raise StoreError(f"{self.name} cannot be written to: TORCHCACHE_LOG_LEVEL=INFO says why")
@@ -145,13 +147,11 @@ def merge(regions: Iterable[Region], rows: Iterable[tuple[str, bytes, bytes | No
 def rows_of(records: Records, progress: Callable[[int], object]) -> Iterator[tuple[str, bytes, bytes | None]]:
     """The rows of a directory, as ``merge`` takes them."""
     for entry in records.entries():
-        blob = _sound_blob(entry.check()[1], entry.read) if entry.tag != UNKNOWN else None
-        yield entry.tag, entry.key, blob
+        rows: dict[bytes, bytes] = {}
+        if entry.tag != UNKNOWN and entry.check()[1] is None:
+            with contextlib.suppress(OSError, ValueError):
+                rows = entry.rows()
+        yield from ((entry.tag, key, blob) for key, blob in rows.items())
+        if not rows:
+            yield from [(entry.tag, entry.key, None)] * entry.count
         progress(1)
-
-
-def _sound_blob(wrong: str | None, read: Callable[[], bytes]) -> bytes | None:
-    try:
-        return read() if wrong is None else None
-    except (OSError, ValueError):
-        return None

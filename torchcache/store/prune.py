@@ -25,8 +25,8 @@ class Removal:
     ----------
     directory : str
         From where.
-    rows, bytes : int
-        Rows, and bytes of their blobs.
+    rows, entries, bytes : int
+        Rows, entries of the database that held them, and bytes of their blobs.
     regions : dict of str to int
         Rows by region.
     before, after : int
@@ -38,6 +38,7 @@ class Removal:
 
     directory: str
     rows: int = 0
+    entries: int = 0
     bytes: int = 0
     regions: dict[str, int] = dataclasses.field(default_factory=dict)
     before: int = 0
@@ -110,14 +111,14 @@ def prune(
     if max_size is not None:
         _shrink(records, kept, max_size, condition if dry_run else "1", removal, dry_run)
     if dry_run:
-        removal.after = max(0, removal.before - removal.bytes - ROW_OVERHEAD * removal.rows)
+        removal.after = max(0, removal.before - removal.bytes - ROW_OVERHEAD * removal.entries)
         return removal
     return _finish(records, removal)
 
 
 def _shrink(records: Records, kept: list[str], max_size: int, condition: str, removal: Removal, dry_run: bool) -> None:
     if dry_run:
-        excess = removal.before - removal.bytes - ROW_OVERHEAD * removal.rows - max_size
+        excess = removal.before - removal.bytes - ROW_OVERHEAD * removal.entries - max_size
         _take(records, records.queue(kept, condition), removal, excess, dry_run=True)
         return
     for _ in range(ROUNDS):  # what a row takes in the database is known only once it is gone
@@ -143,9 +144,10 @@ def _take(
         if excess <= 0:
             break
         batch.append(entry)
-        removal.rows += 1
+        removal.rows += entry.count
+        removal.entries += 1
         removal.bytes += entry.length
-        removal.regions[entry.tag] = removal.regions.get(entry.tag, 0) + 1
+        removal.regions[entry.tag] = removal.regions.get(entry.tag, 0) + entry.count
         excess -= entry.length + ROW_OVERHEAD
         if len(batch) >= BATCH:
             drop()

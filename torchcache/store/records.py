@@ -20,10 +20,11 @@ from torchcache.store.blob import BlobError
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.catalogue import Catalogue, is_tag
 from torchcache.store.connect import MARKER, MIN_FILE_SIZE, ROWS, check_version
-from torchcache.store.disk import LOCK_SECONDS
+from torchcache.store.database import LOCK_SECONDS
 from torchcache.store.file import BlobFile, BlobFileError, check_whole
 from torchcache.store.gate import DATABASE, Connection, check_names, is_over_budget, open_database
 from torchcache.store.header import LARGEST_ROW, Header, check_blob, read_header
+from torchcache.store.pack import Pack, header_in, is_pack, rows_in
 
 __all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
 
@@ -47,7 +48,7 @@ def is_cache(directory: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of the database; a file's contents are still to be read.
+    """One entry of the database, a row or a pack of some; a file's contents are still to be read.
 
     Parameters
     ----------
@@ -81,6 +82,11 @@ class Entry:
     path: str | None = None
     length: int = 0
 
+    @property
+    def count(self) -> int:
+        """How many rows it has."""
+        return rows_in(self.key)
+
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[BinaryIO, int]]:
         """The blob as an open file, and its length."""
@@ -92,10 +98,13 @@ class Entry:
             yield file, os.fstat(file.fileno()).st_size
 
     def check(self) -> tuple[Header | None, str | None]:
-        """What the blob holds, and what is wrong with the entry: ``None`` where all is well."""
+        """What its rows hold, and what is wrong with the entry: ``None`` where all is well."""
         if self.problem is not None:
             return None, self.problem
         try:
+            if is_pack(self.key):
+                Pack(self.key, self.read())
+                return header_in(self.key, self.value), None
             with self.open() as (file, length):
                 return check_blob(self.key, file, length), None
         except FileNotFoundError:
@@ -104,14 +113,21 @@ class Entry:
             return None, str(error) or type(error).__name__
 
     def header(self) -> Header | None:
-        """What the blob holds; ``None`` where that cannot be read."""
+        """What its rows hold; ``None`` where that cannot be read."""
         try:
+            if is_pack(self.key):
+                return header_in(self.key, self.value)
             if self.problem is None:
                 with self.open() as (file, _):
                     return read_header(file)
         except (BlobError, BlobFileError, OSError):
             pass
         return None
+
+    def rows(self) -> dict[bytes, bytes]:
+        """Key to blob of its rows; ``BlobError`` where it is a damaged pack."""
+        blob = self.read()
+        return dict(Pack(self.key, blob).rows()) if is_pack(self.key) else {self.key: blob}
 
     def read(self) -> bytes:
         """The blob's bytes."""

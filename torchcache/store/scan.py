@@ -38,10 +38,15 @@ class Scan:
         Where all of them are; asked once.
     read : callable
         Puts the rows at such places into memory; ``False`` where there is no more room.
+    together : int
+        Rows that a place has, where rows are packed.
     """
 
-    def __init__(self, row_bytes: int, locate: Callable[[], _Places], read: Callable[[_Places], bool]) -> None:
-        self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)))
+    def __init__(
+        self, row_bytes: int, locate: Callable[[], _Places], read: Callable[[_Places], bool], together: int = 1
+    ) -> None:
+        self._together = together
+        self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)) // together) * together
         self._locate = locate
         self._read = read
         self._places: _Places | None = None
@@ -101,7 +106,7 @@ class Scan:
                 self._allowed -= self._chunk
                 if self._places is None:
                     self._places = self._locate()
-                part, self._places = np.split(self._places, [self._chunk])
+                part, self._places = np.split(self._places, [self._chunk // self._together])
                 self._finished = not (len(part) and self._read(part))
         except Exception:  # the rows are read when they are asked for, which says what is wrong
             logger.debug("read-ahead failed", exc_info=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
+import operator
 import os
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from torchcache.errors import StoreError
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.catalogue import Region, last_used
+from torchcache.store.pack import MARK, rows_in
 from torchcache.store.records import LENGTH, TAG, UNKNOWN, Records
 
 __all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey_calls"]
@@ -19,6 +22,8 @@ __all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey
 # Rows whose headers are read: of one region, and of all.
 SAMPLE, MOST_SAMPLES = 200, 20_000
 HOUR, DAY = 3600, 86400
+# The beginning of a pack's key, with its number of rows; ``NULL`` for other entries.
+_PACK = f"CASE WHEN length(key) = 32 AND substr(key, 17, 8) = x'{MARK.hex()}' THEN substr(key, 1, 27) END"
 AGES = (("hour", HOUR), ("day", DAY), ("7 days", 7 * DAY), ("30 days", 30 * DAY), ("older", None))
 
 
@@ -92,7 +97,7 @@ class Group:
     rows, in_files : int
         Rows, and how many of them are files of their own.
     bytes, smallest, largest : int
-        Bytes of blobs: all, and of one row.
+        Bytes of blobs: all, and of one row; of short rows that are packed together, their share of a pack.
     """
 
     tag: str
@@ -140,8 +145,10 @@ def survey(records: Records) -> Info:
     """The regions of a cache directory."""
     regions = records.catalogue.read()
     counts: dict[str | None, _Count] = {}
-    for place, tag, size, stored in records.each(f"SELECT rowid, {TAG}, {LENGTH}, store_time FROM Cache"):
-        counts.setdefault(tag, _Count()).add(place, size, stored)
+    for place, tag, pack, size, stored in records.each(
+        f"SELECT rowid, {TAG}, {_PACK}, {LENGTH}, store_time FROM Cache"
+    ):
+        counts.setdefault(tag, _Count()).add(place, _rows(pack), size, stored)
     each = max(1, MOST_SAMPLES // max(1, len(counts)))
     ratios = _ratios(records, [place for count in counts.values() for place in count.places[:each]])
     holdings = []
@@ -166,8 +173,8 @@ class _Count:
     newest: float = 0.0
     places: list[int] = dataclasses.field(default_factory=list)
 
-    def add(self, place: int, size: object, stored: object) -> None:
-        self.rows += 1
+    def add(self, place: int, rows: int, size: object, stored: object) -> None:
+        self.rows += rows
         self.bytes += size if type(size) is int else 0
         moment = stored if type(stored) is float else 0.0
         self.oldest, self.newest = min(self.oldest, moment), max(self.newest, moment)
@@ -178,17 +185,22 @@ class _Count:
 def survey_calls(records: Records) -> Stats:
     """How the rows of a cache directory are made up."""
     found = records.each(
-        f"SELECT {TAG}, CASE WHEN length(key) = 32 THEN hex(substr(key, 1, 16)) END, "
-        f"count(*), count(filename), sum({LENGTH}), min({LENGTH}), max({LENGTH}), min(rowid) FROM Cache GROUP BY 1, 2"
+        f"SELECT {TAG}, CASE WHEN length(key) = 32 THEN hex(substr(key, 1, 16)) END, {_PACK}, "
+        f"count(*), count(filename), sum({LENGTH}), min({LENGTH}), max({LENGTH}), min(rowid) FROM Cache "
+        "GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
     )
     groups = []
-    for tag, call, rows, in_files, size, smallest, largest, first in list(found):
-        header = next((entry.header() for entry in records.at([first])), None)
+    for (tag, call), parts in itertools.groupby(list(found), lambda part: part[:2]):
+        packs, entries, files, sizes, least, most, places = zip(*(part[2:] for part in parts), strict=True)
+        header = next((entry.header() for entry in records.at(places[:1])), None)
         leaves = [leaf_text(dtype, shape) for dtype, shape in header.spec.leaves] if header else ["unreadable"]
         name = (call or "").lower() or UNKNOWN
-        groups.append(
-            Group(tag or UNKNOWN, name, leaves, rows, in_files, int(size or 0), int(smallest or 0), int(largest or 0))
-        )
+        each = list(map(_rows, packs))
+        rows = sum(map(operator.mul, each, entries))
+        smallest = min(int(size or 0) // count for size, count in zip(least, each, strict=True))
+        largest = max(int(size or 0) // count for size, count in zip(most, each, strict=True))
+        size = sum(int(size or 0) for size in sizes)
+        groups.append(Group(tag or UNKNOWN, name, leaves, rows, sum(files), size, smallest, largest))
     groups.sort(key=lambda group: -group.bytes)
     return Stats(
         str(records.directory),
@@ -239,7 +251,7 @@ def _ratios(records: Records, places: list[int]) -> dict[str, float]:
     for entry in records.at(places):
         header = entry.header()
         if header is not None:
-            plain[entry.tag] += header.spec.size
+            plain[entry.tag] += header.spec.size * entry.count
             stored[entry.tag] += entry.length - header.payload_at - 8
     return {tag: size / stored[tag] for tag, size in plain.items() if stored[tag] > 0}
 
@@ -249,11 +261,15 @@ def _ages(records: Records) -> dict[str, int]:
     ages, before = {}, 0
     for name, seconds in AGES:
         since = now - seconds if seconds is not None else float("-inf")
-        found = records.sql("SELECT count(*) FROM Cache WHERE store_time >= ?", (since,))
-        total = found[0][0] if found else 0
+        found = records.each(f"SELECT {_PACK}, count(*) FROM Cache WHERE store_time >= ? GROUP BY 1", (since,))
+        total = sum(_rows(pack) * count for pack, count in found)
         ages[name] = total - before
         before = total
     return ages
+
+
+def _rows(pack: bytes | None) -> int:
+    return rows_in(pack) if pack is not None else 1
 
 
 def _size(path: Path) -> int:

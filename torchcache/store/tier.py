@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import abc
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torchcache.errors import brief
 from torchcache.forks import without_forks
-from torchcache.logging import logger
+from torchcache.logging import Complaints
 from torchcache.store.catalogue import Region
 from torchcache.store.file import BlobFile
 from torchcache.store.pause import Pause
@@ -78,7 +77,7 @@ class Tier(abc.ABC):
         return
 
 
-class Guarded(Tier):
+class Guarded(Tier, Complaints):
     """A tier whose failures read as absence. After one it is left alone for a while, longer with each in a row.
 
     Parameters
@@ -87,18 +86,11 @@ class Guarded(Tier):
         What may fail.
     name : str
         What people call it.
-
-    Attributes
-    ----------
-    errors : int
-        Failures, and rows that were damaged.
     """
 
     def __init__(self, tier: Tier, name: str) -> None:
-        self.errors = 0
+        Complaints.__init__(self, f"the cache at {name}")
         self._tier = tier
-        self._name = name
-        self._complained = False
         self._reading = Pause()
         self._writing = Pause()
 
@@ -121,7 +113,7 @@ class Guarded(Tier):
     def remove(self, region: Region, found: Mapping[bytes, Blob] | None = None) -> bool:
         """Remove what is damaged, or all of the region."""
         if found:
-            self._complain("held damaged rows, which are computed again", len(found))
+            self.complain("held damaged rows, which are computed again", len(found))
         return self._try("emptied", self._writing, lambda: bool(self._tier.remove(region, found)), False)
 
     @without_forks
@@ -142,13 +134,7 @@ class Guarded(Tier):
         except Exception as error:  # whatever a tier suffers
             pause.begin()
             reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
-            self._complain(f"cannot be {done} ({reason}); training goes on without it, and it is tried again later")
+            self.complain(f"cannot be {done} ({reason}); training goes on without it, and it is tried again later")
             return otherwise
         pause.end()
         return result
-
-    def _complain(self, what: str, count: int = 1) -> None:
-        self.errors += count
-        level = logging.INFO if self._complained else logging.WARNING
-        self._complained = True
-        logger.log(level, "the cache at %s %s", self._name, what)

@@ -19,6 +19,7 @@ from torchcache.store.found import Found
 from torchcache.store.memory import MemoryTier
 from torchcache.store.near import Near
 from torchcache.store.note import note_bytes, note_entries
+from torchcache.store.pack import most_rows
 from torchcache.store.precision import Precision
 from torchcache.store.scan import Scan
 from torchcache.store.select import select_rows
@@ -347,9 +348,9 @@ class Tiers:
 
         @without_forks
         def read(places: Places) -> bool:
-            if self.memory.used + len(places) * stored.size > self.memory.budget // 2:
-                return False
             blobs = disk.read_at(places, fingerprint, last)
+            if self.memory.used + len(blobs) * stored.size > self.memory.budget // 2:
+                return False
             digests = [key[len(fingerprint) :] for key in blobs]
             scan.expect(digests)
             slab = self.memory.slab(fingerprint)
@@ -362,7 +363,7 @@ class Tiers:
                     disk.remove(region, {key: new[key] for key in list(new)[:tried] if key not in sound})
             return True
 
-        scan = Scan(stored.size, locate, read)
+        scan = Scan(stored.size, locate, read, most_rows(self._codec(stored).plain))
         return scan
 
     def _submit(

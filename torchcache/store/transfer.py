@@ -109,10 +109,11 @@ def export_region(
     with Writer(path, tensors, {"torchcache": json.dumps(about)}) as file:
         for ((fingerprint, spec), digests), described in zip(groups.items(), calls, strict=True):
             prefix = str(described["prefix"])
-            for start, stop in _pieces(len(digests), spec):
-                piece = digests[start:stop]
+            order = sorted(digests)
+            for start, stop in _pieces(len(order), spec):
+                piece = order[start:stop]
                 file.put(prefix + DIGESTS, start, torch.frombuffer(bytearray(b"".join(piece)), dtype=torch.uint8))
-                for index, rows in enumerate(_decode(records, [fingerprint + digest for digest in piece], spec)):
+                for index, rows in enumerate(_decode(records, fingerprint, piece, digests, spec)):
                     file.put(f"{prefix}leaf{index}", start, rows)
                 progress(len(piece))
     return Exported(str(path), region.tag, sum(map(len, groups.values())), damaged, calls)
@@ -177,26 +178,31 @@ def _is_leaf(tensor: Tensor | None, dtype: torch.dtype | None, count: int) -> bo
 
 def _groups(
     records: Records, tag: str, call: str, progress: Progress
-) -> tuple[dict[tuple[bytes, RowSpec], list[bytes]], int]:
-    """The digests of all sound rows by call and spec, in their order, and the number of damaged ones."""
-    groups: dict[tuple[bytes, RowSpec], list[bytes]] = {}
+) -> tuple[dict[tuple[bytes, RowSpec], dict[bytes, bytes]], int]:
+    """The digests of all sound rows by call and spec, each with its entry's key, and the number of damaged ones."""
+    groups: dict[tuple[bytes, RowSpec], dict[bytes, bytes]] = {}
     damaged = 0
     for entry in records.entries(f"{TAG} IS ?", (tag,)):
         if entry.key.hex().startswith(call.lower()):
             header, _ = entry.check()
             if header is None or not is_plausible(header.spec.size, header.stored, EXPANDED_BYTES):
-                damaged += 1
+                damaged += entry.count
             else:
-                groups.setdefault((entry.key[:16], header.spec), []).append(entry.key[16:])
-        progress(1)
-    return {group: sorted(groups[group]) for group in sorted(groups, key=lambda group: group[0])}, damaged
+                keys = entry.rows() if entry.count > 1 else [entry.key]
+                groups.setdefault((entry.key[:16], header.spec), {}).update((key[16:], entry.key) for key in keys)
+        progress(entry.count)
+    return {group: groups[group] for group in sorted(groups, key=lambda group: group[0])}, damaged
 
 
-def _decode(records: Records, keys: list[bytes], spec: RowSpec) -> list[torch.Tensor]:
-    found = {}
-    for entry in records.find(keys):
+def _decode(
+    records: Records, call: bytes, piece: list[bytes], digests: dict[bytes, bytes], spec: RowSpec
+) -> list[torch.Tensor]:
+    """The rows of some of a call's digests, each of which comes with the key of its entry."""
+    found: dict[bytes, bytes] = {}
+    for entry in records.find(list({digests[digest] for digest in piece})):
         with contextlib.suppress(OSError, ValueError):
-            found[entry.key] = entry.read()
+            found.update(entry.rows())
+    keys = [call + digest for digest in piece]
     sound, rows = Codec(spec).decode(keys, [found.get(key, b"") for key in keys])
     if len(sound) < len(keys):
         raise StoreError(f"rows of {records.directory} were removed or damaged during the export: run it again")

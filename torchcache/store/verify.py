@@ -27,15 +27,15 @@ class Verdict:
     directory : str
         Where it is.
     checked, bytes : int
-        Entries, and bytes of their blobs.
+        Rows, and bytes of their blobs.
     damaged : dict of str to int
-        What is wrong to the number of entries it is wrong with.
+        What is wrong to the number of rows it is wrong with.
     orphans : int
         Files of blobs that no entry names.
     database : list of str
         What SQLite's own check says, where it is not content.
     repaired : int
-        Entries and files that were dropped.
+        Rows and files that were dropped.
     reindexed : bool
         Whether building its indices anew repaired the database.
     """
@@ -79,15 +79,15 @@ def verify(records: Records, *, repair: bool = True, progress: Callable[[int], o
     def drop() -> None:
         if repair and damaged:
             records.remove(damaged)
-            verdict.repaired += len(damaged)
+            verdict.repaired += sum(entry.count for entry in damaged)
         damaged.clear()
 
     for entry in records.entries():
         _, wrong = entry.check()
-        verdict.checked += 1
+        verdict.checked += entry.count
         verdict.bytes += entry.length
         if wrong is not None and not _gone(records, entry):
-            verdict.damaged[wrong] += 1
+            verdict.damaged[wrong] += entry.count
             damaged.append(entry)
         if len(damaged) >= BATCH:
             drop()
