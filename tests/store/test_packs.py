@@ -265,13 +265,14 @@ assert tier.read([key for key, _ in mine]) == dict(mine) and not tier.errors
     assert len(stored(tmp_path)) < 60
 
 
-def test_a_new_process_hits_every_row_of_a_packed_cache(tmp_path):
+@pytest.mark.parametrize("width", [1, 16, 700, 2000])
+def test_a_new_process_hits_every_row_of_a_packed_cache(tmp_path, width):
     torch.manual_seed(0)
-    backbone, data = nn.Sequential(nn.Linear(4, 16), nn.Tanh()), torch.randn(600, 4)
+    backbone, data = nn.Sequential(nn.Linear(4, width), nn.Tanh()), torch.randn(600, 4)
     expected = backbone(data).detach()
     for turn in range(3):
         model = torchcache.mark(
-            nn.Sequential(nn.Linear(4, 16), nn.Tanh()),
+            nn.Sequential(nn.Linear(4, width), nn.Tanh()),
             freeze=True,
             persistent=True,
             persistent_cache_dir=tmp_path,

@@ -46,7 +46,7 @@ class Scan:
         self, row_bytes: int, locate: Callable[[], _Places], read: Callable[[_Places], bool], together: int = 1
     ) -> None:
         self._together = together
-        self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)) // together) * together
+        self._chunk = max(min(CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)) // together, 1) * together
         self._locate = locate
         self._read = read
         self._places: _Places | None = None
