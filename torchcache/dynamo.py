@@ -30,8 +30,8 @@ __all__ = [
     "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
     "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "layout_check", "leave_graph",
     "names_parts", "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
-    "pending_writes", "retrace", "retrace_later", "source_of", "storage_of", "symbolic_sizes", "takes_rows",
-    "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows", "written",
+    "pending_writes", "retrace", "retrace_later", "source_of", "stands_for", "storage_of", "symbolic_sizes",
+    "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows", "written",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -211,6 +211,11 @@ def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[d
             yield {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in held}
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before
+
+
+def stands_for(value: Any, tensor: Any) -> bool:
+    """Whether ``value`` is the fake tensor that a trace put in the place of ``tensor``."""
+    return isinstance(value, FakeTensor) and value.fake_mode.fake_tensor_converter._get_memo(tensor) is value
 
 
 def expression_of(size: Any) -> Any:

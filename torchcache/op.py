@@ -22,11 +22,12 @@ from torchcache import dynamo
 from torchcache.call import Region
 from torchcache.context import computing
 from torchcache.digest.cpu import digest_bytes
-from torchcache.errors import Bypass, MarkError
+from torchcache.errors import Bypass, MarkError, Writes
 from torchcache.identity.numeric import autocasts
-from torchcache.identity.written import Written
+from torchcache.identity.written import Written, written_text
 from torchcache.lazy.tensor import LazyTensor, take_whole
 from torchcache.lazy.use import stand_in
+from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
 from torchcache.values.layout import dense, inverted, memory_order
@@ -145,9 +146,12 @@ class _Traced:
             or spec != self.spec
             or not all(leaf is next(given) for leaf in after if isinstance(leaf, torch.Tensor))
         ):
-            region_of(self.mark, module).writes = True
+            region = region_of(self.mark, module)
+            region.writes = True
+            bypass = Writes(*written_text(names or ["its arguments"]))
+            warn_once(f"{region.name} is computed, not cached: {bypass}")
             dynamo.retrace_later()
-            raise dynamo.leave_graph(f"the original writes to {', '.join(names) or 'its arguments'}")
+            raise dynamo.leave_graph(bypass.reason)
         leaves, self.output_spec = pytree.tree_flatten(outputs)
         if not (_only_tensors(outputs) or dynamo.passes_structures()):
             region_of(self.mark, module).apart = True
@@ -199,8 +203,11 @@ class _Original(nn.Module):
         # From within: to replace state may write as well, as it does in recurrent modules.
         before = Written(self.module)
         outputs = original(self.module, *args, **kwargs)
-        self.written = before.changes()
-        if self.written:
+        changed = before.changes()
+        replaced = zip(changed, before.values(changed), strict=True)
+        # ``self.mean = self.mean.to(x)`` may put in the fake tensor of what is there.
+        self.written = [name for name, (was, now) in replaced if not dynamo.stands_for(now, was)]
+        if changed:
             before.restore()
         return outputs
 

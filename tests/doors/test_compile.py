@@ -373,7 +373,7 @@ def test_dynamic_shapes_from_the_first_call(inner):
     assert torchcache.stats(net).misses == 12
 
 
-def test_a_module_that_changes_itself_is_not_compiled_for_each_change():
+def test_a_module_that_changes_itself_is_not_compiled_for_each_change(warnings):
     class Noting(Backbone):
         def __init__(self):
             super().__init__()
@@ -399,6 +399,32 @@ def test_a_module_that_changes_itself_is_not_compiled_for_each_change():
         torch.testing.assert_close(run(x), plain(x))
         assert net.backbone.seen == count
     assert len(graphs) <= torch._dynamo.config.recompile_limit
+    assert any("writes to seen" in text for text in warnings)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_an_attribute_that_is_replaced_by_itself_is_not_written(inner):
+    class Windows(Backbone):
+        """As Swin: the mean is brought to the input's dtype, and the number of rows becomes one of Python's."""
+
+        def __init__(self):
+            super().__init__()
+            self.mean = torch.ones(1, 16)
+
+        def forward(self, x, k=1):
+            self.mean = self.mean.type_as(x)
+            rows = int(x.repeat_interleave(2, 0).shape[0] / (16 * 2 / 16))
+            return super().forward((x - self.mean).view(rows, -1), k)
+
+    net = Net()
+    net.backbone = Windows()
+    plain = copy.deepcopy(net)
+    torchcache.mark(net.backbone, freeze=True)
+    run, x = compiled(net, inner), torch.randn(12, 16)
+    for count in (6, 4, 12, 5):
+        torch.testing.assert_close(run(x[:count]), plain(x[:count]))
+    assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == (12, 15)
+    assert type(net.backbone.mean) is torch.Tensor
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -53,6 +53,11 @@ class Written:
         found = [name for name in names if not _equal(self._before.get(name), after.get(name))]
         return found if self._outside is None else [*found, *self._outside.changes()]
 
+    def values(self, names: Sequence[str]) -> list[tuple[Any, Any]]:
+        """What each of these was, and what it is; ``None`` for what is not there."""
+        after = _snapshot(self._module)
+        return [tuple(found.get(name, (None,))[0] for found in (self._before, after)) for name in names]  # type: ignore[misc]
+
     def restore(self) -> None:
         """Put back attributes that were set, replaced or removed, and containers' items.
 
