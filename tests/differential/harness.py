@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import nets
+import pytest
 import torch
 import torch._dynamo.exc
 from changes import CHANGES, apply
@@ -46,11 +47,6 @@ TAGS = "skip_tensor_guards_with_matching_dict_tags"
 SAME = [0, 1, 2]
 AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
 SIZES = (0, *range(1, 10), *range(2, 10))
-
-
-# A few rows make a pack, and a few of those a long one.
-pack.FEWEST, pack.LONGEST_PACK = 2, 2000
-packs.LONGEST_PACK, packs.SHORT = 2000, 1800
 
 
 class WrongAnswerError(AssertionError):
@@ -342,6 +338,17 @@ def _given(inputs, form):
 
 
 @contextlib.contextmanager
+def small_packs():
+    """A few rows make a pack, and a few of those a long one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "FEWEST", 2)
+        for module in (pack, packs):
+            patch.setattr(module, "LONGEST_PACK", 2000)
+        patch.setattr(packs, "SHORT", 1800)
+        yield
+
+
+@contextlib.contextmanager
 def clean():
     """Globals as they were before, no traces left over; Dynamo looks at hooks that come late."""
     torch._dynamo.reset()
@@ -351,7 +358,7 @@ def clean():
     if hasattr(torch._dynamo.config, TAGS):
         asked[TAGS] = False
     try:
-        with torch._dynamo.config.patch(asked):
+        with torch._dynamo.config.patch(asked), small_packs():
             yield
     finally:
         nets.set_world(known)
