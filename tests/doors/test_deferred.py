@@ -14,7 +14,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from marked import counts, reasons
 from torch import nn
@@ -759,6 +759,8 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(member=st.sampled_from("form roles dims leaves structure key allowed layouts".split()), value=JSON, where=JSON)
+@example(member="dims", value=668_315_863, where=0)
+@example(member="roles", value=668_315_863, where=0)
 def test_a_note_that_somebody_wrote(tmp_path_factory, member, value, where):
     """Whatever it says, calls are answered right: from rows that fit it, or from what is built."""
     runs = Runs(tmp_path_factory.mktemp("notes"))

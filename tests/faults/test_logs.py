@@ -12,7 +12,8 @@ import pytest
 from trained import Run
 
 from torchcache.cli.main import main
-from torchcache.store import disk, gate, pause, room
+from torchcache.store import database as opened
+from torchcache.store import gate, pause, room
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tries in a child that is ended where it hangs")
 
@@ -86,7 +87,7 @@ def test_a_long_log_is_not_read_where_nothing_can_be_written(tmp_path, monkeypat
         raise PermissionError("read-only")
 
     cache = copy_with_log(tmp_path)
-    monkeypatch.setattr(disk, "connect", refuse)
+    monkeypatch.setattr(opened, "connect", refuse)
     assert found(cache) == 301
     monkeypatch.setattr(gate, "LONGEST_LOG", 100_000)
     before = database(cache)

@@ -14,7 +14,7 @@ import pytest
 from trained import Run
 
 import torchcache
-from torchcache.store import connect, disk, pause
+from torchcache.store import connect, database, pause
 from torchcache.store.blob import FORMAT_VERSION
 
 
@@ -63,8 +63,8 @@ def waits(monkeypatch):
         return answer
 
     original = connect.is_locked
-    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.05)
-    for module in (connect, disk):
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.05)
+    for module in (connect, database):
         monkeypatch.setattr(module, "is_locked", is_locked)
     return counted
 

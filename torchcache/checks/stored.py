@@ -185,6 +185,8 @@ def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
     if len(roles) != len(batch.taken.tensors) or not len(dims) == len(note["leaves"]) == len(note["allowed"]):
         raise ValueError("other arguments")
     specs = [(_DTYPES[dtype], tuple(map(_dim, shape))) for dtype, shape in note["leaves"]]
+    if any(dim > len(shape) for (_, shape), dim in zip(specs, dims, strict=True)):
+        raise ValueError("no such dimension")
     count = next(
         tensor.shape[role] for tensor, role in zip(batch.taken.tensors, roles, strict=True) if role is not None
     )

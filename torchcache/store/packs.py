@@ -32,8 +32,8 @@ __all__ = ["Packs"]
 # Calls whose packs are known; who asks for one more has those of all others looked for anew.
 MOST_CALLS = 256
 MOST_PACKS = 1_000_000
-# It is looked for packs of others as often as that takes this share of the time.
-SHARE = 0.01
+# It is looked for packs of others as often as that takes this share of the time, or after so many seconds.
+SHARE, LONGEST_WAIT = 0.01, 2.0
 # Rows that are not sorted: so many at once, and all in all so many, or as many as half of the sorted ones.
 MOST_AT_ONCE, MOST_FRESH = 2000, 50_000
 # A pack that is shorter is put together with others of this process, once these make a long one.
@@ -177,16 +177,15 @@ class Packs:
             rows = list(some)
             digests = [key[CALL:] for key in rows]
             known, places = self._places(call, digests)
-            start = time.monotonic()
-            if None in places and start >= known.next_look:
-                known.next_look = math.inf
+            if None in places and time.monotonic() >= known.next_look and self._database.open():
+                known.next_look, start = math.inf, time.monotonic()
                 try:
                     named, damaged = self._look(call, known)
                     self._damaged.update(damaged)
                     known.add(named, self._lock)
                 finally:
                     now = time.monotonic()
-                    known.next_look = now + (now - start) / SHARE
+                    known.next_look = now + min((now - start) / SHARE, LONGEST_WAIT)
                 known, places = self._places(call, digests)
             for key, place in zip(rows, places, strict=True):
                 if place is not None:
