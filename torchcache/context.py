@@ -80,8 +80,9 @@ def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> contextlib
     """Use ``ids`` instead of hashes of the inputs inside this block.
 
     Weights, code, arguments, row shapes and dtypes still count; the inputs' contents do not, so an id must name
-    its sample's content (with augmentation: content and seed). A module called twice in a block, on two views of
-    the sample for instance, keeps rows of the first call and of the second apart: use one block for each step.
+    its sample's content (with augmentation: content and seed). The input of a mark within a model is what was computed
+    before it: where those layers change, an id must name their version, too. A module called twice in a block, on two
+    views of the sample for instance, keeps rows of the first call and of the second apart: use one block for each step.
 
     Parameters
     ----------

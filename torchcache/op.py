@@ -203,11 +203,11 @@ class _Original(nn.Module):
         # From within: to replace state may write as well, as it does in recurrent modules.
         before = Written(self.module)
         outputs = original(self.module, *args, **kwargs)
-        changed = before.changes()
-        replaced = zip(changed, before.values(changed), strict=True)
-        # ``self.mean = self.mean.to(x)`` may put in the fake tensor of what is there.
-        self.written = [name for name, (was, now) in replaced if not dynamo.stands_for(now, was)]
-        if changed:
+        self.written = before.changes()
+        if self.written:
+            replaced = zip(self.written, before.values(self.written), strict=True)
+            # ``self.mean = self.mean.to(x)`` may put in the fake tensor of what is there.
+            self.written = [name for name, (was, now) in replaced if not dynamo.stands_for(now, was)]
             before.restore()
         return outputs
 

@@ -100,12 +100,11 @@ def test_short_rows_take_little_more_than_what_they_hold(tmp_path, width, most, 
 
 
 def run(directory, code, *arguments):
-    """Run code in a process of its own."""
+    """A process of its own that runs code."""
     program = (
         f"import pathlib, sys\nfrom test_packs import *\ntier = DiskTier(pathlib.Path({str(directory)!r}))\n{code}"
     )
-    ran = subprocess.run([sys.executable, "-c", program, *arguments], cwd=__file__.rpartition("/")[0], check=False)
-    assert ran.returncode == 0
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=__file__.rpartition("/")[0])
 
 
 def test_packs_that_another_process_put_together_are_found(tmp_path):
@@ -256,15 +255,13 @@ for start in range(0, 3000, 25):
     assert tier.write(mine[start:start + 25], REGION)[0] == 25
 assert tier.read([key for key, _ in mine]) == dict(mine) and not tier.errors
 """
-    others = [threading.Thread(target=run, args=(tmp_path, code, str(number))) for number in range(2)]
-    for other in others:
-        other.start()
-    for other in others:
-        other.join()
+    others = [run(tmp_path, code, str(number)) for number in range(2)]
+    ended = [other.wait() for other in others]
     done.set()
     for reader in readers:
         reader.join()
     assert not wrong
+    assert ended == [0, 0]
     for reader in (tier, DiskTier(tmp_path)):
         assert reader.read([key for key, _ in entries]) == dict(entries)
         assert reader.errors == 0

@@ -55,8 +55,8 @@ class Written:
 
     def values(self, names: Sequence[str]) -> list[tuple[Any, Any]]:
         """What each of these was, and what it is; ``None`` for what is not there."""
-        after = _snapshot(self._module)
-        return [tuple(found.get(name, (None,))[0] for found in (self._before, after)) for name in names]  # type: ignore[misc]
+        after, nothing = _snapshot(self._module), (None, None, 0)
+        return [(self._before.get(name, nothing)[0], after.get(name, nothing)[0]) for name in names]
 
     def restore(self) -> None:
         """Put back attributes that were set, replaced or removed, and containers' items.

@@ -40,7 +40,17 @@ from torchcache.store.file import SCATTERS, BlobFile, BlobFileError
 from torchcache.store.select import INDEXABLE, element_bytes, select_rows
 from torchcache.threads import THREADED_ROW, in_parts
 
-__all__ = ["FORMAT_VERSION", "BlobError", "Codec", "RowSpec", "row_bytes", "storable"]
+__all__ = [
+    "CHECKSUM_SIZE",
+    "CODES",
+    "FORMAT_VERSION",
+    "MAGIC",
+    "BlobError",
+    "Codec",
+    "RowSpec",
+    "row_bytes",
+    "storable",
+]
 
 FORMAT_VERSION = 1
 MAGIC = b"TCB" + bytes([FORMAT_VERSION])
@@ -60,7 +70,7 @@ _DTYPES = """
     float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 uint32 uint64
     float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu bcomplex32
     """.split()
-_CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
+CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
 _OF_NUMPY = INDEXABLE - {torch.bfloat16}
 
 
@@ -102,7 +112,7 @@ class RowSpec:
 
 def storable(spec: RowSpec) -> bool:
     """Whether a blob can hold such a row: the format has a code for each dtype, and room for so many leaves."""
-    return 1 <= len(spec.leaves) <= MOST_LEAVES and all(dtype in _CODES for dtype, _ in spec.leaves)
+    return 1 <= len(spec.leaves) <= MOST_LEAVES and all(dtype in CODES for dtype, _ in spec.leaves)
 
 
 def dtype_of_code(code: int) -> torch.dtype | None:
@@ -167,7 +177,7 @@ class Codec:
         self.spec = spec
         self._level = level
         self._descriptors = b"".join(
-            struct.pack(f"<BB{len(shape)}Q", _CODES[dtype], len(shape), *shape) for dtype, shape in spec.leaves
+            struct.pack(f"<BB{len(shape)}Q", CODES[dtype], len(shape), *shape) for dtype, shape in spec.leaves
         )
         self._size, self._widths = spec.size, spec.sizes
         self._payload_at = _HEAD.size + len(self._descriptors)

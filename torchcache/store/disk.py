@@ -35,15 +35,10 @@ Places = npt.NDArray[np.int64]
 class DiskTier(Database, Tier):
     """Blobs in a cache directory, shared by threads and processes; short ones of one call lie in packs.
 
-    Nothing here raises on behalf of the store: a failure is counted in ``errors``, warned of once, and reads as
-    absence.
-
     Parameters
     ----------
-    directory : Path
-        The cache directory; made when missing.
-    group : bool
-        Whether its group is to have it too.
+    directory, group
+        As of ``Database``.
     evicts : bool
         Whether rows that are not in use give way to new ones when it is full.
     """

@@ -23,14 +23,15 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 import xxhash
 
-from torchcache.store.blob import CHECKSUM_SIZE, MAGIC, BlobError
-from torchcache.store.file import BlobFile
+from torchcache.store.blob import CHECKSUM_SIZE, CODES, MAGIC, BlobError
 from torchcache.store.header import Header, read_header
+from torchcache.store.tier import Blob
 
 __all__ = [
-    "CALL", "DIGEST", "LONGEST_PACK", "MARK", "Blob", "Pack", "digests_in", "head_size", "header_in", "is_pack", "join",
+    "CALL", "DIGEST", "LONGEST_PACK", "MARK", "Pack", "digests_in", "head_size", "header_in", "is_pack", "join",
     "most_rows", "packed", "rows_in", "rows_of",
 ]  # fmt: skip
 
@@ -43,11 +44,9 @@ LONGEST_PACK = 34_700
 # Fewer rows are entries of their own.
 FEWEST = 16
 CALL, DIGEST = 16, 16
-# The header of its blob and the descriptors of its leaves, whose dtypes have these codes.
+# The header of its blob and the descriptors of its leaves.
 _HEAD = struct.Struct("<4sBBHQ BBQ BBQ BBQQ BBQ")
-_UINT8, _INT32 = 8, 5
-
-Blob = bytes | BlobFile
+_UINT8, _INT32 = CODES[torch.uint8], CODES[torch.int32]
 
 
 def most_rows(length: int) -> int:

@@ -19,13 +19,13 @@ from torchcache.store.pack import (
     DIGEST,
     LONGEST_PACK,
     MARK,
-    Blob,
     Pack,
     digests_in,
     head_size,
     is_pack,
     packed,
 )
+from torchcache.store.tier import Blob
 
 __all__ = ["Packs"]
 
