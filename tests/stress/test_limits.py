@@ -49,7 +49,8 @@ def test_the_disk_limit_holds_over_processes_and_runs(tmp_path, limit):
         for child in children:
             child.join(120)
             assert child.exitcode == 0
-        assert limit // 2 < used(directory) <= limit + processes * BATCH_BYTES
+        # A large row that does not fit in has all others wait.
+        assert limit // 3 < used(directory) <= limit + processes * BATCH_BYTES
 
 
 def test_when_the_disk_limit_is_reached_caching_stops_and_training_does_not(tmp_path, warnings):
