@@ -20,7 +20,7 @@ LAYERS = [
     {"lazy"},
     {"digest", "values"},
     {"identity", "speed"},
-    {"batch"},
+    {"batch", "origin"},
     {"checks"},
     {"looked", "usefulness", "foresight", "padded", "stand_in"},
     {"padding"},

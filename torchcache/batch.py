@@ -86,7 +86,7 @@ class Given:
     args, kwargs
         The caller's arguments.
     number : int
-        Which call within a block of ``sample_keys`` it is; 0 outside.
+        Which call within a block of ``sample_keys`` it is; 0 outside, and where ids do not name its input.
     seen : Seen or None
         What computes, where that was looked at for this call.
 

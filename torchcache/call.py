@@ -28,7 +28,6 @@ from torchcache.context import (
     current_ids,
     current_watcher,
     normal_tensors,
-    number_of_call,
 )
 from torchcache.counters import Counters, Reasons
 from torchcache.digest.ahead import learn, prepared
@@ -45,6 +44,7 @@ from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
 from torchcache.modes import trained
 from torchcache.options import CacheOptions
+from torchcache.origin import number_named
 from torchcache.padding import Padding
 from torchcache.store.found import Found
 from torchcache.store.select import select_rows
@@ -124,7 +124,7 @@ class Region:
         TorchcacheError
             For what can never be cached, at a call before any was served.
         """
-        given = Given(self.subject, args, kwargs, number_of_call(self))
+        given = Given(self.subject, args, kwargs, number_named(self, args, kwargs))
         return self._ordinary(given) if self._padding is None else self._answered(given, self._without_padding)
 
     def _ordinary(self, given: Given) -> Any:
@@ -233,13 +233,8 @@ class Region:
     def _hash(self, batch: Batch, plan: Plan) -> tuple[bytes, list[bytes], Found | None]:
         """What the rows are filed under, their digests, and what was found for them ahead."""
         start = time.perf_counter()
-        ids, named = current_ids(batch.count, self.name), batch.given.number
-        if ids is not None and self.inlined:
-            raise Bypass(
-                "some of its calls are parts of compiled graphs, so that those within sample_keys cannot be counted",
-                "call it outside of what is compiled, or leave sample_keys out",
-                lasting=False,
-            )
+        named = 0 if self.inlined else batch.given.number
+        ids = current_ids(batch.count, self.name) if named else None
         call = call_fingerprint(plan.form, self.options, batch.mode, batch.rows, batch.shared, named)
         key = layout_fingerprint(call, plan.layout)
         found, digests = None, ids

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from torchcache import dynamo
 from torchcache.errors import SampleKeyError
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "number_of_call",
     "sample_keys",
     "some_ids",
+    "was_there",
     "watching_lookups",
 ]
 
@@ -43,11 +46,13 @@ class _Ids:
     """A block with ids for its rows, and how often each region was called within it."""
 
     # A step between others finds no code in the processor's caches: this is a third of a ``contextmanager``.
-    __slots__ = ("_token", "calls", "ids")
+    __slots__ = ("_token", "calls", "ids", "there")
 
     def __init__(self, ids: list[bytes]) -> None:
         self.ids = ids
         self.calls: dict[int, int] = {}
+        # What was there when the block began, by its memory: that, and how often it had been written to.
+        self.there: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
     def __enter__(self) -> None:
         self._token = _ids.set(self)
@@ -61,7 +66,34 @@ class _Ids:
         return number
 
 
+class _Named(_Ids):
+    """A block of the user's."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        frame: Any = sys._getframe(1)
+        while frame.f_code.co_filename == contextlib.__file__ and frame.f_back is not None:  # an ``ExitStack``
+            frame = frame.f_back
+        self._add(frame.f_locals.values(), depth=2)
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.there.clear()
+
+    def _add(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse ones, and those of inference mode
+                    self.there[dynamo.storage_of(value)] = (value.untyped_storage(), value._version)
+            elif depth and isinstance(value, (list, tuple, Mapping)) and len(value) <= MOST_IN_ONE:
+                self._add(value.values() if isinstance(value, Mapping) else value, depth - 1)
+
+
 _ids: ContextVar[_Ids | None] = ContextVar("torchcache_ids", default=None)
+# In containers of more values nobody looks for a batch.
+MOST_IN_ONE = 64
 # Up to so many ids are encoded faster one by one than by several operations on an array.
 FEW_IDS = 256
 
@@ -80,9 +112,11 @@ def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> contextlib
     """Use ``ids`` instead of hashes of the inputs inside this block.
 
     Weights, code, arguments, row shapes and dtypes still count; the inputs' contents do not, so an id must name
-    its sample's content (with augmentation: content and seed). The input of a mark within a model is what was computed
-    before it: where those layers change, an id must name their version, too. A module called twice in a block, on two
-    views of the sample for instance, keeps rows of the first call and of the second apart: use one block for each step.
+    its sample's content (with augmentation: content and seed). It stands for the tensors that the function which has
+    the block holds when it begins, in variables or in lists and dicts there. A mark that is given another one, which
+    was computed within the block, hashes it, since layers that compute it may have changed. A module called twice in a
+    block, on two views of the sample for instance, keeps rows of the first call and of the second apart: use one block
+    for each step.
 
     Parameters
     ----------
@@ -95,7 +129,7 @@ def sample_keys(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> contextlib
         When an id is neither an integer of up to 127 bits nor a string, or when their number is not that of
         the rows of a marked call inside the block.
     """
-    return _Ids(_encode_ids(ids))
+    return _Named(_encode_ids(ids))
 
 
 def _encode_ids(ids: Sequence[int] | Sequence[str] | torch.Tensor) -> list[bytes]:
@@ -143,6 +177,16 @@ def number_of_call(owner: object) -> int:
     """Which call of ``owner`` within a block with ids this is, from 1; 0 outside. To be asked once in every call."""
     given = _ids.get()
     return 0 if given is None else given.count(owner)
+
+
+def was_there(tensor: torch.Tensor) -> bool:
+    """Whether it shares memory with what was there when the block with ids began, and nobody wrote to it since."""
+    given = _ids.get()
+    try:
+        _, version = given.there[dynamo.storage_of(tensor)] if given is not None else (None, -1)
+        return version == tensor._version
+    except (KeyError, RuntimeError, NotImplementedError):
+        return False
 
 
 def current_ids(rows: int, name: str) -> list[bytes] | None:

@@ -108,7 +108,8 @@ class Padding:
         trains = torch.is_grad_enabled() and any(map(_requires_grad, seen.tensors))
         if batch is None or trains or (torch.is_grad_enabled() and any(map(_requires_grad, batch.taken.tensors))):
             return ordinary(given)
-        current_ids(batch.count, self._subject.name)  # as many as there are rows, or an error
+        if given.number:
+            current_ids(batch.count, self._subject.name)  # as many as there are rows, or an error
         full = min(batch.lengths) == batch.width
         if full and batch.widest == batch.width:  # nothing is padding, nor could it be
             return ordinary(given)

@@ -43,8 +43,6 @@ BITS = {torch.bfloat16: torch.float16}
 MOST_PAIRS = 3
 CPU = torch.device("cpu")
 TAGS = "skip_tensor_guards_with_matching_dict_tags"
-# Marks of parts of a model, whose inputs are what other parts compute.
-INNER = ("blocks", "nested", "body")
 # These rows are asked for after every change, so that what is stale is asked for.
 SAME = [0, 1, 2]
 AUTOCAST = (None, torch.bfloat16, torch.bfloat16, torch.float16)
@@ -210,8 +208,7 @@ class Run:
             self.counts["calls that the model itself refuses"] += 1
             return
         ambient = [torchcache.bypass()] if form.get("bypass") else []
-        # Of a part within, an id does not name the input: what is computed before it may have changed.
-        if form.get("named") and self.program.mark not in INNER:
+        if form.get("named"):
             ambient.append(torchcache.sample_keys(rows))
         try:
             found, found_gradients, inputs = run(pair.run, ambient)

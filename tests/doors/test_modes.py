@@ -1,5 +1,6 @@
 """Train and eval mode, frozen and trainable, gradients, and the modes and transforms of torch around a call."""
 
+import contextlib
 import copy
 
 import pytest
@@ -342,11 +343,70 @@ def test_the_second_call_with_the_same_ids_has_rows_of_its_own(door):
     assert torchcache.stats(model).misses == 6
 
 
+class Prompted(nn.Module):
+    """Layers that change before a frozen encoder, and one that is given the sample itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Linear(4, 4)
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.beside = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.encoder(self.prompt(x)) + self.beside(x[:, 1:])
+
+
+@pytest.mark.parametrize("kind", ["module", "function", "mark"])
+@pytest.mark.parametrize("door", DOORS)
+def test_an_id_stands_for_what_the_model_is_given(door, kind):
+    plain = Prompted()
+    plain.encoder.requires_grad_(False), plain.beside.requires_grad_(False)
+    model = copy.deepcopy(plain)
+    if kind == "mark":
+        torchcache.mark(model, audit=0)
+    else:
+        torchcache.mark(model.encoder, audit=0), torchcache.mark(model.beside, audit=0)
+    if kind == "function":
+        run = model.forward if door in ("eager", "transform") else DOORS[door](model.forward)
+    else:
+        run = DOORS[door](model)
+    x = torch.randn(6, 4)
+    for step in range(6):
+        with torchcache.sample_keys(range(6)), torch.set_grad_enabled(step % 3 == 2):
+            torch.testing.assert_close(run(x), plain(x))
+        for one in (plain, model):
+            with torch.no_grad():
+                one.prompt.weight.mul_(1.1)
+    if kind != "mark":
+        other = [1, 0, *range(2, 6)]
+        with torchcache.sample_keys(other), torch.no_grad():
+            torch.testing.assert_close(run(x), plain.encoder(plain.prompt(x)) + plain.beside(x[other, 1:]))
+
+
+def test_an_id_names_what_was_there_and_was_not_written_to():
+    module = frozen(lambda self, x: x * 2)
+    x, other = torch.randn(3, 5), {"batch": [torch.randn(3, 5)]}
+    with torchcache.sample_keys(range(3)):
+        module(x)
+    for batch in (x, x[:, :], other["batch"][0]):
+        with torchcache.sample_keys([1, 0, 2]):
+            torch.testing.assert_close(module(batch), x[[1, 0, 2]] * 2)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torchcache.sample_keys([1, 0, 2]))
+        torch.testing.assert_close(module(x), x[[1, 0, 2]] * 2)
+        y = x + 1
+        torch.testing.assert_close(module(y), y * 2)
+        x.mul_(3)
+        torch.testing.assert_close(module(x), x * 2)
+        with torch.inference_mode():
+            torch.testing.assert_close(module(x.clone()), x * 2)
+
+
 @pytest.mark.parametrize("ids", [[1, 2], ["a"], torch.arange(5)])
 def test_a_wrong_number_of_sample_keys_is_an_error(ids):
-    module = torchcache.mark(nn.Linear(6, 6), freeze=True)
+    module, x = torchcache.mark(nn.Linear(6, 6), freeze=True), torch.randn(4, 6)
     with torchcache.sample_keys(ids), pytest.raises(torchcache.SampleKeyError, match="4 rows"):
-        module(torch.randn(4, 6))
+        module(x)
 
 
 @pytest.mark.parametrize("ids", [[1.5], [None], torch.rand(4), torch.ones(2, 2).long(), [2**127]])

@@ -313,8 +313,9 @@ def test_ids_of_samples_are_taken_apart_with_the_batch():
         with torchcache.sample_keys(rows):
             assert_same(module(ids, mask), plain(ids, mask), mask)
     assert torchcache.stats(module).hits == 4
+    ids, mask = padded([1, 2])
     with pytest.raises(torchcache.SampleKeyError, match=r"3 ids.*batch of 2 rows"), torchcache.sample_keys([1, 2, 3]):
-        marked(plain)(*padded([1, 2]))
+        marked(plain)(ids, mask)
 
 
 def test_changed_weights_and_gradients():
