@@ -356,6 +356,66 @@ def test_writes_in_place_keep_their_order(door):
     torch.testing.assert_close(model.shift, twin.shift)
 
 
+class Lengths(Net):
+    """Makes a mask from lengths by writing in place; the frozen and the trainable part read it."""
+
+    def forward(self, x, lengths):
+        mask = torch.zeros(x.shape[:2], dtype=lengths.dtype)
+        mask[(torch.arange(mask.shape[0]), lengths - 1)] = 1
+        mask = mask.flip([-1]).cumsum(-1).flip([-1]).bool()
+        h = self.body(x).masked_fill(~mask[..., None], 0.5)
+        h = torch.tanh(self.body(h))
+        return self.top(h.masked_fill(~mask[..., None], 0.0).sum(1))
+
+
+class LengthsOfOther(Lengths):
+    """As many rows as another tensor has, which a trace does not know to be the same."""
+
+    def forward(self, x, lengths):
+        mask = torch.zeros((lengths.shape[0], 5), dtype=lengths.dtype)
+        mask[(torch.arange(lengths.shape[0]), lengths - 1)] = 1
+        mask = mask.flip([-1]).cumsum(-1).flip([-1]).bool()
+        h = torch.tanh(self.body(x)) * mask[..., None]
+        return self.top(h.sum(1)) + mask.sum(1)[:, None]
+
+
+@pytest.mark.parametrize("kind", [Lengths, LengthsOfOther])
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_written_in_place_is_so_on_both_sides_of_the_cut(door, kind):
+    model, twin = nets(kind)
+    run, x, lengths = opened(door, model), torch.randn(9, 5, 6), torch.randint(1, 5, (9,))
+    for rows in (range(9), range(9), [1, 3, 5], [4, 2, 7, 8], range(9)):
+        assert_trains_the_same(run, model, twin, [x[[*rows]], lengths[[*rows]]])
+    hits, misses, bypasses = counted(model)
+    assert (misses, bypasses) == (9, 0)
+    assert hits >= 25
+
+
+class Around(Net):
+    """Writes in place to what another mark gives, which is read again later."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        y = self.inner(x)
+        y += 1
+        y[:, 0] = x[:, 1]
+        return self.top(torch.tanh(self.body(y)) + y)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_write_to_what_a_mark_within_gives_is_not_lost(door):
+    torch.manual_seed(0)
+    twin = Around()
+    model = copy.deepcopy(twin)
+    torchcache.mark(model.inner, audit=0), torchcache.mark(model, audit=0)
+    run, x = opened(door, model), torch.randn(8, 6)
+    for _ in range(3):
+        assert_trains_the_same(run, model, twin, [x])
+
+
 def test_the_graph_shows_a_lookup_without_the_state():
     model, _ = nets()
     model(torch.randn(4, 6))

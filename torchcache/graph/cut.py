@@ -14,7 +14,7 @@ from torchcache.graph.fewest import fewest, is_cheap, operator_name, reachable
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
 
-__all__ = ["Cut", "batch_of", "cut_region"]
+__all__ = ["Cut", "batch_of", "cut_region", "writers_of"]
 
 # Operators that may make the first dimensions of a tensor one, in their order.
 MERGING = frozenset({"view", "reshape", "flatten", "repeat_interleave"})
@@ -199,15 +199,13 @@ def _counts(tensor: torch.Tensor, symbols: Any) -> int:
 def _ancestors(nodes: Iterable[fx.Node], members: dict[fx.Node, None], analysis: Analysis) -> set[fx.Node]:
     """``nodes`` and the members they follow from, in-place writes to any of them included."""
     writers = [member for member in members if member in analysis.written]
+    return reachable(nodes, members, lambda node: [*node.all_input_nodes, *writers_of(node, writers, analysis)])
 
-    def sources(node: fx.Node) -> list[fx.Node]:
-        tensor = tensor_of(node)
-        if tensor is None:
-            return node.all_input_nodes
-        wrote = [writer for writer in writers if storage_of(tensor) in analysis.written[writer]]
-        return [*node.all_input_nodes, *wrote]
 
-    return reachable(nodes, members, sources)
+def writers_of(node: fx.Node, writers: Iterable[fx.Node], analysis: Analysis) -> list[fx.Node]:
+    """Those of ``writers`` that write to the tensor of a node."""
+    tensor = tensor_of(node)
+    return [] if tensor is None else [one for one in writers if storage_of(tensor) in analysis.written[one]]
 
 
 def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -> bool:
@@ -224,7 +222,7 @@ def _worthwhile(kept: list[fx.Node], nodes: list[fx.Node], analysis: Analysis) -
 
 
 def _orderly(cut: Cut, analysis: Analysis) -> bool:
-    """Whether in-place writes keep their order when the region runs at one point of the graph."""
+    """Whether in-place writes keep their order where a region runs at one point of the graph, and reach it alone."""
     kept, inside = cut.nodes, set(cut.nodes)
     written = set().union(*(analysis.written.get(node, set()) for node in kept))
     elsewhere = {node: storages for node, storages in analysis.written.items() if node not in inside}
@@ -233,7 +231,10 @@ def _orderly(cut: Cut, analysis: Analysis) -> bool:
     order = {node: position for position, node in enumerate(kept[0].graph.nodes)}
     first, last = order[kept[0]], order[kept[-1]]
     inputs = {source for node in kept for source in node.all_input_nodes if source not in inside}
-    touched = {storage_of(tensor) for node in [*kept, *inputs] if (tensor := tensor_of(node)) is not None}
+    given = {storage_of(tensor) for node in inputs if (tensor := tensor_of(node)) is not None}
+    if written & given:
+        return False
+    touched = given | {storage_of(tensor) for node in kept if (tensor := tensor_of(node)) is not None}
     if any(storages & touched and first < order[node] < last for node, storages in elsewhere.items()):
         return False
     for node in cut.outputs:

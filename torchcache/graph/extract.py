@@ -67,17 +67,17 @@ def inputs_of(cut: Cut, analysis: Analysis) -> Inputs:
 def extract(cut: Cut, analysis: Analysis, inputs: Inputs, rows: Rows) -> fx.GraphModule:
     """Copy a region into a graph of its own, within the autocast blocks that its nodes were traced in.
 
-    It takes data, state, and those sizes that are not the number of rows. The first dimension of what it gives is that
-    of the rows.
+    It takes data, state, and those sizes that are not the number of an input's rows. The first dimension of what it
+    gives is that of the rows.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    counts = [node for node, is_count in zip(inputs.sizes, rows.counts, strict=True) if is_count]
+    counts = {node: place for node, place in zip(inputs.sizes, rows.counts, strict=True) if place is not None}
     for source in [*inputs.data, *inputs.state, *inputs.sizes]:
         if source not in counts:
             copies[source] = graph.placeholder(source.name)
-    for source in counts:
-        copies[source] = graph.call_method("size", (copies[inputs.data[rows.first]], 0))
+    for source, place in counts.items():
+        copies[source] = graph.call_method("size", (copies[inputs.data[place]], 0))
 
     def copy_of(node: fx.Node) -> fx.Node:
         if node not in copies:

@@ -68,6 +68,8 @@ class Analysis:
         The autocast blocks around each node, outermost first, as the nodes that enter them.
     written : dict of Node to set of int
         Storages that a node, cached or not, writes to in place.
+    stirred : set of int
+        Storages that were written to with what varies.
     harmless : set of str
         Operators with their settings that draw, normalise and write nothing, whatever tensors they are given.
     """
@@ -78,6 +80,7 @@ class Analysis:
     varying: set[fx.Node] = dataclasses.field(default_factory=set)
     contexts: dict[fx.Node, tuple[fx.Node, ...]] = dataclasses.field(default_factory=dict)
     written: dict[fx.Node, set[int]] = dataclasses.field(default_factory=dict)
+    stirred: set[int] = dataclasses.field(default_factory=set)
     harmless: set[str] = dataclasses.field(default_factory=set)
 
     def cacheable(self, node: fx.Node) -> bool:
@@ -137,6 +140,8 @@ def analyse(graph: fx.Graph) -> Analysis:
             verdict = inherited or _own(node, analysis, levels)
             if inherited is not None or part_of(node) is None:
                 _note_writes(node, analysis)
+            if node in analysis.varying:
+                analysis.stirred |= analysis.written.get(node, set())
             if verdict is not None:
                 analysis.verdicts[node] = verdict if verdict.source else _sourced(verdict, node)
     return analysis
@@ -158,8 +163,13 @@ def _classify(node: fx.Node, analysis: Analysis) -> None:
             analysis.varying.add(node)
     elif node.op == "get_attr":
         analysis.state.add(node)
-    elif any(source in analysis.varying for source in node.all_input_nodes):
+    elif any(source in analysis.varying or _is_stirred(source, analysis) for source in node.all_input_nodes):
         analysis.varying.add(node)
+
+
+def _is_stirred(node: fx.Node, analysis: Analysis) -> bool:
+    tensor = tensor_of(node) if analysis.stirred else None
+    return tensor is not None and storage_of(tensor) in analysis.stirred
 
 
 def _placeholder_kind(node: fx.Node) -> str:

@@ -12,8 +12,9 @@ from torch import fx
 from torchcache.call import Region
 from torchcache.dynamo import fix_rows
 from torchcache.errors import brief
-from torchcache.graph.cut import Cut, batch_of, cut_region
+from torchcache.graph.cut import Cut, batch_of, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
+from torchcache.graph.fewest import reachable
 from torchcache.graph.frozen import Analysis, analyse
 from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
@@ -143,9 +144,7 @@ def _cache(
         register(part.owner, name, call)
         region_of(part.mark, part.module).partial = True
     _replace(graph, cut, anchor, analysis, (*_node_arguments(inputs, rows, held), name), plan)
-    for node in reversed(nodes):  # what only the region read, and what nobody reads
-        if not node.users and (node not in analysis.written or node in inside):
-            graph.erase_node(node)
+    _erase(graph, nodes, inside, analysis)
     return region
 
 
@@ -172,7 +171,7 @@ def _name(plan: Plan, paths: Paths, passed: int, call: GraphCall) -> str:
 
 def _node_arguments(inputs: Inputs, rows: Rows, held: Any) -> tuple[list[fx.Node], list[fx.Node]]:
     passed = [node for node in inputs.state if node not in held]
-    numbers = [node for node, is_count in zip(inputs.sizes, rows.counts, strict=True) if not is_count]
+    numbers = [node for node, place in zip(inputs.sizes, rows.counts, strict=True) if place is None]
     return [*inputs.data, *passed], numbers
 
 
@@ -210,6 +209,21 @@ def _replace(
         for user in cut.readers(node):
             if user is not lookup:
                 user.replace_input_with(node, item)
+
+
+def _erase(graph: fx.Graph, nodes: Sequence[fx.Node], inside: set[fx.Node], analysis: Analysis) -> None:
+    """Erase what only the region read, and what nobody reads; what writes to a tensor that stays is read with it."""
+    members = dict.fromkeys(nodes)
+    writers = [node for node in nodes if node in analysis.written]
+    read = [
+        node
+        for node in nodes
+        if any(user not in members for user in node.users) or (node in analysis.written and node not in inside)
+    ]
+    live = reachable(read, members, lambda node: [*node.all_input_nodes, *writers_of(node, writers, analysis)])
+    for node in reversed(nodes):
+        if node not in live:
+            graph.erase_node(node)
 
 
 def _checkpoint_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

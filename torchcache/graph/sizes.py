@@ -37,8 +37,8 @@ class Rows:
         The first data input that has rows.
     fixed : int or None
         The number of rows, where it is no symbol.
-    counts : list of bool
-        Which sizes are the number of rows.
+    counts : list of (int or None)
+        For each size, the data input of which it is the number of rows, or of entries where those have none.
 
     Raises
     ------
@@ -56,13 +56,18 @@ class Rows:
         self._long = [tensor.ndim > 0 and hint(tensor.shape[0]) == count for tensor in tensors]
         self.fixed = int(batch) if batch.is_Integer else None
         # Sizes that happened to be equal get one symbol: where other dimensions have it too, it does not mean rows.
-        others = [size for tensor in tensors for size in tensor.shape[1:]]
-        if self.fixed is None and (
-            not batch.is_Symbol or any(batch in expression_of(size).free_symbols for size in others)
-        ):
+        others = {
+            symbol for tensor in tensors for size in tensor.shape[1:] for symbol in expression_of(size).free_symbols
+        }
+        if self.fixed is None and (not batch.is_Symbol or batch in others):
             raise Unfit("its number of rows cannot be told from other sizes")
         expressions = [*map(expression_of, sizes)]
-        self.counts = [self.fixed is None and expression == batch for expression in expressions]
+        places = {
+            first: place
+            for place, first in reversed([*enumerate(firsts)])
+            if first is not None and first.is_Symbol and first not in others and self._long[place]
+        }
+        self.counts = [places.get(expression) if self.fixed is None else None for expression in expressions]
         if self.fixed is None and any(e != batch and batch in e.free_symbols for e in expressions):
             raise Unfit("a number in it is computed from the number of rows")
 
