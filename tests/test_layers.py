@@ -26,6 +26,7 @@ LAYERS = [
     {"padding"},
     {"call"},
     {"regions"},
+    {"unreal"},
     {"op"},
     {"graph"},
     {"doors"},

@@ -215,7 +215,8 @@ def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[d
 
 def stands_for(value: Any, tensor: Any) -> bool:
     """Whether ``value`` is the fake tensor that a trace put in the place of ``tensor``."""
-    return isinstance(value, FakeTensor) and value.fake_mode.fake_tensor_converter._get_memo(tensor) is value
+    known = isinstance(value, FakeTensor) and isinstance(tensor, torch.Tensor)
+    return known and value.fake_mode.fake_tensor_converter._get_memo(tensor) is value
 
 
 def expression_of(size: Any) -> Any:

@@ -24,12 +24,13 @@ from torchcache.context import computing
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass, MarkError, Writes
 from torchcache.identity.numeric import autocasts
-from torchcache.identity.written import Written, written_text
+from torchcache.identity.written import written_text
 from torchcache.lazy.tensor import LazyTensor, take_whole
 from torchcache.lazy.use import stand_in
 from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
+from torchcache.unreal import Unreal
 from torchcache.values.layout import dense, inverted, memory_order
 
 __all__ = ["LOOKUP", "NOTHING", "RECORDING", "Call", "opaque", "register", "subject_name", "subject_of", "unaliased"]
@@ -127,8 +128,10 @@ class _Traced:
             with dynamo.no_mode(), contextlib.suppress(Bypass):  # what has no identity is computed at every call
                 identity.current()
             args, kwargs = self.arguments(tensors, numbers)
-            holder = _Original(self.mark, module)
+            with dynamo.no_mode():
+                holder = Unreal(self.mark, module, identity.outside())
             with dynamo.fake_state(holder, tensors) as state, torch.set_grad_enabled(self.gradients), computing():
+                holder.stands(state)
                 try:
                     outputs = torch.func.functional_call(holder, state, args, kwargs, tie_weights=False)
                 except RuntimeError:  # of fake tensors, which whoever traces understands
@@ -179,37 +182,6 @@ class _Traced:
 def _only_tensors(outputs: Any) -> bool:
     inner = outputs if type(outputs) in (tuple, list) else [outputs]
     return all(isinstance(leaf, torch.Tensor) for leaf in inner)
-
-
-class _Original(nn.Module):
-    """The original as a module, so that its state can be replaced.
-
-    Attributes
-    ----------
-    written : list of str
-        What its last call wrote to or replaced; attributes are given back.
-    """
-
-    def __init__(self, mark: Mark, module: nn.Module | None) -> None:
-        super().__init__()
-        self.mark = mark
-        self.module = module
-        self.written: list[str] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        original = self.mark.original(self.module)
-        if self.module is None:
-            return original(*args, **kwargs)
-        # From within: to replace state may write as well, as it does in recurrent modules.
-        before = Written(self.module)
-        outputs = original(self.module, *args, **kwargs)
-        self.written = before.changes()
-        if self.written:
-            replaced = zip(self.written, before.values(self.written), strict=True)
-            # ``self.mean = self.mean.to(x)`` may put in the fake tensor of what is there.
-            self.written = [name for name, (was, now) in replaced if not dynamo.stands_for(now, was)]
-            before.restore()
-        return outputs
 
 
 _library = torch.library.Library("torchcache", "FRAGMENT")  # type: ignore[no-untyped-call]

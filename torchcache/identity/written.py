@@ -19,6 +19,7 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict)
 _ENTRIES = ("_parameters", "_buffers", "_modules")
 # What torch keeps on a module for itself: hooks and caches, written by calls without a meaning to forward.
 _KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name and isinstance(vars(nn.Module())[name], dict)]
 
 
 class Written:
@@ -40,6 +41,7 @@ class Written:
         self._module = module
         self._outside = outside
         self._before = _snapshot(module)
+        self._hooks = _hooks(module)
         held = [self._before[name][0] for name in contents_of if name in self._before]
         self._contents = [(leaf, leaf.detach().clone()) for leaf in held if isinstance(leaf, torch.Tensor)]
 
@@ -58,13 +60,14 @@ class Written:
         after, nothing = _snapshot(self._module), (None, None, 0)
         return [(self._before.get(name, nothing)[0], after.get(name, nothing)[0]) for name in names]
 
-    def restore(self) -> None:
-        """Put back attributes that were set, replaced or removed, and containers' items.
+    def restore(self, *, everything: bool = False) -> None:
+        """Put back attributes that were set, replaced or removed, containers' items, and hooks.
 
-        Nothing where parameters or modules are among them: then another thread loads weights, and knows better.
+        Nothing where parameters or modules are among them: then another thread loads weights, and knows better. With
+        ``everything`` these, too.
         """
         after = _snapshot(self._module)
-        for name in self._before.keys() | after.keys():
+        for name in () if everything else self._before.keys() | after.keys():
             entries = self._before.get(name), after.get(name)
             weights = any(entry is not None and isinstance(entry[0], (nn.Parameter, nn.Module)) for entry in entries)
             if weights and not _equal(*entries):
@@ -78,6 +81,9 @@ class Written:
             for name in [name for name in members if name not in _KEPT and not ignored(name)]:
                 if prefix + name not in self._before:
                     del members[name]
+            for group in _ENTRIES if everything else ():
+                for name in [name for name in members.get(group) or () if prefix + name not in self._before]:
+                    del members[group][name]
             for full, (value, items, _) in self._before.items():
                 name = full.removeprefix(prefix)
                 if full.startswith(prefix) and "." not in name:
@@ -86,6 +92,8 @@ class Written:
                         holder[name] = value
                     if items is not None:
                         _refill(value, items)
+        for hooks, before in self._hooks:
+            _refill(hooks, before)
         with torch.no_grad():
             for leaf, contents in self._contents:
                 if not leaf.is_inference():
@@ -106,6 +114,13 @@ def _refill(container: Any, items: tuple[Any, ...]) -> None:
 
 # A value, the items of a container, the version of a tensor.
 _Entry = tuple[Any, tuple[Any, ...] | None, int]
+
+
+def _hooks(module: nn.Module | None) -> list[tuple[dict[int, Any], tuple[Any, ...]]]:
+    """The dicts of hooks of a tree, and their items: a library that has installed its own notes so in an attribute."""
+    modules = module.modules() if module is not None else ()
+    held = (members[name] for inner in modules for members in [vars(inner)] for name in _HOOKS if name in members)
+    return [(hooks, tuple(hooks.items())) for hooks in held if isinstance(hooks, dict)]
 
 
 def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:

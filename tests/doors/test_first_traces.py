@@ -1,0 +1,224 @@
+"""What a module sets up when it is first called, where that call is traced: nothing without data is left behind."""
+
+import collections
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import torchcache
+
+BACKENDS = ["eager", "aot_eager", "torchcache"]
+
+
+def compiled(module, backend, **options):
+    torch._dynamo.reset()
+    if backend == "torchcache":
+        options["options"] = {"inner": "eager"}
+    return torch.compile(module, backend=backend, **options)
+
+
+@functools.cache
+def pair(n):
+    return torch.linspace(-1, 1, n), torch.ones(n)
+
+
+@functools.lru_cache(maxsize=4)
+def listed(n):
+    return [torch.linspace(-1, 1, n), {"ones": torch.ones(n)}]
+
+
+PLAIN, LISTS, ROW, NESTED, QUEUE = {}, {}, [], {"tables": {}}, collections.deque()
+
+
+def by_length(n):
+    if n not in PLAIN:
+        PLAIN[n] = torch.linspace(-1, 1, n)
+    return PLAIN[n]
+
+
+def in_lists(n):
+    if n not in LISTS:
+        LISTS[n] = {"cos": [torch.linspace(-1, 1, n)], "n": n}
+    return LISTS[n]["cos"][0]
+
+
+def in_a_row(n):
+    while not ROW:
+        ROW.append(torch.linspace(-1, 1, n)[None])
+    return ROW[0][0]
+
+
+def queued(n):
+    if not QUEUE:
+        QUEUE.append(torch.linspace(-1, 1, n))
+    return QUEUE[0]
+
+
+def nested(n):
+    if n not in NESTED["tables"]:
+        NESTED["tables"][n] = (torch.zeros(n), (torch.linspace(-1, 1, n), None))
+    return NESTED["tables"][n][1][0]
+
+
+class Tables:
+    def __init__(self):
+        self.one, self.all = None, {}
+
+    def __call__(self, n):
+        if self.one is None:
+            self.one = torch.linspace(-1, 1, n)
+        if n not in self.all:
+            mask = torch.zeros(n)
+            mask[: n // 2] = 1
+            self.all[n] = mask.view(2, -1)
+        return self.one + self.all[n].view(-1) - self.all[n].reshape(-1).clone()
+
+
+class Slotted:
+    __slots__ = ("table",)
+
+    def __init__(self):
+        self.table = None
+
+    def __call__(self, n):
+        if self.table is None:
+            self.table = torch.linspace(-1, 1, n)
+        return self.table
+
+
+def in_a_cell():
+    table = None
+
+    def made(n):
+        nonlocal table
+        if table is None:
+            table = torch.linspace(-1, 1, n)
+        return table
+
+    return made
+
+
+WAYS = {
+    "lru_cache": lambda: lambda n: pair(n)[0] + pair(n)[1] - 1,
+    "lru_cache of lists": lambda: lambda n: listed(n)[0] + listed(n)[1]["ones"] - 1,
+    "dict": lambda: by_length,
+    "dict of dicts": lambda: in_lists,
+    "list": lambda: in_a_row,
+    "deque": lambda: queued,
+    "dict in a dict": lambda: nested,
+    "object": Tables,
+    "slots": Slotted,
+    "cell": in_a_cell,
+}
+
+
+class Encoder(nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.linear, self.table = nn.Linear(8, 8), table
+
+    def forward(self, x):
+        return self.linear(x + self.table(x.shape[1]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_that_is_kept_anywhere_is_real(backend, way):
+    pair.cache_clear(), listed.cache_clear(), NESTED["tables"].clear()
+    for kept in (PLAIN, LISTS, ROW, QUEUE):
+        kept.clear()
+    table = WAYS[way]()
+    module, other = torchcache.mark(Encoder(table), freeze=True, audit=0), Encoder(table)
+    run, x = compiled(module, backend), torch.randn(4, 8)
+    for one, answer in ((module, run), (module, run), (module, module), (other, other)):
+        expected = nn.functional.linear(x + torch.linspace(-1, 1, 8), one.linear.weight, one.linear.bias)
+        torch.testing.assert_close(answer(x), expected)
+    assert torchcache.stats(module).hits == 8
+
+
+class SetsUp(nn.Module):
+    """What modules of libraries set up when they are first called."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("frequencies", torch.linspace(0, 1, 4), persistent=False)
+        self.calls_to_come, self.ready, self.table = [], False, None
+
+    def set_up(self, x):
+        raise NotImplementedError
+
+    def forward(self, x):
+        self.set_up(x)
+        return self.linear(x)
+
+
+class Flag(SetsUp):
+    def set_up(self, x):
+        if not self.ready:
+            self.ready = True
+
+
+class Rotary(SetsUp):
+    def set_up(self, x):
+        if self.table is None or len(self.table) < x.shape[1]:
+            angles = torch.outer(torch.arange(x.shape[1]), self.frequencies)
+            self.table = torch.cat([angles.cos(), angles.sin()], 1)
+
+    def forward(self, x):
+        self.set_up(x)
+        return self.linear(x) * self.table[: x.shape[1]].sum()
+
+
+class Registers(SetsUp):
+    def set_up(self, x):
+        if "late" not in self._buffers:
+            self.register_buffer("late", torch.full((8,), 0.5))
+
+    def forward(self, x):
+        self.set_up(x)
+        return self.linear(x) * self.late
+
+
+class Hooks(SetsUp):
+    """Installs hooks once, and notes that it has."""
+
+    def set_up(self, x):
+        if not self.ready:
+            self.linear.register_forward_hook(lambda module, args, output: output + 1)
+            self.ready = True
+
+
+@pytest.mark.parametrize("kind", [Flag, Rotary, Registers, Hooks])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_set_up_at_the_first_call_is_set_up_once(backend, whole, kind):
+    plain = kind().eval().requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(plain), audit=0)
+    run = compiled(nn.Sequential(module, nn.Identity()), backend, fullgraph=whole)
+    x = torch.randn(6, 8)
+    for rows in (range(4), range(4), [5, 1, 0], range(6)):
+        torch.testing.assert_close(run(x[[*rows]]), plain(x[[*rows]]))
+    torch.testing.assert_close(module(x), plain(x))
+    assert [*module.state_dict()] == [*plain.state_dict()]
+    assert len(module.linear._forward_hooks) == len(plain.linear._forward_hooks)
+    assert torchcache.stats(module).hits >= 11
+
+
+class KeepsInputs(SetsUp):
+    """Keeps what it was given, which only a call with data can."""
+
+    def set_up(self, x):
+        self.table = x * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_of_the_input_is_real(backend):
+    module = torchcache.mark(KeepsInputs(), freeze=True, audit=0)
+    run, x = compiled(module, backend), torch.randn(4, 8)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), nn.functional.linear(x, module.linear.weight, module.linear.bias))
+        torch.testing.assert_close(module.table, x * 2)
