@@ -84,6 +84,8 @@ class Region:
         Whether a call of it is a part of a compiled graph, where calls are not counted.
     apart : bool
         Whether it returns what this release of torch cannot pass through a graph.
+    traces : int
+        How often a call in a graph returned another form of output than it did when it was traced.
     partial : bool
         Whether its frozen part is looked up, whatever the mode; of such a part, whether another was before it.
     partly : callable or None
@@ -107,6 +109,7 @@ class Region:
         )
         self._usefulness.watch(self)
         self.writes = self.inlined = self.apart = self.partial = False
+        self.traces = 0
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
         self._padding = Padding(subject, options) if options.padding is not None else None

@@ -131,7 +131,7 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
     if not (inside_region() or bypassed() or torch.compiler.is_exporting()) and mark.options_for(module).enabled:
         region = region_of(mark, module)
         how = _how(region, module, gradients)
-        dynamo.guard(_still(region, gradients))
+        dynamo.guard(_still(region, gradients, looked_up=how == LOOKUP))
         if how == PART:
             dynamo.vary_rows()
         if how == PART and not dynamo.is_ours():
@@ -170,18 +170,28 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     return APART if region.apart or region.subject.deferred is not None else LOOKUP
 
 
-def _still(region: Region, gradients: bool) -> Callable[[], bool]:
-    """Tells later whether what decided how a call is traced is as it was."""
+def _still(region: Region, gradients: bool, *, looked_up: bool) -> Callable[[], bool]:
+    """Tells later whether what decided how a call is traced is as it was, and what it returns looks as it did."""
+    held, form = weakref.ref(region), None
 
-    def now() -> tuple[bool, bool]:
+    def now() -> tuple[bool, bool, int]:
         reference = held()
         if reference is None:
-            return False, False
-        return reference.writes, (gradients or reference.partial) and reference.subject.identity.trains()
+            return False, False, 0
+        trains = (gradients or reference.partial) and reference.subject.identity.trains()
+        return reference.writes, trains, reference.traces
 
-    held = weakref.ref(region)
+    def holds() -> bool:
+        nonlocal form
+        reference = held()
+        if reference is None or now() != before:
+            return False
+        if looked_up and form is None:  # when it was traced: a first call may set things up
+            form = reference.subject.identity.form()
+        return form is None or form()
+
     before = now()
-    return lambda: now() == before
+    return holds
 
 
 @dynamo.untraced

@@ -90,6 +90,7 @@ class _Traced:
     output_spec: pytree.TreeSpec | None = None
     output_leaves: list[Any] = dataclasses.field(default_factory=list)
     orders: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    looks: list[tuple[torch.dtype, list[int | None]]] = dataclasses.field(default_factory=list)
     latest: tuple[Any, list[tuple[Any, ...]]] = (None, [])
 
     def arguments(self, tensors: Leaves, numbers: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -156,14 +157,20 @@ class _Traced:
             dynamo.retrace_later()
             raise dynamo.leave_graph(bypass.reason)
         leaves, self.output_spec = pytree.tree_flatten(outputs)
+        unfit = None
         if not (_only_tensors(outputs) or dynamo.passes_structures()):
+            unfit = f"torch {torch.__version__} passes tensors and tuples of them through a graph"
+        if not all(map(_is_passed, pytree.tree_leaves(outputs, is_leaf=_is_size))):
+            unfit = "its output holds more than tensors and numbers, which may depend on their sizes"
+        if unfit is not None:
             region_of(self.mark, module).apart = True
             dynamo.retrace_later()
-            raise dynamo.leave_graph(f"torch {torch.__version__} passes tensors and tuples of them through a graph")
+            raise dynamo.leave_graph(unfit)
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.output_leaves = [_Tensor if isinstance(leaf, torch.Tensor) else _plain(leaf) for leaf in leaves]
         lie = [([*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]) for leaf in made]
         self.orders = [memory_order(shape, stride) for shape, stride in lie]
+        self.looks = [(leaf.dtype, [size if type(size) is int else None for size in leaf.shape]) for leaf in made]
         return [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in made]
 
     def real(self, tensors: Leaves, numbers: Leaves) -> list[torch.Tensor]:
@@ -175,8 +182,34 @@ class _Traced:
         region = region_of(self.mark, module)
         with torch.set_grad_enabled(self.gradients):
             outputs = _called(region, *self.mark.without_defaults(module, args, kwargs))
-        made = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        leaves, spec = pytree.tree_flatten(outputs)
+        made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        constants = [_Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        if spec != self.output_spec or constants != self.output_leaves or not all(map(_looks, made, self.looks)):
+            region.traces += 1
+            raise MarkError(
+                f"{region.name} returns another structure, shape, dtype or number than when it was compiled: "
+                "repeat this call, which compiles it again"
+            )
         return unaliased([*map(dense, made, self.orders)], tensors)
+
+
+def _looks(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -> bool:
+    """Whether an output has the dtype and, where they are fixed, the sizes that it was traced with."""
+    dtype, sizes = traced
+    fixed = [size if known is not None else None for size, known in zip(leaf.shape, sizes, strict=False)]
+    return leaf.dtype == dtype and leaf.ndim == len(sizes) and fixed == sizes
+
+
+def _is_passed(leaf: Any) -> bool:
+    """Whether a graph may return a leaf of an output: what is traced for it holds for other sizes, or is guarded."""
+    return leaf is None or isinstance(
+        leaf, (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is torch.Size  # graphs make tuples of them
 
 
 def _only_tensors(outputs: Any) -> bool:

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import torchcache
 
@@ -222,3 +223,88 @@ def test_what_is_kept_of_the_input_is_real(backend):
     for _ in range(3):
         torch.testing.assert_close(run(x), nn.functional.linear(x, module.linear.weight, module.linear.bias))
         torch.testing.assert_close(module.table, x * 2)
+
+
+class Looks(nn.Module):
+    """What it returns looks as its attributes and its weights say."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.aux, self.keep = nn.Linear(8, 6), False, 6
+
+    def forward(self, x):
+        h = self.linear(x.to(self.linear.weight.dtype))[:, : self.keep]
+        return (h, h.sum(1)) if self.aux else h
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Looks().requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        h = self.encoder(x)
+        h = h[0] + h[1][:, None] if isinstance(h, tuple) else h
+        return h.float() * self.scale
+
+
+CHANGES = {
+    "cast": lambda encoder: encoder.bfloat16(),
+    "double": lambda encoder: encoder.double(),
+    "structure": lambda encoder: setattr(encoder, "aux", True),
+    "shape": lambda encoder: setattr(encoder, "keep", 4),
+    "hook": lambda encoder: encoder.linear.register_forward_hook(lambda module, args, output: output[:, :3].double()),
+    "pruned": lambda encoder: prune.l1_unstructured(encoder.linear, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_is_not_run_for_outputs_that_look_otherwise(backend, gradients, change):
+    twin = Model()
+    model = copy.deepcopy(twin)
+    torchcache.mark(model.encoder, audit=0)
+    run, x = compiled(model, backend), torch.randn(6, 8)
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            torch.testing.assert_close(run(x), twin(x))
+        CHANGES[change](model.encoder), CHANGES[change](twin.encoder)
+        for _ in range(3):
+            torch.testing.assert_close(run(x), twin(x))
+    assert torchcache.stats(model).hits >= 24
+
+
+class Said(nn.Module):
+    """Returns something that its input's size decides."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.linear, self.what = nn.Linear(8, 8), what
+
+    def forward(self, x):
+        width = x.shape[1]
+        said = {
+            "text": f"{width} wide",
+            "bytes": bytes([int(width)]),
+            "dtype": torch.float32 if width > 5 else torch.float64,
+            "none": None if width > 5 else 1,
+            "size": x.shape[1:],
+            "number": width,
+        }
+        return self.linear(x), said[self.what]
+
+
+@pytest.mark.parametrize("what", ["text", "bytes", "dtype", "none", "size", "number"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_output_says_of_its_size_is_of_that_size(backend, what):
+    plain = Said(what).requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(plain), audit=0)
+    run = compiled(nn.Sequential(module, nn.Identity()), backend)
+    data = [torch.randn(4, 7, 8), torch.randn(5, 3, 8), torch.randn(2, 4, 8)]
+    for x in (*data, *data):
+        (found, said), (expected, wanted) = run(x), plain(x)
+        torch.testing.assert_close(found, expected)
+        assert (said, type(said)) == (wanted, type(wanted))
+    assert torchcache.stats(module).hits == 11

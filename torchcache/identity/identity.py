@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from torchcache.digest.cpu import digest_bytes
+from torchcache.dynamo import layout_check
 from torchcache.errors import Unreadable
 from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
@@ -78,6 +79,19 @@ class Identity:
             held = [*held, *subject[0].parameters()]
         return any(tensor.requires_grad for tensor in held)
 
+    def form(self) -> Callable[[], bool]:
+        """Tells later whether what decides how outputs look is as it is now: the program, and its state's layout."""
+        digest, tensors = self.program().digest, self.program().tensors
+        alike, described = layout_check(tensors), _described(tensors)
+
+        def still() -> bool:
+            now = self.program()
+            if now.digest != digest or len(now.tensors) != len(described):
+                return False
+            return (alike is not None and alike(*now.tensors)) or _described(now.tensors) == described
+
+        return still
+
     @property
     def asks_for_gradients(self) -> bool:
         """Whether the program, as it was looked at last, asks whether gradients are recorded."""
@@ -131,3 +145,7 @@ class Identity:
         if not found and self._state.digest and not self._state.unchanged(program.tensors):
             found.append("a parameter or buffer")
         return found
+
+
+def _described(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.dtype, tensor.shape, tensor.device) for tensor in tensors]
