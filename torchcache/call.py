@@ -12,7 +12,7 @@ import torch
 
 from torchcache import dynamo
 from torchcache.batch import Batch, Given, Subject, lacks
-from torchcache.checks.alarm import DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
+from torchcache.checks.alarm import ANOTHER, DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.learning import Learning
@@ -32,7 +32,7 @@ from torchcache.context import (
 from torchcache.counters import Counters, Reasons
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.rows import Early
-from torchcache.errors import Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
+from torchcache.errors import NEEDED, Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
 from torchcache.foresight import Foresight
 from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
@@ -82,8 +82,8 @@ class Region:
         Whether the original was seen to write more than its output: graphs do not hold it as one call then.
     inlined : bool
         Whether a call of it is a part of a compiled graph, where calls are not counted.
-    apart : bool
-        Whether it returns what this release of torch cannot pass through a graph.
+    apart : str
+        Why a call of it cannot be a node of a graph; empty where it can.
     traces : int
         How often a call in a graph returned another form of output than it did when it was traced.
     partial : bool
@@ -108,8 +108,7 @@ class Region:
             subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
         )
         self._usefulness.watch(self)
-        self.writes = self.inlined = self.apart = self.partial = False
-        self.traces = 0
+        self.writes, self.inlined, self.partial, self.apart, self.traces = False, False, False, "", 0
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()
         self._padding = Padding(subject, options) if options.padding is not None else None
@@ -152,7 +151,7 @@ class Region:
         except Trains as bypass:
             return self.partly(given, bypass) if self.partly is not None else self.compute(given, bypass)
         except Restless as bypass:
-            self.writes = isinstance(bypass, Writes)
+            self.writes = isinstance(bypass, Writes) and not bypass.quiet  # else it may be setting itself up
             if not bypass.quiet and bypass is not self._rest.reason:
                 self._rest.begin(bypass)
             return self.compute(given, bypass)
@@ -180,10 +179,14 @@ class Region:
         """Count a call that is computed and not stored, and say so the first time."""
         # It may be kept to be raised again, and is not to keep the arguments of every call meanwhile.
         bypass.__traceback__ = bypass.__context__ = bypass.__cause__ = None
-        self.reasons.note(bypass.reason, given.rows)
         self.counters.count_bypass(given.rows)
         if self.subject.deferred is not None:
             self.subject.deferred.note(True)
+        self.tell(bypass, given.rows)
+
+    def tell(self, bypass: Bypass, rows: int = 0) -> None:
+        """Note why ``rows``, or some that nobody counts, are computed and not stored, and say so the first time."""
+        self.reasons.note(bypass.reason, rows)
         if not bypass.quiet:
             warn_once(f"{self.name} is computed, not cached: {bypass}")
 
@@ -218,7 +221,7 @@ class Region:
         if not tensors:
             raise Bypass("no argument is a tensor", "mark a part that takes tensors")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise Bypass("an argument needs a gradient", "detach it where its gradient is not wanted")
+            raise Bypass(*NEEDED)
         if dynamo.keeps_parametrized(self.subject.module):
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         started = self._early.start(taken.key, tensors)
@@ -237,10 +240,9 @@ class Region:
         """What the rows are filed under, their digests, and what was found for them ahead."""
         start = time.perf_counter()
         named = 0 if self.inlined else batch.given.number
-        ids = current_ids(batch.count, self.name) if named else None
         call = call_fingerprint(plan.form, self.options, batch.mode, batch.rows, batch.shared, named)
         key = layout_fingerprint(call, plan.layout)
-        found, digests = None, ids
+        found, digests = None, current_ids(batch.count, self.name) if named else None
         if digests is None:
             digests = self._early.digests(batch.taken.key, batch.taken.tensors, batch.rows, batch.started)
             tell(self, batch.rows, lambda: Foresight(self, batch, plan).hits)
@@ -274,7 +276,7 @@ class Region:
             found.from_disk,
             found.from_others,
             leaves,
-            lambda places: plan.rows_first(self._original(batch, plan, places)),
+            lambda places: plan.rows_again(self._original(batch, plan, places)),
             plan.learnt.rounding,
             plan.precision.losses,
         )
@@ -382,7 +384,7 @@ class Region:
             batch.count,
             frozenset(misses),
             looked.compute,
-            lambda: plan.rows_first(take_outputs(batch.given.run())),
+            lambda: plan.rows_again(take_outputs(batch.given.run())),
             plan.learnt.rounding,
             plan.precision.losses,
             self.counters,
@@ -399,7 +401,7 @@ class Region:
     def _doubt(self, batch: Batch, plan: Plan, hits: Sequence[int]) -> None:
         """Rows were found by a plan of another process, and computed ones look otherwise: whether these would, too."""
         if plan.taken_over and hits and not plan.fits(self._original(batch, plan, hits)):
-            self._react(batch, Alarm(True, "the structure or a shape of its output is another"))
+            self._react(batch, ANOTHER)
 
     def _react(self, batch: Batch, alarm: Alarm) -> None:
         """Empty the region; a region whose rows depend on each other, or keep being wrong, is given up.

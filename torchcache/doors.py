@@ -17,7 +17,7 @@ from torchcache import dynamo
 from torchcache.batch import Given
 from torchcache.call import Region
 from torchcache.context import bypassed, inside_region, number_of_call
-from torchcache.errors import Bypass
+from torchcache.errors import NEEDED, Bypass
 from torchcache.graph.traced import Traced
 from torchcache.logging import inform_once, warn_once
 from torchcache.mark import Mark, and_then
@@ -50,8 +50,8 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         return _traced(mark, module, gradients, enabled)
 
     @dynamo.constant
-    def inlined(address: int) -> bool:
-        _note_inlined(mark, ctypes.cast(address, ctypes.py_object).value if address else None)
+    def inlined(address: int, needed: bool) -> bool:
+        _note_inlined(mark, ctypes.cast(address, ctypes.py_object).value if address else None, needed)
         return True
 
     def opened(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +75,7 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
                 return pytree.tree_unflatten(outputs, structure)  # with constants in the place of their stand-ins
         if how == APART:
             return _enter(mark, args, kwargs)
-        inlined(address)
+        inlined(address, how == LOOKUP)
         original: Any = shown if base is None else _beneath(base, name)
         if how == OWN:
             original, args = getattr(module, own), args[1:]
@@ -140,10 +140,8 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
                 "part of it with backend=torchcache_backend only"
             )
         if how == APART and region.subject.deferred is None:
-            lacking = "calls that return more than tensors" if region.apart else "the frozen part of what is trained"
-            inform_once(
-                f"{region.name} is looked up between two graphs: torch {torch.__version__} cannot hold {lacking} in one"
-            )
+            why = region.apart or f"torch {torch.__version__} cannot hold the frozen part of what is trained in one"
+            inform_once(f"{region.name} is looked up between two graphs: {why}")
     name = subject_name(mark, module)
     if how == LOOKUP and gradients and region.subject.identity.asks_for_gradients:
         name += RECORDING
@@ -152,10 +150,13 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
     return f"{how} {name}"
 
 
-def _note_inlined(mark: Mark, module: nn.Module | None) -> None:
-    """Note that a call is a part of a graph, where nobody counts it."""
+def _note_inlined(mark: Mark, module: nn.Module | None, needed: bool) -> None:
+    """Note that a call is a part of a graph, where nobody counts it; say so where that is for a gradient."""
     if not inside_region() and mark.options_for(module).enabled:
-        region_of(mark, module).inlined = True
+        region = region_of(mark, module)
+        region.inlined = True
+        if needed:
+            region.tell(Bypass(*NEEDED))
 
 
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:

@@ -22,16 +22,17 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
     "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of", "fake_state",
     "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake", "is_ours", "is_scripted",
-    "is_traced", "is_watched", "is_wrapped", "keep_effects", "keeps_parametrized", "layout_check", "leave_graph",
-    "names_parts", "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch", "passes_structures",
-    "pending_writes", "retrace", "retrace_later", "source_of", "stands_for", "storage_of", "symbolic_sizes",
-    "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows", "written",
+    "is_traced", "is_watched", "is_whole", "is_wrapped", "keep_effects", "keeps_parametrized", "layout_check",
+    "leave_graph", "names_parts", "no_mode", "no_torch_function", "nonstrict", "origin_of", "outside_dispatch",
+    "passes_structures", "pending_writes", "retrace", "retrace_later", "source_of", "stands_for", "storage_of",
+    "symbolic_sizes", "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows", "written",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -144,8 +145,10 @@ def untraced(function: F) -> F:
 
 def is_watched() -> bool:
     """Whether operators on this thread are seen by a mode or a transform that a lookup would hide them from."""
+    modes = range(torch._C._len_torch_function_stack())
     return (
         bool(torch._C._len_torch_dispatch_stack())
+        or any(type(torch._C._get_function_stack_at(place)) is not DeviceContext for place in modes)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
@@ -436,6 +439,11 @@ def fix_rows() -> None:
 def _tracer() -> Any:
     """The frame that Dynamo traces on this thread; ``None`` where it traces none."""
     return getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+
+
+def is_whole() -> bool:
+    """Whether the frame that Dynamo traces is to be one graph, as with ``fullgraph=True``."""
+    return bool(getattr(_tracer(), "one_graph", False))
 
 
 _varied = threading.local()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torchcache.printable import printable
 
 __all__ = [
+    "NEEDED",
     "ArgumentError",
     "Bypass",
     "FingerprintError",
@@ -118,6 +119,10 @@ class Writes(Restless):
 
 class Trains(Bypass):
     """A bypass because the call computes gradients for what it reads."""
+
+
+# Why what is given a trained input is computed, and what to do.
+NEEDED = ("an argument needs a gradient", "detach it where its gradient is not wanted")
 
 
 def brief(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from torchcache.lazy.use import stand_in
 from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
-from torchcache.unreal import Unreal
+from torchcache.unreal import Unreal, looks_so, not_passed
 from torchcache.values.layout import dense, inverted, memory_order
 
 __all__ = ["LOOKUP", "NOTHING", "RECORDING", "Call", "opaque", "register", "subject_name", "subject_of", "unaliased"]
@@ -150,28 +150,29 @@ class _Traced:
             or spec != self.spec
             or not all(leaf is next(given) for leaf in after if isinstance(leaf, torch.Tensor))
         ):
-            region = region_of(self.mark, module)
-            region.writes = True
             bypass = Writes(*written_text(names or ["its arguments"]))
-            warn_once(f"{region.name} is computed, not cached: {bypass}")
-            dynamo.retrace_later()
-            raise dynamo.leave_graph(bypass.reason)
+            if dynamo.is_whole():
+                region = region_of(self.mark, module)
+                region.writes = True
+                warn_once(f"{region.name} is computed, not cached: {bypass}")
+            raise self._apart(module, f"{bypass.reason} where it is traced")
         leaves, self.output_spec = pytree.tree_flatten(outputs)
-        unfit = None
-        if not (_only_tensors(outputs) or dynamo.passes_structures()):
-            unfit = f"torch {torch.__version__} passes tensors and tuples of them through a graph"
-        if not all(map(_is_passed, pytree.tree_leaves(outputs, is_leaf=_is_size))):
-            unfit = "its output holds more than tensors and numbers, which may depend on their sizes"
-        if unfit is not None:
-            region_of(self.mark, module).apart = True
-            dynamo.retrace_later()
-            raise dynamo.leave_graph(unfit)
+        sized = any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape) or bool(numbers)
+        unfit = not_passed(outputs, self.leaves if sized else None)
+        if unfit and not dynamo.is_whole():
+            raise self._apart(module, unfit)
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.output_leaves = [_Tensor if isinstance(leaf, torch.Tensor) else _plain(leaf) for leaf in leaves]
         lie = [([*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]) for leaf in made]
         self.orders = [memory_order(shape, stride) for shape, stride in lie]
         self.looks = [(leaf.dtype, [size if type(size) is int else None for size in leaf.shape]) for leaf in made]
         return [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in made]
+
+    def _apart(self, module: nn.Module | None, why: str) -> RuntimeError:
+        """What to raise so that the call is made between two graphs from now on."""
+        region_of(self.mark, module).apart = why
+        dynamo.retrace_later()
+        return dynamo.leave_graph(why)
 
     def real(self, tensors: Leaves, numbers: Leaves) -> list[torch.Tensor]:
         """The call itself."""
@@ -185,36 +186,13 @@ class _Traced:
         leaves, spec = pytree.tree_flatten(outputs)
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         constants = [_Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        if spec != self.output_spec or constants != self.output_leaves or not all(map(_looks, made, self.looks)):
+        if spec != self.output_spec or constants != self.output_leaves or not all(map(looks_so, made, self.looks)):
             region.traces += 1
             raise MarkError(
                 f"{region.name} returns another structure, shape, dtype or number than when it was compiled: "
                 "repeat this call, which compiles it again"
             )
         return unaliased([*map(dense, made, self.orders)], tensors)
-
-
-def _looks(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -> bool:
-    """Whether an output has the dtype and, where they are fixed, the sizes that it was traced with."""
-    dtype, sizes = traced
-    fixed = [size if known is not None else None for size, known in zip(leaf.shape, sizes, strict=False)]
-    return leaf.dtype == dtype and leaf.ndim == len(sizes) and fixed == sizes
-
-
-def _is_passed(leaf: Any) -> bool:
-    """Whether a graph may return a leaf of an output: what is traced for it holds for other sizes, or is guarded."""
-    return leaf is None or isinstance(
-        leaf, (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-    )
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is torch.Size  # graphs make tuples of them
-
-
-def _only_tensors(outputs: Any) -> bool:
-    inner = outputs if type(outputs) in (tuple, list) else [outputs]
-    return all(isinstance(leaf, torch.Tensor) for leaf in inner)
 
 
 _library = torch.library.Library("torchcache", "FRAGMENT")  # type: ignore[no-untyped-call]

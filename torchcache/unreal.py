@@ -8,7 +8,7 @@ import gc
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.written import Written
 from torchcache.mark import Mark
 
-__all__ = ["Unreal"]
+__all__ = ["Unreal", "looks_so", "not_passed"]
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -82,7 +82,7 @@ class Unreal(nn.Module):
             replaced = zip(names, values, strict=True)
             self.written = [name for name, (was, now) in replaced if not dynamo.stands_for(now, was)]
             kept = not names
-            if self.written and not any(_is_unreal(now) for _, now in values):
+            if self.written and not any(_may_differ(now) for _, now in values):
                 after = Written(self.module)
                 outputs = run()
                 kept = not after.changes()
@@ -93,8 +93,43 @@ class Unreal(nn.Module):
                 before.restore(everything=True)
 
 
-def _is_unreal(value: Any) -> bool:
-    return any(isinstance(leaf, (FakeTensor, *_NUMBERS)) for leaf in pytree.tree_leaves(value))
+def _may_differ(value: Any) -> bool:
+    """Whether what was set may be another in a call with other rows: what has no data, and numbers."""
+    return any(
+        isinstance(leaf, (FakeTensor, int, float, *_NUMBERS)) and not isinstance(leaf, bool)
+        for leaf in pytree.tree_leaves(value)
+    )
+
+
+def not_passed(outputs: Any, given: Sequence[Any] | None) -> str:
+    """Why a graph cannot return ``outputs``; empty where it can.
+
+    Parameters
+    ----------
+    outputs : object
+        What the original returned.
+    given : sequence or None
+        The leaves of its arguments, where sizes are traced as some that vary. What is said beside tensors and numbers
+        may depend on them then, unless it was given.
+    """
+    inner = outputs if type(outputs) in (tuple, list) else [outputs]
+    if not (all(isinstance(leaf, torch.Tensor) for leaf in inner) or dynamo.passes_structures()):
+        return f"torch {torch.__version__} passes no more than tensors and tuples of them through a graph"
+    for leaf in pytree.tree_leaves(outputs, is_leaf=lambda value: type(value) is torch.Size):
+        if isinstance(leaf, (torch.Tensor, type(None), bool, int, float, *_NUMBERS)):
+            continue
+        known = given is None or any(type(one) is type(leaf) and one == leaf for one in given)
+        if type(leaf) is torch.Size or not known:
+            return "its output says more than numbers, which may depend on sizes"
+    return ""
+
+
+def looks_so(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -> bool:
+    """Whether an output has the dtype and, where they are fixed, the sizes that it was traced with."""
+    dtype, sizes = traced
+    if leaf.dtype != dtype or leaf.ndim != len(sizes):
+        return False
+    return all(known is None or size == known for size, known in zip(leaf.shape, sizes, strict=True))
 
 
 class _Place:

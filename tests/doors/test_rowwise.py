@@ -330,3 +330,60 @@ def test_what_all_rows_share_is_told_from_rows_of_the_same_number():
             torch.testing.assert_close(features(x[:4], y), contrast(x[:4], y))
             torch.testing.assert_close(features(x, y.flip(0)), contrast(x, y.flip(0)))
     assert torchcache.stats(features).hits >= 3 * (4 + 16)
+
+
+class Longest(nn.Module):
+    """Returns a number that all rows have a say in, as code before ``pad_packed_sequence`` does."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x, lengths):
+        ways = {
+            "int": lambda: int(lengths.max()),
+            "item": lambda: lengths.max().item(),
+            "bool": lambda: bool((lengths < 3).any()),
+            "tolist": lambda: max(lengths.tolist()),
+            "numpy": lambda: float(lengths.numpy().max()),
+            "text": lambda: f"up to {int(lengths.max())}",
+            "key": lambda: {int(lengths.max()): x * 2},
+            "found": lambda: len(lengths[lengths > 3]),
+        }
+        return self.linear(x) * lengths[:, None], ways[self.how]()
+
+
+@pytest.mark.parametrize("how", ["int", "item", "bool", "tolist", "numpy", "text", "key", "found"])
+def test_a_number_that_follows_from_all_rows_is_theirs(how):
+    plain = Longest(how).requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(plain), audit=0)
+    x, alike, mixed = torch.randn(8, 4), torch.full((8,), 5), torch.tensor([5, 3, 3, 2, 5, 3, 3, 2])
+    for lengths, rows in ((alike, range(8)), (mixed, range(8)), (mixed, [1, 2, 5, 6]), (mixed, [3, 7])):
+        (found, said), (expected, wanted) = module(x[[*rows]], lengths[[*rows]]), plain(x[[*rows]], lengths[[*rows]])
+        torch.testing.assert_close(found, expected)
+        assert str(said) == str(wanted)
+    assert counts(module) == (0, 0)
+
+
+class Labelled(nn.Module):
+    """Returns a text that comes from where nobody looks."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.linear, self.file = nn.Linear(4, 4), str(file)
+
+    def forward(self, x):
+        with open(self.file) as file:
+            return self.linear(x), file.read()
+
+
+def test_audits_compare_what_an_output_says(tmp_path):
+    file = tmp_path / "unit"
+    file.write_text("metres")
+    module, x = torchcache.mark(Labelled(file), freeze=True, audit=0.5), torch.randn(8, 4)
+    for _ in range(3):
+        assert module(x)[1] == "metres"
+    file.write_text("feet")
+    assert any(module(x)[1] == "feet" for _ in range(300))
+    assert torchcache.stats(module).regions[0].alarms == 1
+    assert module(x)[1] == "feet"

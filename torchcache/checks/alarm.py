@@ -11,7 +11,7 @@ from torchcache.checks.compare import Rounding, difference
 from torchcache.counters import Counters
 from torchcache.store.precision import EXACT, Loss
 
-__all__ = ["DEFERRED", "MIXED", "STALE", "Alarm", "Recomputation", "inspect"]
+__all__ = ["ANOTHER", "DEFERRED", "MIXED", "STALE", "Alarm", "Otherwise", "Recomputation", "inspect"]
 
 # What an alarm means, for people.
 _AGAIN = "; its rows are computed again, and kept in memory only"
@@ -23,6 +23,10 @@ Tensors = list[torch.Tensor]
 
 # Rows that differ of which it is found out why.
 MOST_SUSPECTS = 2
+
+
+class Otherwise(Exception):  # noqa: N818 - whoever has rows computed again makes of it what it means
+    """Rows that are computed again come in another structure, or with another number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Alarm:
 
     stale: bool
     found: str
+
+
+ANOTHER = Alarm(True, "the structure, a shape or a number of its output is another")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,13 @@ class Recomputation:
 
 def inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
     """Compute the rows at ``places`` again, and confirm a difference in other company before it is an alarm."""
+    try:
+        return _inspect(again, places)
+    except Otherwise:
+        return ANOTHER
+
+
+def _inspect(again: Recomputation, places: Sequence[int]) -> Alarm | None:
     again.rounding.see(again.served, [0] * len(again.served))
     served = _rows(again.served, places)
     first = _rows(again.compute(places), range(len(places)))

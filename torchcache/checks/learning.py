@@ -12,6 +12,7 @@ from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.gradients import Original, modes_agree
 from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
+from torchcache.checks.said import check_said
 from torchcache.checks.stored import stored, suffices
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes
@@ -175,11 +176,9 @@ class Learning:
     def _keep(self, batch: Batch, learnt: Learnt, output: Taken, *, proven: bool) -> Plan:
         if len(self._plans) >= MOST:
             self._plans.clear()
-        key = self._key(batch, learnt.rows)
-        dims = learnt.output_dims
+        key, dims = self._key(batch, learnt.rows), learnt.output_dims
         precision = precision_of(self._subject.name, output, dims, self._options)
-        plan = Plan(key, learnt, output, layout_digest(output, dims), precision, proven)
-        self._plans[key] = plan
+        plan = self._plans[key] = Plan(key, learnt, output, layout_digest(output, dims), precision, proven)
         return plan
 
     def refuse(self, batch: Batch, why: str) -> None:
@@ -300,6 +299,7 @@ class Learning:
             written.restore()
             raise self._writes(form, names) from None
         self._settle(batch, form, written, learnt, whole)
+        check_said(output, lambda: batch.original(batch.taken.tensors, gradients=False))
         if not (agree or modes_agree(batch, learnt, whole)):
             self.modal.add(batch.who)
             why = "where gradients are recorded it computes other values: each mode has rows of its own from now on"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.batch import Batch
+from torchcache.checks.alarm import Otherwise
 from torchcache.checks.probe import Learnt, rows_of
 from torchcache.digest.cpu import digest_bytes
 from torchcache.logging import warn_once
@@ -70,6 +71,12 @@ class Plan:
     def rows_first_of(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Leaves of an output with their rows first."""
         return rows_of(leaves, self.learnt.output_dims)
+
+    def rows_again(self, output: Taken) -> list[torch.Tensor]:
+        """The leaves of an output that was computed again, rows first; raises ``Otherwise`` where it is another."""
+        if not self.fits(output):
+            raise Otherwise
+        return self.rows_first(output)
 
     def place(self, near: torch.device) -> torch.device:
         """Where outputs lie whose inputs are on ``near``: keys are shared between the devices of one kind."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchcache.call import Region
+from torchcache.checks.alarm import Otherwise
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.compare import difference
 from torchcache.context import watching_lookups
@@ -165,8 +166,11 @@ def _compare(region: Region, looked: Looked, rows: int) -> RegionAudit:
     seen = RegionAudit(region.name, len(hits) - disk, disk, len(sample))
     if not sample:
         return seen
-    with generators_kept():
-        computed = looked.compute(sample)
+    try:
+        with generators_kept():
+            computed = looked.compute(sample)
+    except Otherwise:
+        return dataclasses.replace(seen, wrong=tuple(sample))
     for index, (served, expected) in enumerate(zip(looked.outputs, computed, strict=True)):
         expected = expected.to(served.device, served.dtype)
         for place, row in enumerate(sample):

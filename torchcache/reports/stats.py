@@ -274,4 +274,4 @@ def stats(target: Any) -> Stats | LoaderStats:
     if isinstance(target, DataLoader) and hasattr(target, "counted"):
         counted: LoaderStats = target.counted()
         return counted
-    return Stats([RegionStats.of(region) for region in regions_in(target) if region.counters.calls])
+    return Stats([RegionStats.of(region) for region in regions_in(target) if region.counters.calls or region.reasons])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ class _Leaf(NamedTuple):
     def classes(self) -> Iterator[type]:
         return iter(())
 
+    def constants(self) -> Iterator[Any]:
+        return iter(())
+
 
 class _Stacked(NamedTuple):
     """Stands where a list or tuple of equal tensors was: one leaf is their stack."""
@@ -53,6 +57,9 @@ class _Stacked(NamedTuple):
     def classes(self) -> Iterator[type]:
         return iter(())
 
+    def constants(self) -> Iterator[Any]:
+        return iter(())
+
 
 class _Constant(NamedTuple):
     """A value that nobody can write to."""
@@ -67,6 +74,9 @@ class _Constant(NamedTuple):
 
     def classes(self) -> Iterator[type]:
         yield type(self.value)
+
+    def constants(self) -> Iterator[Any]:
+        yield self.value
 
 
 class _Container(NamedTuple):
@@ -90,6 +100,12 @@ class _Container(NamedTuple):
         for name, part in zip(self.names, self.parts, strict=True):
             yield type(name)
             yield from part.classes()
+
+    def constants(self) -> Iterator[Any]:
+        for name, part in zip(self.names, self.parts, strict=True):
+            if self.kind in _NAMED and type(name) is not str:
+                yield name
+            yield from part.constants()
 
 
 _Plan = _Leaf | _Stacked | _Constant | _Container
@@ -134,6 +150,10 @@ class Taken:
     def place(self, name: str) -> int | None:
         """Which tensor is the argument ``name``, or has that name in one; ``None`` where there is no such one."""
         return next((place for place, path in self._plan.paths() if name in path[:1] or name in path[-1:]), None)
+
+    def constants(self) -> Iterator[Any]:
+        """What stands in it beside tensors, names of entries that are no text included."""
+        return self._plan.constants()
 
     def classes(self) -> list[type]:
         """The classes of its containers and enums, without Python's own: the key has their names, not their code."""
@@ -348,6 +368,8 @@ class _Walk:
         return _Leaf(place)
 
 
+# Containers whose names of entries are chosen by code.
+_NAMED = (dict, OrderedDict, defaultdict)
 # Tags of lists and tuples that stand for a stack.
 _STACKED: dict[type, bytes] = {list: b"L", tuple: b"U"}
 _BUILT_IN = ("builtins", "collections", "datetime", "decimal", "numpy", "torch")
