@@ -236,6 +236,18 @@ def item_of_a_set():
 
 
 @case
+def attribute_of_a_member_of_a_set_that_leads_back_to_it():
+    def first():
+        return first.scale * len(plugins)
+
+    def second():
+        return second.scale * len(plugins)
+
+    plugins, first.scale, second.scale = {first, second}, 0.25, 0.75
+    return module_of(lambda self: sum(plugin() for plugin in plugins)), lambda: setattr(first, "scale", 0.75)
+
+
+@case
 def order_of_a_dict():
     module = module_of(lambda self: 2.0 if next(iter(self.held)) == "a" else 3.0, {"a": 1, "b": 2})
     return module, lambda: module.held.update(a=module.held.pop("a"))

@@ -493,12 +493,19 @@ from torch import nn
 import mynets
 from torchcache.identity.program import Program
 torch.manual_seed(0)
+def first():
+    return PLUGINS
+def second():
+    return OTHERS
+def third():
+    return PLUGINS, OTHERS, frozenset({(1, "a"), (2, "b")})
+PLUGINS, OTHERS = {first, second, third, "name"}, {second, third, frozenset({first, "a"}), frozenset({first, "b"})}
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.net, self.names, self.text = mynets.Net(), {"b", "a", "c", "d"}, {"k": {1, 2.5, None}}
     def forward(self, x):
-        return self.net(x), self.names, self.text
+        return self.net(x), self.names, self.text, PLUGINS
 program = Program((Net(), Net.forward), "net")
 assert program.problem is None, program.problem
 print(program.digest.hex())
@@ -557,7 +564,7 @@ DEEP_ELSEWHERE = """
 
 def test_every_process_folder_and_hash_seed_gives_the_same_digest(tmp_path):
     files = {"__init__.py": NET, "blocks.py": BLOCK, "deep.py": DEEP}
-    found = {in_a_process(tmp_path, files, seed) for seed in ("1", "2")}
+    found = {in_a_process(tmp_path, files, seed) for seed in ("1", "2", "3")}
     found.add(in_a_process(tmp_path / "elsewhere", files))
     assert len(found) == 1
 

@@ -17,6 +17,10 @@ __all__ = ["encode"]
 
 _END = b"end;"
 
+# Sets within sets whose members are told apart by all that they hold. Further inside, their heads tell them apart:
+# sets that lead to each other would otherwise be walked in every order.
+MOST_SETS = 2
+
 
 def encode(reach: Reach, roots: list[Any]) -> tuple[bytes, list[torch.Tensor]]:
     """Encode the objects that a program consists of.
@@ -40,11 +44,14 @@ def encode(reach: Reach, roots: list[Any]) -> tuple[bytes, list[torch.Tensor]]:
     """
     numbers: dict[int, int] = {}
     tensors: list[torch.Tensor] = []
-    stream = _stream(reach, roots, numbers, tensors)
+    stream = _stream(reach, roots, numbers, tensors, ())
     return hashlib.blake2b(stream, digest_size=16).digest(), tensors
 
 
-def _stream(reach: Reach, roots: list[Any], numbers: dict[int, int], tensors: list[torch.Tensor]) -> bytes:
+def _stream(
+    reach: Reach, roots: list[Any], numbers: dict[int, int], tensors: list[torch.Tensor], within: tuple[Node, ...]
+) -> bytes:
+    """The bytes of ``roots``; ``within`` are the sets whose members are being sorted."""
     out: list[bytes] = []
     frames: list[Iterator[Any]] = [iter(roots)]
     while frames:
@@ -59,16 +66,16 @@ def _stream(reach: Reach, roots: list[Any], numbers: dict[int, int], tensors: li
             if node is None:
                 out.append(b"?;")
                 continue
+            known = numbers.get(id(node))
+            if known is not None:
+                out.append(b"#%d;" % known)
+                continue
             if node.numbered:
-                known = numbers.get(id(node))
-                if known is not None:
-                    out.append(b"#%d;" % known)
-                    continue
                 numbers[id(node)] = len(numbers)
             if node.kind == "tensor":
                 tensors.append(node.value)
-            out.append(b"%d parts:" % len(node.head) + b"".join(map(constant_bytes, node.head)))
-            frames.append(_parts(reach, node))
+            out.append(_head(node))
+            frames.append(_parts(reach, node, within))
             break
         else:
             frames.pop()
@@ -80,10 +87,14 @@ class _Mark(bytes):
     """Bytes of the encoding itself."""
 
 
-def _parts(reach: Reach, node: Node) -> Iterator[Any]:
+def _head(node: Node) -> bytes:
+    return b"%d parts:" % len(node.head) + b"".join(map(constant_bytes, node.head))
+
+
+def _parts(reach: Reach, node: Node, within: tuple[Node, ...]) -> Iterator[Any]:
     values = [value for _, value in node.parts]
     if node.unsorted:
-        values.sort(key=lambda value: _alone(reach, value))
+        values.sort(key=lambda value: _alone(reach, value, (*within, node)))
     labelled = node.reads is not None
     for (label, _), value in zip(node.parts, values, strict=True):
         if labelled:
@@ -97,9 +108,12 @@ def _parts(reach: Reach, node: Node) -> Iterator[Any]:
                 yield space.held[name]
 
 
-def _alone(reach: Reach, value: Any) -> bytes:
-    """The bytes of a value by itself, with the contents of its tensors, to sort by."""
+def _alone(reach: Reach, value: Any, within: tuple[Node, ...]) -> bytes:
+    """The bytes of a member of the last of these sets by itself, with the contents of its tensors, to sort by."""
+    node = None if type(value) in ATOMS else reach.node_of(value)
+    if node is not None and len(within) > MOST_SETS:
+        return _head(node)
     tensors: list[torch.Tensor] = []
-    stream = _stream(reach, [value], {}, tensors)
+    stream = _stream(reach, [value], {id(outer): place for place, outer in enumerate(within)}, tensors, within)
     contents = [tensor.detach().cpu().flatten().tolist() for tensor in tensors if tensor.device.type != "meta"]
     return stream + repr(contents).encode()
