@@ -6,6 +6,7 @@ import copyreg
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -333,14 +334,21 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -
     return made
 
 
-_known_class = functools.cache(_make_class)
+# As long as they are in use: a class that was made holds the user's, and a key must hold no function of the user's.
+_made: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakValueDictionary[Any, type[nn.Module]]]
+_made = weakref.WeakKeyDictionary()
 
 
 def _marked_class(base: type[nn.Module], marks: dict[str, _Choice]) -> type[nn.Module]:
-    """The same class for the same marks; what is kept for ever must hold no function of the user's."""
-    kept = all(chosen.output is None for chosen in marks.values())
-    make: Callable[..., type[nn.Module]] = _known_class if kept else _make_class
-    return make(base, tuple(marks.items()))
+    """The same class for the same marks, except where they hold functions."""
+    key = tuple(marks.items())
+    if any(chosen.output is not None for chosen in marks.values()):
+        return _make_class(base, key)
+    known = _made.setdefault(base, weakref.WeakValueDictionary())
+    made = known.get(key)
+    if made is None:
+        made = known.setdefault(key, _make_class(base, key))
+    return made
 
 
 def _instance_marks(module: nn.Module) -> dict[str, _Choice]:

@@ -283,7 +283,6 @@ def identity_never_looked_at_again(patch):
 
 def _describe(patch, kind, describe):
     """Describe values of a kind in another way."""
-    callables._describer.cache_clear()
     patch.setitem(callables._DESCRIBERS, kind, describe)
     patch.setattr(callables, "_describer", lambda kind: callables._DESCRIBERS.get(kind))
 

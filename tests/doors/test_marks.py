@@ -192,6 +192,35 @@ def test_a_dropped_function_and_what_it_closes_over_are_given_back():
     assert [found() for found in gone] == [None, None]
 
 
+@pytest.mark.parametrize("mark", [torchcache.mark, lambda net, **options: cached(**options)(type(net)) and net])
+def test_classes_made_in_a_function_and_what_their_methods_close_over_are_given_back(mark):
+    def experiment():
+        features, x = torch.randn(4, 3), torch.randn(5, 4)
+
+        class Held:
+            __slots__ = ("scale",)
+
+            def times(self, x):
+                return x @ features * self.scale
+
+        class Net(nn.Module):
+            def forward(self, x):
+                return self.held.times(x) + self.plain.times(x)
+
+        net = Net()
+        net.held, net.plain = Held(), type("Plain", (Held,), {})()
+        net.held.scale = net.plain.scale = 2.0
+        mark(net, audit=0)
+        for _ in range(3):
+            net(x)
+        assert counts(net)[1]
+        return weakref.ref(features), weakref.ref(Net), weakref.ref(Held)
+
+    held = experiment()
+    gc.collect()
+    assert [reference() for reference in held] == [None, None, None]
+
+
 def test_copies_keep_their_options_and_state():
     module = torchcache.mark(nn.Linear(4, 4), freeze=True, audit=0, max_memory_cache_size=2 * 16)
     x = torch.randn(5, 4)

@@ -24,6 +24,7 @@ from torchcache.identity.homes import (
 )
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ignored, member_space, names_of_class
+from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
 from torchcache.identity.reads import Chain
 from torchcache.kernels import kernels, registrations
@@ -64,7 +65,7 @@ def describe_code(value: Any) -> Node | None:
     return None if describe is None else describe(value)
 
 
-@functools.lru_cache(maxsize=8192)
+@once_per_class
 def _describer(kind: type) -> Callable[[Any], Node] | None:
     return next((_DESCRIBERS[base] for base in kind.__mro__ if base in _DESCRIBERS), None)
 

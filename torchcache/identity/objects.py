@@ -12,6 +12,7 @@ import torch
 
 from torchcache.identity.homes import beneath, beneath_class, module_of, named_class
 from torchcache.identity.node import Check, Node, Space
+from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
 
 __all__ = [
@@ -127,13 +128,13 @@ def members_of(value: Any) -> dict[str, Any] | None:
     return members if isinstance(members, dict) else None
 
 
-@functools.lru_cache(maxsize=8192)
+@once_per_class
 def is_noted(kind: type) -> bool:
     """Whether an object's class is of a package that notes where it came from."""
     return any(module_of(base).partition(".")[0] in ("transformers", "huggingface_hub") for base in kind.__mro__)
 
 
-@functools.lru_cache(maxsize=8192)
+@once_per_class
 def names_of_class(kind: type) -> tuple[frozenset[str], bool]:
     """Attributes that the named classes of an object read on it, and whether they read all of it."""
     names: set[str] = set()
@@ -156,7 +157,6 @@ _NEVER_RUN = frozenset(
 )
 
 
-@functools.lru_cache(maxsize=8192)
 def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
     """What an object of this class has beside its ``__dict__``, in slots or in a struct."""
     return tuple(
@@ -168,7 +168,7 @@ def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
     )
 
 
-@functools.lru_cache(maxsize=8192)
+@once_per_class
 def hidden(kind: type) -> bool:
     """Whether objects of this class hold something in C that no attribute shows."""
     pointer = struct.calcsize("P")

@@ -35,6 +35,7 @@ from torchcache.identity.homes import module_of, named_class
 from torchcache.identity.libraries import describe_configuration, describe_operator, describe_ufunc
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, hidden, member_space, members_of, own_state, state_of
+from torchcache.identity.per_class import once_per_class
 
 __all__ = ["ATOMS", "describe_value"]
 
@@ -83,7 +84,7 @@ def describe_value(value: Any) -> Node:
     return _describer(kind)(value)
 
 
-@functools.lru_cache(maxsize=8192)
+@once_per_class
 def _describer(kind: type) -> Callable[[Any], Node]:
     if enum.Enum in kind.__mro__:
         return _enum
