@@ -3,6 +3,7 @@
 import array
 import collections
 import concurrent.futures
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -748,6 +749,22 @@ def seed_of_the_run(request):
     request.addfinalizer(functools.partial(torch.manual_seed, torch.initial_seed()))
     torch.manual_seed(2)
     return module_of(lambda self: float(torch.initial_seed())), lambda: torch.manual_seed(3)
+
+
+ROLE = contextvars.ContextVar("role", default=2.0)
+
+
+@case
+def default_of_a_context_variable(monkeypatch):
+    return module_of(lambda self: ROLE.get()), lambda: monkeypatch.setitem(
+        globals(), "ROLE", contextvars.ContextVar("role", default=3.0)
+    )
+
+
+@case
+def item_of_a_default_of_a_context_variable():
+    module = module_of(lambda self: self.held.get()[0], contextvars.ContextVar("roles", default=[2.0]))
+    return module, lambda: module.held.get().__setitem__(0, 3.0)
 
 
 def build(name, request, monkeypatch):

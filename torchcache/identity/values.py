@@ -74,7 +74,6 @@ _CLOSED = (
     "itertools",
 )
 
-
 _COMPILED = ("cython_function", "cython_function_or_method", "fused_cython_function")
 
 
@@ -323,7 +322,10 @@ def _context(value: contextvars.ContextVar[Any]) -> Node:
 
 
 def _in_context(value: contextvars.ContextVar[Any]) -> tuple[Any]:
-    return (value.get(ABSENT),)
+    try:
+        return (value.get(),)  # a default of the call's own would stand before that of the variable
+    except LookupError:
+        return (ABSENT,)
 
 
 def _future(value: Any) -> Node:
