@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from torchcache.context import computing
+from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import Started
 from torchcache.errors import Bypass
 from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.use import loaded
-from torchcache.values.take import Taken
+from torchcache.values.take import Taken, take_arguments
 
-__all__ = ["Batch", "Given", "Later", "Subject", "lacks"]
+__all__ = ["Batch", "Given", "Later", "Subject", "lacks", "take"]
 
 
 # Items of a group of arguments that are looked at to count rows.
@@ -151,6 +152,15 @@ class Given:
             return _rows_of([*self.args, *self.kwargs.values()])
         except Exception:  # tensors that have no sizes, containers that cannot be walked
             return 1
+
+
+def take(given: Given, *, stack_lists: bool = False) -> Taken:
+    """The arguments of a call, taken apart; what their classes compute is a part of the key."""
+    subject = given.subject
+    taken = take_arguments(given.args, given.kwargs, subject.names, stack_lists=stack_lists)
+    if not taken.classes:
+        return taken
+    return dataclasses.replace(taken, key=digest_bytes(taken.key + subject.identity.of_classes(taken.classes)))
 
 
 def _rows_of(values: list[Any]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchcache import dynamo
-from torchcache.batch import Batch, Given, Subject, lacks
+from torchcache.batch import Batch, Given, Subject, lacks, take
 from torchcache.checks.alarm import ANOTHER, DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
@@ -52,7 +52,7 @@ from torchcache.store.tiers import Tiers
 from torchcache.usefulness import Usefulness
 from torchcache.values.layout import pick_rows
 from torchcache.values.merge import assemble
-from torchcache.values.take import Taken, take_arguments, take_outputs
+from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["Region"]
 
@@ -216,7 +216,7 @@ class Region:
     def _take(self, given: Given) -> Batch:
         """The call taken apart, and who computes it."""
         self._check()
-        taken = take_arguments(given.args, given.kwargs, self.subject.names)
+        taken = take(given)
         tensors = taken.tensors
         if not tensors:
             raise Bypass("no argument is a tensor", "mark a part that takes tensors")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torchcache.batch import Given, Subject
+from torchcache.batch import Given, Subject, take
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.compare import Rounding, difference
 from torchcache.checks.learning import SETUP_CALLS
@@ -30,7 +30,7 @@ from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.padded import GRAIN, Blanks, PaddedBatch, counted, length_of, spread
 from torchcache.store.precision import EXACT, Loss
-from torchcache.values.take import Taken, take_arguments, take_outputs
+from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["Padding"]
 
@@ -168,7 +168,7 @@ class Padding:
         """The call with the lengths of its rows; ``None`` where the argument was not given."""
         with computing():  # it is for the original that its arguments are loaded
             given.load()
-        taken = take_arguments(given.args, given.kwargs, self._subject.names)
+        taken = take(given)
         place = taken.place(self._name)
         if place is None:
             warn_once(

@@ -763,7 +763,7 @@ def default_of_a_context_variable(monkeypatch):
 
 @case
 def item_of_a_default_of_a_context_variable():
-    module = module_of(lambda self: self.held.get()[0], contextvars.ContextVar("roles", default=[2.0]))
+    module = module_of(lambda self: self.held.get()[0], contextvars.ContextVar("roles", default=[2.0]))  # noqa: B039
     return module, lambda: module.held.get().__setitem__(0, 3.0)
 
 
@@ -908,3 +908,70 @@ def test_the_order_of_a_weight_in_memory_is_seen():
         weight = each.parts[0].weight
         weight.data = weight.data.t().contiguous().t()
     torch.testing.assert_close(module(x), twin(x))
+
+
+class Factor:
+    """What computes by itself, for classes of arguments."""
+
+    shift = torch.zeros(2)
+
+    def factor(self):
+        return 2.0
+
+    def unread(self):
+        return 2.0
+
+
+class Kind(Factor, enum.Enum):
+    A = 1
+
+
+@dataclasses.dataclass
+class Settings(Factor):
+    k: int = 1
+
+
+class Pair(Factor, collections.namedtuple("Pair", "left right")):
+    pass
+
+
+GIVEN = {"a member of an enum": Kind.A, "a dataclass": Settings(), "a named tuple": Pair(1, 2), "a key": {Kind.A: 1}}
+PATCHES_OF_FACTORS = {
+    "factor": lambda self: 3.0,
+    "shift": torch.ones(2),
+    "__getattribute__": lambda self, name: (lambda: 3.0) if name == "factor" else object.__getattribute__(self, name),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES_OF_FACTORS)
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_the_class_of_an_argument_computes_is_a_part(name, patch, monkeypatch):
+    def forward(self, x, given):
+        given = next(iter(given)) if isinstance(given, dict) else given
+        return x * given.factor() + given.shift
+
+    module, given, x = frozen(forward), GIVEN[name], torch.randn(3, 2)
+    for _ in range(3):
+        module(x, given)
+    hits = torchcache.stats(module).hits
+    assert hits == 6
+    monkeypatch.setattr(Factor, "unread", lambda self: 3.0)
+    module(x, given)
+    assert torchcache.stats(module).hits == hits + 3
+    before = forward(module, x, given)
+    monkeypatch.setattr(Factor, patch, PATCHES_OF_FACTORS[patch], raising=False)
+    assert not torch.allclose(forward(module, x, given), before)
+    for _ in range(2):
+        torch.testing.assert_close(module(x, given), forward(module, x, given))
+    monkeypatch.undo()
+    torch.testing.assert_close(module(x, given), before)
+    Factor.shift.add_(1)
+    torch.testing.assert_close(module(x, given), before + 1)
+    Factor.shift.sub_(1)
+
+
+def test_fields_of_named_tuples_of_one_name_are_told_apart():
+    module, x = frozen(lambda self, x, pair: x * pair.left), torch.randn(3, 2)
+    for fields in ("left right", "right left"):
+        pair = collections.namedtuple("Pair", fields)(2, 3)
+        torch.testing.assert_close(module(x, pair), x * pair.left)

@@ -18,7 +18,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipes import RECIPES, Box, Color, Mode, Named, Record, make, mutable_ids, mutations, same
+from recipes import RECIPES, Box, Color, Level, Mode, Named, Record, Role, make, mutable_ids, mutations, same
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -588,5 +588,5 @@ def test_what_is_kept_of_a_value_holds_no_tensors():
 
 
 def test_the_classes_of_containers_and_enums_are_listed():
-    taken = take_outputs({Color.RED: [Record(X, Named(Mode.A, 1))]})
-    assert taken.classes() == [Color, Record, Named, Mode]
+    taken = take_outputs({Color.RED: [Record(X, Named(Mode.A, 1))], "b": frozenset({(Role.DOC, 1)}), "c": {Level.ONE}})
+    assert set(taken.classes) == {Color, Record, Named, Mode, Role, Level}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchcache.batch import Batch, Subject, lacks
+from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.gradients import Original, modes_agree
 from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
@@ -251,8 +251,7 @@ class Learning:
                 batch.taken = taken
 
     def _stack(self, batch: Batch) -> Taken:
-        given = batch.given
-        return take_arguments(given.args, given.kwargs, self._subject.names, stack_lists=True)
+        return take(batch.given, stack_lists=True)
 
     def _learn_either(self, batch: Batch, form: _Form, whole: Taken | None) -> Plan:
         """Learn with the arguments as they are; where that fails, with lists of tensors taken for batches."""

@@ -18,6 +18,10 @@ from torchcache.identity.steady import Steady
 __all__ = ["Identity", "Seen"]
 
 
+# Combinations of classes of arguments that are known at a time.
+MOST_GIVEN = 64
+
+
 class Seen(NamedTuple):
     """What computes, as it was at one look.
 
@@ -58,6 +62,7 @@ class Identity:
         self._pure = pure
         self._program: Program | None = None
         self._state = State()
+        self._given: dict[tuple[type, ...], tuple[Program, State]] = {}
 
     def program(self) -> Program:
         """The program as it is now."""
@@ -70,6 +75,18 @@ class Identity:
         """The program and the tensors that it can reach, as they are now."""
         program = self.program()
         return Seen(program.tensors, program)
+
+    def of_classes(self, given: tuple[type, ...]) -> bytes:
+        """16 bytes that name what the program takes from classes of arguments; raises as ``current``."""
+        if self._name is not None:
+            return b""
+        program, state = self._given.get(given, (None, None))
+        if program is None or state is None or not program.unchanged():
+            program, state = Program(self._subject(), self._where, self._pure, given), State()
+            if len(self._given) >= MOST_GIVEN:
+                self._given.clear()
+            self._given[given] = program, state
+        return self._digest(program, state)
 
     def trains(self) -> bool:
         """Whether the program reads anything that is trainable, or may, where it cannot be read."""
@@ -95,12 +112,16 @@ class Identity:
     @property
     def asks_for_gradients(self) -> bool:
         """Whether the program, as it was looked at last, asks whether gradients are recorded."""
-        return self._program is not None and self._program.asks_for_gradients
+        return any(program.asks_for_gradients for program in self._programs())
 
     @property
     def asks_for_inference(self) -> bool:
         """Whether it asks whether inference mode is on."""
-        return self._program is not None and self._program.asks_for_inference
+        return any(program.asks_for_inference for program in self._programs())
+
+    def _programs(self) -> list[Program]:
+        latest = [] if self._program is None else [self._program]
+        return latest + [program for program, _ in self._given.values()]
 
     def current(self, seen: Seen | None = None) -> bytes:
         """16 bytes that name program and state as they are now.
@@ -119,9 +140,12 @@ class Identity:
         assert program is not None
         if self._name is not None:
             return digest_bytes(b"name:" + self._name.encode("utf-8", "surrogatepass"))
+        return self._digest(program, self._state)
+
+    def _digest(self, program: Program, state: State) -> bytes:
         if program.problem is not None:
             raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
-        return digest_bytes(b"who" + program.digest + self._state.current(program.tensors))
+        return digest_bytes(b"who" + program.digest + state.current(program.tensors))
 
     def steady(self) -> Steady:
         """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""

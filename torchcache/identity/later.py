@@ -73,6 +73,10 @@ class LaterIdentity(Identity):
             return super().look()
         return Seen(self._output.look().tensors if self._output is not None else [])
 
+    def of_classes(self, given: tuple[type, ...]) -> bytes:
+        """Empty: the name says nothing of them, and what would take anything from them may not be there."""
+        return b""
+
     def trains(self) -> bool:
         """Whether it reads anything that is trainable."""
         if self.there() is not None:

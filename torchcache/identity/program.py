@@ -38,6 +38,8 @@ class Program:
         Its path, for people.
     pure : bool
         Whether what the code itself writes is no part, as the user promises with ``pure=True``.
+    given : tuple of type
+        Classes of arguments. Where there are any, digest and tensors are of what the code takes from them alone.
 
     Attributes
     ----------
@@ -51,7 +53,7 @@ class Program:
         Why there can be no identity: what the code reads and torchcache cannot compare, with its path and its type.
     """
 
-    def __init__(self, subject: Any, where: str, pure: bool = False) -> None:
+    def __init__(self, subject: Any, where: str, pure: bool = False, given: tuple[type, ...] = ()) -> None:
         module, function = subject if isinstance(subject, tuple) else (None, subject)
         self.where = where
         self.digest = bytes(16)
@@ -64,10 +66,10 @@ class Program:
         self._watch = Watch()
         try:
             reach = Reach()
-            reach.from_subject(module, function)
+            reach.from_subject(module, function, given)
             if pure and reach.written:
                 reach = Reach(frozenset(reach.written))
-                reach.from_subject(module, function)
+                reach.from_subject(module, function, given)
             self.problem = reach.problem or None
             self.asks_for_gradients = id(torch.is_grad_enabled) in reach.nodes
             self.asks_for_inference = not reach.nodes.keys().isdisjoint(_ASK_FOR_INFERENCE)
@@ -75,7 +77,7 @@ class Program:
             self._names = frozenset(reach.written)
             self._places = _places(reach, module)
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
-            self.digest, self.tensors = encode(reach, roots)
+            self.digest, self.tensors = encode(reach, [*given] or roots)
             self._watch = _watch(reach)
         except Exception as error:
             self.problem = f"{where or 'the program'} cannot be read: {type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -73,9 +74,10 @@ class Reach:
         self._everything = self._tree = self._scopes = False
         self._tables: OwnEntries | None = None
 
-    def from_subject(self, module: nn.Module | None, function: Any) -> None:
-        """Find all that a call of ``function`` can reach; it takes ``module`` first, if there is one."""
-        root, owner = Node(None, kind="root"), None
+    def from_subject(self, module: nn.Module | None, function: Any, given: Iterable[type] = ()) -> None:
+        """Find all that a call of ``function`` can reach, on ``module`` first and objects of the classes ``given``."""
+        owner, classes = None, [(f"the class {kind.__qualname__}", kind) for kind in given]
+        self._todo.append(root := Node(None, parts=classes, kind="object"))
         if module is not None:
             self._tables = OwnEntries(module)
             node = self._reach(module, root, "")
@@ -148,10 +150,8 @@ class Reach:
         """How much of an object is read because of what was seen before it was met."""
         if node.kind not in ("object", "module"):
             return 0
-        if self._everything:
-            return 1
         bases = type(node.value).__mro__
-        if any(base in self._whole_classes for base in bases):
+        if self._everything or any(base in self._whole_classes for base in bases):
             return 1
         return int(any(module_of(base).partition(".")[0] in self._packages for base in bases))
 

@@ -7,7 +7,7 @@ import decimal
 import enum
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ __all__ = [
     "ATOMS",
     "DEEPEST",
     "LARGEST_ARRAY",
+    "MADE_BY_CODE",
     "array_bytes",
     "class_bytes",
+    "classes_within",
     "constant_bytes",
     "framed",
     "is_constant",
@@ -35,6 +37,8 @@ __all__ = [
 LARGEST_ARRAY = 1 << 20
 # How deep values may be nested.
 DEEPEST = 64
+# Flag of a class that is not built in.
+MADE_BY_CODE = 1 << 9
 ADVICE = (
     "use tensors, numbers, strings, and lists, dicts and dataclasses of them, "
     "or register its class with torch.utils._pytree.register_pytree_node"
@@ -101,6 +105,19 @@ def framed(tag: bytes, data: bytes) -> bytes:
 def class_bytes(kind: type) -> bytes:
     """Canonical bytes of a class, which goes by its name."""
     return _text(kind.__module__) + _text(kind.__qualname__)
+
+
+def classes_within(value: Any) -> Iterator[type]:
+    """The classes of a plain value and of its parts that Python code made; only of what has ``constant_bytes``."""
+    kind: Any = type(value)
+    if kind.__flags__ & MADE_BY_CODE:
+        yield kind
+    if enum.Enum in kind.__mro__:
+        parts: Iterable[Any] = (value._value_, *_state_of(value).values())
+    else:
+        parts = _PARTS[kind][1](value) if kind in _PARTS else ()
+    for part in parts:
+        yield from classes_within(part)
 
 
 def set_bytes(tag: bytes, members: Iterable[Any], whole: str) -> bytes:
@@ -208,15 +225,14 @@ def _member(member: enum.Enum) -> bytes:
         convert = next((convert for plain_kind, convert in _PLAIN if base is plain_kind), None)
         if convert is not None:
             plain = convert(member)
-        elif vars(base).get("__slots__") or not base.__flags__ & _HEAP:
+        elif vars(base).get("__slots__") or not base.__flags__ & MADE_BY_CODE:
             raise not_understood(member)
-    state = {name: held for name, held in vars(member).items() if name not in _ENUM_NAMES}
-    held = (member._name_, member._value_, plain, state)
+    held = (member._name_, member._value_, plain, _state_of(member))
     return b"E" + class_bytes(kind) + part_bytes(held, f"{type_name(member)} that holds")
 
 
-# Of a class: it was made by a class statement.
-_HEAP = 1 << 9
+def _state_of(member: enum.Enum) -> dict[str, Any]:
+    return {name: held for name, held in vars(member).items() if name not in _ENUM_NAMES}
 
 
 def _numpy_scalar(value: np.generic) -> bytes:

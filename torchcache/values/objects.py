@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torchcache.errors import Bypass
-from torchcache.values.constants import class_bytes, part_bytes, type_name
+from torchcache.values.constants import MADE_BY_CODE, class_bytes, part_bytes, type_name
 
 __all__ = ["Opened", "open_object"]
 
 # Types written in C whose content is known.
 ROOTS: tuple[Any, ...] = (OrderedDict, dict, tuple, object)
-# Flag of a class that is not built in.
-HEAP = 1 << 9
 POINTER = tuple.__itemsize__
 
 
@@ -93,11 +91,12 @@ def _outline(
     items: tuple[tuple[Any, int], ...],
 ) -> tuple[bytes, tuple[Any, ...], _Maker]:
     """The bytes of an object beside its parts, their names, and how to make another."""
-    fields = getattr(kind, "_fields", ())
+    fields = getattr(kind, "_fields", ()) if root is tuple else ()
     own = (*attributes, *(slot.__name__ for slot in slots), *(fields if len(fields) == elements else range(elements)))
     names = (*own, *(key for key, place in items if place >= len(own)))
     whole = f"a {kind.__qualname__} with a name that is"
-    places = [[*attributes], [(slot.__objclass__.__qualname__, slot.__name__) for slot in slots], elements, [*items]]
+    held = [(slot.__objclass__.__qualname__, slot.__name__) for slot in slots]
+    places = [[*attributes], held, elements, [*items], fields]
     head = b"C" + class_bytes(kind) + len(names).to_bytes(8, "little") + part_bytes(places, whole)
     return head, names, _Maker(kind, root, attributes, slots, elements, items)
 
@@ -136,7 +135,7 @@ def _anatomy(kind: Any) -> tuple[Any, tuple[types.MemberDescriptorType, ...]]:
         When it extends another type that is written in C.
     """
     root = next(root for root in ROOTS if root in kind.__mro__)
-    classes = [base for base in kind.__mro__ if base.__flags__ & HEAP]
+    classes = [base for base in kind.__mro__ if base.__flags__ & MADE_BY_CODE]
     members = (held for base in classes for held in vars(base).values())
     slots = tuple(held for held in members if isinstance(held, types.MemberDescriptorType))
     foreign = [base for base in kind.__mro__ if base not in classes and base not in ROOTS]

@@ -13,7 +13,16 @@ import torch
 
 from torchcache.errors import Bypass
 from torchcache.lazy.tensor import LazyTensor
-from torchcache.values.constants import ATOMS, DEEPEST, constant_bytes, is_constant, too_deep, type_name
+from torchcache.values.constants import (
+    ATOMS,
+    DEEPEST,
+    MADE_BY_CODE,
+    classes_within,
+    constant_bytes,
+    is_constant,
+    too_deep,
+    type_name,
+)
 from torchcache.values.containers import KEEP_NO_CACHE, open_container
 from torchcache.values.tensors import TENSORS, check_tensor
 
@@ -35,9 +44,6 @@ class _Leaf(NamedTuple):
     def paths(self) -> Iterator[tuple[int, Path]]:
         yield self.place, ()
 
-    def classes(self) -> Iterator[type]:
-        return iter(())
-
     def constants(self) -> Iterator[Any]:
         return iter(())
 
@@ -54,9 +60,6 @@ class _Stacked(NamedTuple):
     def paths(self) -> Iterator[tuple[int, Path]]:
         yield self.place, ()
 
-    def classes(self) -> Iterator[type]:
-        return iter(())
-
     def constants(self) -> Iterator[Any]:
         return iter(())
 
@@ -71,9 +74,6 @@ class _Constant(NamedTuple):
 
     def paths(self) -> Iterator[tuple[int, Path]]:
         return iter(())
-
-    def classes(self) -> Iterator[type]:
-        yield type(self.value)
 
     def constants(self) -> Iterator[Any]:
         yield self.value
@@ -94,12 +94,6 @@ class _Container(NamedTuple):
         for name, part in zip(self.names, self.parts, strict=True):
             for place, path in part.paths():
                 yield place, (name, *path)
-
-    def classes(self) -> Iterator[type]:
-        yield self.kind
-        for name, part in zip(self.names, self.parts, strict=True):
-            yield type(name)
-            yield from part.classes()
 
     def constants(self) -> Iterator[Any]:
         for name, part in zip(self.names, self.parts, strict=True):
@@ -122,11 +116,14 @@ class Taken:
     key : bytes
         128-bit digest of all the rest: structure, classes, plain values. Of the tensors it has the places alone, and
         which of them hold one tensor: code may ask whether ``a is b``.
+    classes : tuple of type
+        Those of its values that Python code made: the key has their names, and nothing of their code.
     """
 
     tensors: list[torch.Tensor]
     key: bytes
     _plan: _Plan
+    classes: tuple[type, ...] = ()
 
     def rebuild(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The same value around other tensors, in containers that nobody else holds.
@@ -154,10 +151,6 @@ class Taken:
     def constants(self) -> Iterator[Any]:
         """What stands in it beside tensors, names of entries that are no text included."""
         return self._plan.constants()
-
-    def classes(self) -> list[type]:
-        """The classes of its containers and enums, without Python's own: the key has their names, not their code."""
-        return [kind for kind in dict.fromkeys(self._plan.classes()) if kind.__module__ not in _BUILT_IN]
 
 
 def take_arguments(
@@ -294,6 +287,7 @@ class _Walk:
         # By id, and held: a temporary's id would be given to another.
         self._mutable: dict[int, Any] = {}
         self._failed: list[Any] = []
+        self._classes: dict[type, None] = {}
 
     def arguments(self, values: Sequence[Any], form: _Form) -> Taken:
         """Arguments, in the key's order."""
@@ -314,7 +308,7 @@ class _Walk:
         except Exception as error:  # a user's own flatten function, metaclass or descriptor
             failure = Bypass(f"something that cannot be looked at: {type(error).__name__}")
             raise self._explained(failure) from error
-        return Taken(self._tensors, _digest(self._data), plan)
+        return Taken(self._tensors, _digest(self._data), plan, (*self._classes,))
 
     def _explained(self, bypass: Bypass) -> Bypass:
         path = self._failed[::-1]
@@ -342,6 +336,7 @@ class _Walk:
             return _Constant(value)
         if is_constant(kind):
             self._data.append(constant_bytes(value))
+            self._classes.update(dict.fromkeys(classes_within(value)))
             return _Constant(value)
         if depth == 0:
             raise too_deep()
@@ -355,6 +350,11 @@ class _Walk:
         if self._stack_lists and kind in _STACKED and _is_stackable(value):
             return _Stacked(self._leaf(torch.stack(tuple(value)), _STACKED[kind]).place, kind)
         self._data.append(opened.head)
+        if kind.__flags__ & MADE_BY_CODE:
+            self._classes[kind] = None
+        for plain in value if kind is set else opened.names:
+            if type(plain) is not str and type(plain) is not int:
+                self._classes.update(dict.fromkeys(classes_within(plain)))
         parts = self._parts(opened.names, opened.parts, depth - 1)
         return _Container(kind, opened.build, opened.names, parts)
 
@@ -372,7 +372,6 @@ class _Walk:
 _NAMED = (dict, OrderedDict, defaultdict)
 # Tags of lists and tuples that stand for a stack.
 _STACKED: dict[type, bytes] = {list: b"L", tuple: b"U"}
-_BUILT_IN = ("builtins", "collections", "datetime", "decimal", "numpy", "torch")
 # What transformers calls the place of a cache that forward writes to.
 _MODEL_CACHES = ("past_key_values", "cache_params")
 
