@@ -57,6 +57,11 @@ def test_random_numbers(name, warnings):
     assert len(warnings) == 1
 
 
+def test_the_state_of_a_generator_is_not_read_on_hits():
+    module, x = frozen(lambda self, x: x * float(torch.get_rng_state()[0])), torch.randn(4, 3)
+    computed(module, (x,), (x,), why="reads the state of a random generator")
+
+
 def test_a_call_that_draws_leaves_the_generator_as_the_original_does():
     module = frozen(RANDOM["rand_like"])
     x = torch.randn(6, 5)

@@ -767,6 +767,32 @@ def item_of_a_default_of_a_context_variable():
     return module, lambda: module.held.get().__setitem__(0, 3.0)
 
 
+@case
+def flag_of_a_backend(request):
+    request.addfinalizer(functools.partial(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark))
+    torch.backends.cudnn.benchmark = False
+    module = module_of(lambda self: 3.0 if torch.backends.cudnn.benchmark else 2.0)
+    return module, lambda: setattr(torch.backends.cudnn, "benchmark", True)
+
+
+@case
+def flag_of_a_backend_by_a_variable(request):
+    def get(self):
+        backend = torch.backends.mkldnn
+        return 2.0 if backend.enabled else 3.0
+
+    request.addfinalizer(functools.partial(torch.backends.mkldnn.set_flags, torch.backends.mkldnn.enabled))
+    torch.backends.mkldnn.set_flags(True)
+    return module_of(get), lambda: torch.backends.mkldnn.set_flags(False)
+
+
+@case
+def switch_that_a_function_tells(request):
+    request.addfinalizer(functools.partial(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled()))
+    torch.autograd.set_detect_anomaly(False)
+    return module_of(lambda self: 2.0 + torch.is_anomaly_enabled()), lambda: torch.autograd.set_detect_anomaly(True)
+
+
 def build(name, request, monkeypatch):
     given = {"request": request, "monkeypatch": monkeypatch}
     function = CASES[name]

@@ -27,6 +27,7 @@ from torchcache.identity.objects import ignored, member_space, names_of_class
 from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
 from torchcache.identity.reads import Chain
+from torchcache.identity.switches import add_answer, switches_of
 from torchcache.kernels import kernels, registrations
 
 __all__ = ["CONSTRUCTORS", "MISSING", "Resolved", "Torch", "describe_code", "is_implied", "resolve", "simplify"]
@@ -76,9 +77,7 @@ def _function(value: types.FunctionType) -> Node:
     home = home_of(value)
     if is_named(home) and value.__code__.co_filename != "<string>":
         node.head = ("named function", home, value.__qualname__, version_of(home))
-        if value is torch.initial_seed:
-            node.head += (str(torch.initial_seed()),)
-            node.checks.append(Check("content", value, read=lambda _: torch.initial_seed()))
+        add_answer(node, value)
     else:
         node.reads = reads_of(value.__code__)
         node.head = ("function", node.reads.digest)
@@ -245,7 +244,7 @@ def _builtin(value: Any) -> Node:
         node.head += (version_of(home),)
     if owner is not None and not isinstance(owner, types.ModuleType):
         node.parts.append((".__self__", owner))
-    return node
+    return add_answer(node, value)
 
 
 def _property(value: property) -> Node:
@@ -273,6 +272,7 @@ def _python_module(value: types.ModuleType) -> Node:
     node = Node(value, ("module",), kind="python module")
     if is_named(name):
         node.head = ("named module", name, version_of(name))
+        node.spaces += switches_of(value)
         return node
     node.spaces.append(member_space("global", members))
     return node
@@ -328,8 +328,7 @@ def resolve(chain: Chain, scope: dict[str, Any]) -> Resolved:
                 if not is_named(str(members.get("__name__", ""))) and "__getattr__" in members:
                     inner = members["__getattr__"]
                 else:
-                    found.rest = tuple(names)
-                    return found
+                    break
         value = inner
         names.pop(0)
     found.value, found.rest = value, tuple(names)

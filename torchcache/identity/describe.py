@@ -11,6 +11,7 @@ from torchcache.identity.callables import describe_code
 from torchcache.identity.homes import is_class
 from torchcache.identity.modules import GlobalHooks, describe_hooks, describe_module, describe_tensor
 from torchcache.identity.node import Node
+from torchcache.identity.switches import Switch, describe_switch
 from torchcache.identity.values import describe_value
 
 __all__ = ["describe"]
@@ -20,6 +21,8 @@ def describe(value: Any) -> Node:
     """The node of an object that is no atom."""
     if value is GlobalHooks:
         return describe_hooks(value)
+    if type(value) is Switch:
+        return describe_switch(value)
     if is_class(value):
         return describe_code(value) or describe_value(value)
     if torch.Tensor in type(value).__mro__:
