@@ -104,6 +104,73 @@ def test_an_entry_of_a_configuration_that_forward_never_reads_is_no_part():
     assert read(module).digest != program.digest
 
 
+ONE_ITEM = [
+    "self.args['scale']",
+    "self.args.get('scale')",
+    "self.args.get('scale', 1)",
+    "self.args['scale'] if x is None else self.args.get('missing')",
+    "[self.args['scale'] for _ in range(2)]",
+]
+ALL_ITEMS = [
+    "self.args[name], self.args['scale']",
+    "self.args.get(name, self.args['scale'])",
+    "self.args.get('un' + str(name)), self.args['scale']",
+    "self.args.get, self.args['scale']",
+    "max(self.args.get, ('scale',)), self.args['scale']",
+    "self.args.pop('scale')",
+    "len(self.args), self.args['scale']",
+    "'scale' in self.args, self.args['scale']",
+    "(lambda args: args)(self.args), self.args['scale']",
+    "getattr(self, 'args'), self.args['scale']",
+    "vars(self), self.args['scale']",
+    "str(self.args['scale'])",
+    "(args := self.args), self.args['scale']",
+    "self.others, self.args['scale']",
+]
+
+
+@pytest.mark.parametrize("code", [*ONE_ITEM, *ALL_ITEMS])
+def test_an_item_of_a_dict_that_forward_never_reads_is_no_part(code):
+    scope = source(
+        f"""
+        def forward(self, x, name="scale"):
+            return x, {code}
+        """
+    )
+    module = module_of(scope["forward"], args={"scale": 2.0, "lr": 1e-3, "deep": {"a": 1}})
+    module.others = [module.args]
+    program = read(module)
+    assert program.problem is None
+    module.args.update(lr=1e-4, more=1)
+    module.args["deep"]["a"] = 2
+    assert program.unchanged() == (code in ONE_ITEM)
+    assert (read(module).digest == program.digest) == (code in ONE_ITEM)
+    now = read(module)
+    module.args["scale"] = 3.0
+    assert not now.unchanged()
+    if code in ONE_ITEM:
+        assert now.changes() == ["args['scale']"]
+    assert read(module).digest != now.digest
+
+
+def test_an_item_that_comes_later_or_is_of_another_dict_is_seen():
+    def forward(self, x):
+        return x * self.args.get("scale", 1.0) * self.deep["a"]["b"]
+
+    module = module_of(forward, args={"lr": 1}, deep={"a": {"b": 1, "c": 1}})
+    for change in (
+        lambda: module.args.update(scale=2.0),
+        lambda: setattr(module, "args", {"scale": 3.0}),
+        lambda: setattr(module, "args", OrderedDict(scale=3.0)),
+        lambda: module.deep["a"].update(c=2),
+    ):
+        program = read(module)
+        assert program.unchanged()
+        change()
+        assert not program.unchanged()
+        assert read(module).digest != program.digest
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Instruction", "argument_bytes", "constant_bytes", "instructions", "varname"]
+__all__ = ["Instruction", "argument_bytes", "constant_bytes", "instructions", "key_of", "varname"]
 
 _NAMES = frozenset(dis.hasname)
 _CONSTANTS = frozenset(dis.hasconst)
@@ -93,6 +93,23 @@ def instructions(code: types.CodeType) -> Iterator[Instruction]:
         elif opcode in _JUMPS_ABSOLUTE:
             instruction.target = 2 * arg
         yield instruction
+
+
+def key_of(ahead: list[Instruction]) -> str | None:
+    """The text by which one item is taken at once from what was just loaded, ``[key]`` or ``.get(key, constant)``.
+
+    The instructions stand side by side, so that nothing else can be done with what was loaded.
+    """
+    names = [one.name for one in ahead]
+    key: Any = None
+    subscript = names[1:2] == ["BINARY_SUBSCR"] or (names[1:2] == ["BINARY_OP"] and ahead[1].arg == 26)
+    if names[:1] == ["LOAD_CONST"] and subscript:
+        key = ahead[0].value
+    elif names[:1] in (["LOAD_ATTR"], ["LOAD_METHOD"]) and ahead[0].value == "get" and names[1:2] == ["LOAD_CONST"]:
+        given = 2 if names[2:3] in (["LOAD_CONST"], ["LOAD_SMALL_INT"]) else 1
+        if names[given + 1 : given + 2] in (["CALL"], ["CALL_METHOD"]) and ahead[given + 1].arg == given:
+            key = ahead[1].value
+    return key if type(key) is str else None
 
 
 def constant_bytes(value: Any) -> bytes:

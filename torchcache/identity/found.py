@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from torchcache.identity.reads import ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named
+from torchcache.identity.reads import ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named, watched
 from torchcache.identity.symbols import UNKNOWN, Symbol, Value, chains
 
 __all__ = ["Found"]
@@ -29,6 +29,7 @@ class Found:
 
     first: str
     names: set[str] = dataclasses.field(default_factory=set)
+    items: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     written: set[str] = dataclasses.field(default_factory=set)
     texts: set[str] = dataclasses.field(default_factory=set)
     loads: dict[Chain, int] = dataclasses.field(default_factory=dict)
@@ -52,7 +53,7 @@ class Found:
         for mine, its in ((self.loads, inner.loads), (self.typed, inner.typed)):
             for chain, count in its.items():
                 mine[chain] = mine.get(chain, 0) + count
-        for name in ("names", "written", "texts", "whole", "deep", "whole_chains", "handed", "variables", "keys"):
+        for name in "names items written texts whole deep whole_chains handed variables keys".split():
             getattr(self, name).update(getattr(inner, name))
         for name in ("whole_first", "anything", "scope", "environment", "modules", "scopes"):
             setattr(self, name, getattr(self, name) or getattr(inner, name))
@@ -62,6 +63,7 @@ class Found:
         return Reads(
             digest,
             frozenset(self.names),
+            frozenset(self.items),
             tuple(sorted(self.loads)),
             frozenset(chain for chain, count in self.typed.items() if self.loads.get(chain, 0) <= count),
             frozenset(self.whole),
@@ -115,6 +117,13 @@ class Found:
             self.modules |= kind == "module"
             self.scope |= kind == "scope"
             self.anything |= kind in ("getter", "scope")
+
+    def read_attribute(self, name: str, key: str | None) -> None:
+        """Note an attribute of any object; where only one of its items is taken, under which key."""
+        if key is None or name.startswith(("_", "f_")) or watched(("attr", name)):
+            self.names.add(name)
+        else:
+            self.items.add((name, key))
 
     def read_name(self, name: str, owner: Value) -> None:
         """Note an attribute by which much more is read than it names."""

@@ -18,7 +18,7 @@ class Space:
     Attributes
     ----------
     kind : str
-        "attribute", "parameter", "buffer", "child", "member" or "global".
+        "attribute", "parameter", "buffer", "child", "member", "global", "variable" or "item".
     live : Mapping
         The namespace itself.
     held : dict
@@ -42,8 +42,8 @@ class Space:
     chosen: set[str] = dataclasses.field(default_factory=set)
 
     def key(self, name: str) -> str:
-        """The name under which code reads an entry: those of environment variables are texts."""
-        return f"${name}" if self.kind == "variable" else name
+        """The name under which code reads an entry: those of environment variables and of items are texts."""
+        return {"variable": f"${name}", "item": f"[{name}]"}.get(self.kind, name)
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,7 +99,7 @@ class Node:
     numbered : bool
         Whether it is one object, as opposed to one of many equal values.
     kind : str
-        "class", "module", "object", "group", "tensor", "function" or "".
+        "class", "module", "object", "group", "items", "tensor", "function" or "".
     unsorted : bool
         Whether the order of its parts says nothing.
     wraps : bool

@@ -146,7 +146,7 @@ def names_of_class(kind: type) -> tuple[frozenset[str], bool]:
             function = beneath(getattr(member, "__func__", getattr(member, "fget", member)))
             if isinstance(function, types.FunctionType) and name not in _NEVER_RUN:
                 reads = reads_of(function.__code__)
-                names |= reads.names
+                names |= reads.names | {name for name, _ in reads.items}
                 whole = whole or reads.whole_first
     return frozenset(names), whole
 

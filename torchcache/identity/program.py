@@ -230,6 +230,8 @@ def _add_space(watch: Watch, reach: Reach, node: Node, space: Space) -> None:
         path = node.path()
         if space.kind == "global":
             return [f"the global {name}" for name in found]
+        if space.kind == "item":
+            return [f"{path}[{name!r}]" for name in found]
         return [f"{path}.{name}" if path else name for name in found]
 
     if space.fetch is not None:

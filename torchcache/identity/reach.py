@@ -25,29 +25,19 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
+from torchcache.identity.items import describe_items, has_items
 from torchcache.identity.modules import CONTAINERS, GlobalHooks
 from torchcache.identity.node import Node, Space
-from torchcache.identity.objects import member_space
+from torchcache.identity.objects import ignored, member_space
 from torchcache.identity.reads import Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
 from torchcache.identity.tables import OwnEntries
 from torchcache.identity.values import ATOMS
+from torchcache.identity.wholes import DISPLAYED, STREAMS, TREE, TREE_HOMES
 
 __all__ = ["Reach"]
 
-# Names of nn.Module by which a whole tree is read at once.
-_TREE = frozenset(
-    "parameters named_parameters buffers named_buffers children named_children modules named_modules state_dict "
-    "_parameters _buffers _modules get_submodule get_parameter get_buffer named_members apply".split()
-)
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
-
-_STREAMS = frozenset({"stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"})
-
-# How an object that is read as a whole may be turned into text.
-_DISPLAYED = frozenset({"__str__", "__repr__", "__format__"})
-
-_TREE_HOMES = ("torch.func", "torch._functorch", "torch.nn.utils", "torch.export", "torch.fx", "torch.jit")
 
 
 class Reach:
@@ -65,7 +55,7 @@ class Reach:
         self.own_forward: Node | None = None
         self._without = without
         self._todo: list[Node] = []
-        self._waiting: dict[str, list[tuple[Node, Space]]] = {}
+        self._waiting: dict[str, list[tuple[Node, Space, str]]] = {}
         self._under: dict[str, list[Any]] = {}
         self._whole: dict[str, int] = {}
         self._whole_classes: set[type] = set()
@@ -111,7 +101,7 @@ class Reach:
     def _reach(
         self, value: Any, parent: Node, label: str, level: int = 0, as_type: bool = False, further: int = 0
     ) -> Node | None:
-        """Meet ``value`` as a part of ``parent``; ``further`` counts the calls between it and the program."""
+        """Meet ``value``, a part of ``parent`` and ``further`` calls away; of a dict at ``level`` -1 single items."""
         if type(value) in ATOMS:
             return None
         value = simplify(value)
@@ -126,9 +116,9 @@ class Reach:
                 self._read_scopes()
         node = self.nodes.get(id(value))
         depth = parent.depth + further
-        if node is None:
+        if node is None or (node.kind == "items" and level >= 0):
             try:
-                node = describe(value)
+                node = describe_items(value) if level < 0 else describe(value)
             except Exception as error:  # code of the object's own, which failed
                 node = Node(value, problem=f"cannot be read: {type(error).__name__}: {error}")
             node.parent, node.label = parent, label
@@ -156,6 +146,9 @@ class Reach:
         return int(any(module_of(base).partition(".")[0] in self._packages for base in bases))
 
     def _visit(self, node: Node) -> None:
+        if node.kind == "items" and node.level:
+            self._reach(node.value, node.parent or node, node.label, node.level)
+            return
         if not node.visited and node.depth <= FOLLOWED:
             node.visited = True
             if node.reads is not None:
@@ -188,7 +181,8 @@ class Reach:
                 elif self.wanted(node, space, name):
                     self._choose(node, space, name)
                 else:
-                    self._waiting.setdefault(space.key(name), []).append((node, space))
+                    for key in (space.key(name), f"{name}[]"):
+                        self._waiting.setdefault(key, []).append((node, space, name))
 
     def _widen_classes(self, node: Node) -> None:
         """An object that is read under unknown names may have any method of the user's own called."""
@@ -203,22 +197,20 @@ class Reach:
         kind = space.kind
         if name in self._without and kind in ("attribute", "buffer", "global"):
             return False
-        if kind == "variable":
-            return (
-                node.level > 0
-                or f"${name}" in self.names
-                or any(name.startswith(part) or name.endswith(part) for part in self._fragments)
-            )
+        if kind in ("variable", "item"):
+            parts = self._fragments if kind == "variable" else ()
+            made = any(name.startswith(part) or name.endswith(part) for part in parts)
+            return made or node.level > 0 or space.key(name) in self.names
         if kind == "member" and name in CONSTRUCTORS:
             return node.constructed
-        if name in self.names or name in node.names:
+        if name in self.names or name in node.names or f"{name}[]" in self.names:
             return True
         if kind == "member":
             implied = is_implied(name, node.constructed)
             special = name.startswith("__") and name.endswith("__")
             if implied or (name == "forward" and self._calls_forward(node)):
                 return True
-            return node.level > 0 and (not special or name in _DISPLAYED)
+            return node.level > 0 and (not special or name in DISPLAYED)
         if node.level > 0:
             return not (kind == "global" and name.startswith("__"))
         if kind == "child":
@@ -244,8 +236,10 @@ class Reach:
         """What stands under a name that is read."""
         container = node.kind == "module" and space.kind == "child" and isinstance(node.value, CONTAINERS)
         level = max(self._whole.get(name, 0), node.level if node.level > 1 or container else 0)
-        label = f"the global {name}" if space.kind == "global" else f".{name}"
+        label = {"global": f"the global {name}", "item": f"[{name!r}]"}.get(space.kind, f".{name}")
         value = space.held[name]
+        whole = level or node.level or space.kind == "item" or name in self.names or name in node.names
+        level = -1 if not whole and has_items(value) else level
         self._reach(value, node, label, level, is_module_class(value), further=int(space.kind == "global"))
 
     def _name(self, name: str) -> None:
@@ -253,9 +247,10 @@ class Reach:
         if name in self.names:
             return
         self.names.add(name)
-        entry = name.removeprefix("$")
-        for node, space in self._waiting.pop(name, ()):
-            if entry not in space.chosen and self.wanted(node, space, entry):
+        for node, space, entry in self._waiting.pop(name, ()):
+            if entry in space.chosen:  # an item of it was read, and now it is
+                self._meet(node, space, entry)
+            elif self.wanted(node, space, entry):
                 self._choose(node, space, entry)
 
     def _text(self, text: str) -> None:
@@ -272,8 +267,11 @@ class Reach:
         scope = node.value.__globals__
         for name in sorted(reads.names):
             self._name(name)
-            if name in _TREE:
+            if name in TREE:
                 self._read_tree()
+        for name, key in reads.items:
+            self._name(name if ignored(key) else f"{name}[]")
+            self._name(f"[{key}]")
         for text in reads.texts | reads.variables:
             self._text(text)
         self.written |= reads.written
@@ -320,7 +318,7 @@ class Reach:
     def _chain(self, node: Node, chain: Chain, scope: dict[str, Any], as_type: bool) -> None:
         found = resolve(chain, scope)
         where, last = found.bindings[-1]
-        if where is vars(sys) and last in _STREAMS:  # written to, by whoever redirects them
+        if where is vars(sys) and last in STREAMS:  # written to, by whoever redirects them
             return
         for mapping, name in found.bindings:
             self.bindings.setdefault(id(mapping), (mapping, set()))[1].add(name)
@@ -328,7 +326,7 @@ class Reach:
             return
         for name in found.rest:
             self._name(name)
-            if name in _TREE and not isinstance(found.value, type):
+            if name in TREE and not isinstance(found.value, type):
                 self._read_tree()
         value = found.value
         label = f"the global {Chain(chain.module, chain.names[: len(chain.names) - len(found.rest)])}"
@@ -342,7 +340,7 @@ class Reach:
             node.types.append(value)
         node.parts.append((label, value))
         home = home_of(value) if isinstance(value, types.FunctionType) else ""
-        if home.startswith(_TREE_HOMES):
+        if home.startswith(TREE_HOMES):
             self._read_tree()
         if home == "os":
             node.parts.append(("the global os.environ", os.environ))

@@ -8,7 +8,7 @@ import hashlib
 import types
 from collections.abc import Mapping
 
-from torchcache.identity.bytecode import Instruction, argument_bytes, constant_bytes, instructions
+from torchcache.identity.bytecode import Instruction, argument_bytes, constant_bytes, instructions, key_of
 from torchcache.identity.found import Found
 from torchcache.identity.reads import (
     DISPLAYS,
@@ -92,6 +92,7 @@ class _Reader:
         self.kinds: list[set[str]] = []
         self.pending: set[int] = set()
         self.keywords = False
+        self.ahead: list[Instruction] = []
 
     def run(self) -> None:
         code = self.code
@@ -112,6 +113,7 @@ class _Reader:
                 parts.append(b"%d code" % instruction.opcode)
             else:
                 parts.append(b"%d " % instruction.opcode + argument_bytes(instruction))
+            self.ahead = listed[index + 1 : index + 5]
             following = listed[index + 1] if index + 1 < len(listed) else None
             kept = list(self.stack) if instruction.name.endswith("_OR_POP") else None
             self._step(instruction, following, previous)
@@ -306,7 +308,7 @@ class _Reader:
         (owner,) = self._pop()
         globals_ = {symbol for symbol in owner if symbol[0] == "global"}
         if globals_ != owner or not owner:
-            self.found.names.add(name)
+            self.found.read_attribute(name, key_of(self.ahead))
         self.found.read_name(name, owner)
         if name == "__dict__":
             self.stack.append(owner or UNKNOWN)

@@ -142,6 +142,8 @@ class Reads:
         16 bytes over its instructions, without line numbers, docstrings and the names of files.
     names : frozenset of str
         Attributes that it reads from any object.
+    items : frozenset of (str, str)
+        Attributes from which it takes one item at once, each with the item's key.
     chains : tuple of Chain
         Globals and imports, each as far as the code takes attributes from it.
     types : frozenset of Chain
@@ -176,6 +178,7 @@ class Reads:
 
     digest: bytes
     names: frozenset[str]
+    items: frozenset[tuple[str, str]]
     chains: tuple[Chain, ...]
     types: frozenset[Chain]
     whole: frozenset[str]
