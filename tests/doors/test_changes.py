@@ -793,6 +793,27 @@ def switch_that_a_function_tells(request):
     return module_of(lambda self: 2.0 + torch.is_anomaly_enabled()), lambda: torch.autograd.set_detect_anomaly(True)
 
 
+class Plugin:
+    scale = 1.0
+
+
+class Double(Plugin):
+    scale = 2.0
+
+
+@case
+def attribute_of_a_subclass(monkeypatch):
+    module = module_of(lambda self: next(plugin.scale for plugin in Plugin.__subclasses__()))
+    return module, lambda: monkeypatch.setattr(Double, "scale", 3.0)
+
+
+@case
+def subclass_that_is_made_later():
+    base, made = type("Base", (), {"scale": 2.0}), []
+    module = module_of(lambda self: self.held.scale + len(type(self.held).__subclasses__()), base())
+    return module, lambda: made.append(type("Child", (base,), {}))
+
+
 def build(name, request, monkeypatch):
     given = {"request": request, "monkeypatch": monkeypatch}
     function = CASES[name]

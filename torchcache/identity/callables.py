@@ -37,7 +37,7 @@ MISSING = object()
 # Special methods that run when a class is called, and those that no operator runs.
 CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__"})
 _NOT_IMPLIED = CONSTRUCTORS | frozenset(
-    "__init_subclass__ __set_name__ "
+    "__init_subclass__ __set_name__ __subclasses__ "
     "__doc__ __module__ __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
     "__slots__ __slotnames__ __qualname__ __firstlineno__ __static_attributes__ __reduce__ __reduce_ex__ "
     "__getstate__ __setstate__ __getnewargs__ __getnewargs_ex__ __copy__ __deepcopy__ __del__ __dir__ __sizeof__ "
@@ -134,6 +134,27 @@ def _class(value: type) -> Node:
         if base is not object:
             node.parts.append((".__mro__", base))
     node.spaces.append(member_space("member", vars(value), frozenset({"_abc_impl"})))
+    children = {"__subclasses__": Subclasses(value)}
+    node.spaces.append(Space("member", children, children))
+    return node
+
+
+class Subclasses:
+    """The classes that were made of a class, as one value of a program."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def now(self) -> tuple[type, ...]:
+        """Those that there are, without torchcache's own."""
+        found: list[type] = type.__subclasses__(self.kind)
+        return tuple(kind for kind in found if beneath_class(kind) is kind)
+
+
+def _subclasses(value: Subclasses) -> Node:
+    found = value.now()
+    node = Node(value, ("subclasses", str(len(found))), checks=[Check("content", value, read=Subclasses.now)])
+    node.parts = [(".__subclasses__()[...]", kind) for kind in found]
     return node
 
 
@@ -354,6 +375,7 @@ def simplify(value: Any) -> Any:
 
 _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     type: lambda value: _torch(value) if value is Torch else _class(value),
+    Subclasses: _subclasses,
     types.FunctionType: _function,
     types.MethodType: _method,
     types.CodeType: _code,
