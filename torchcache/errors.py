@@ -31,7 +31,7 @@ class TorchcacheError(Exception):
 
 
 class MarkError(TorchcacheError):
-    """A mark can never work: nothing is marked, or nothing in it is frozen."""
+    """A mark can never work: nothing is marked, or nothing that can be."""
 
 
 class ArgumentError(TorchcacheError, TypeError):

@@ -23,7 +23,8 @@ def transform(model: M) -> M:
     """Cache the marked modules of ``model``, in place; call it once, before training.
 
     A mark that is frozen as a whole is looked up at every call. A mark that is partly trainable is traced at its first
-    call with gradients, and its frozen part is looked up. The rest of the model runs as it is.
+    call with gradients, and its frozen part is looked up; where no gradients are recorded, all of it is, as is a mark
+    in which nothing is frozen. The rest of the model runs as it is.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ def transform(model: M) -> M:
     Raises
     ------
     MarkError
-        When nothing is marked, or a mark has no frozen parameter; all problems of all marks in one message.
+        When nothing is marked.
     StoreVersionError
         When a mark's cache directory was written by a newer torchcache.
     """
@@ -50,9 +51,6 @@ def transform(model: M) -> M:
             f"nothing in {type(model).__name__} is marked: decorate a class with @torchcache, or call "
             "torchcache.mark(model.backbone, freeze=True), before transform"
         )
-    problems = [problem for path, module, _ in marks if (problem := _problem(path, module)) is not None]
-    if len(problems) == len(marks):
-        raise MarkError("\n".join(problems))
     for path, module, mark in marks:
         directory = mark.options_for(module).directory
         if directory is not None:
@@ -77,15 +75,3 @@ def graphs(model: nn.Module) -> list[fx.GraphModule]:
         One for each time that a mark was traced; ``print(g.graph)`` shows the lookups.
     """
     return [graph for region in regions_in(model) for graph in traced_in(region)]
-
-
-def _problem(path: str, module: nn.Module) -> str | None:
-    """Why a mark can never work, if so."""
-    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    if not trainable or len(trainable) < sum(1 for _ in module.parameters()):
-        return None
-    shown = ", ".join(trainable[:5]) + (f" and {len(trainable) - 5} more" if len(trainable) > 5 else "")
-    return (
-        f"{path} is marked, but nothing in it is frozen: trainable are {shown}. Call requires_grad_(False) on what "
-        "you do not train, or torchcache.mark(module, freeze=True)"
-    )

@@ -129,13 +129,18 @@ def test_outputs_never_alias_the_store_or_another_call(rows, options):
     assert rows > 4 or counts(model)[0] == 2 * rows  # not all of the others fit into 1 MB
 
 
-def test_all_marks_without_a_frozen_part_are_named_at_once():
-    model = nn.Sequential(torchcache.mark(nn.Linear(2, 2)), torchcache.mark(nn.Linear(2, 2)))
-    with pytest.raises(torchcache.MarkError) as error:
-        torchcache.transform(model)
-    assert "0 is marked" in str(error.value)
-    assert "1 is marked" in str(error.value)
-    assert "weight" in str(error.value)
+def test_what_no_grad_alone_freezes_is_cached_and_what_trains_is_named(warnings):
+    teacher, student = torchcache.mark(nn.Linear(3, 2)), torchcache.mark(nn.Linear(3, 2))
+    torchcache.transform(nn.ModuleList([teacher, student]))
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        with torch.no_grad():
+            target = teacher(x)
+        (student(x) - target).pow(2).mean().backward()
+    assert counts(teacher) == (4, 8)
+    assert counts(student) == (0, 0)
+    assert student.weight.grad is not None
+    assert any("it trains weight, bias: freeze what is not to train" in text for text in warnings)
 
 
 def test_a_root_that_is_marked_itself():
