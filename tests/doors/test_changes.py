@@ -17,7 +17,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from marked import frozen, unmarked
+from marked import counts, frozen, unmarked
 from torch import nn
 
 import torchcache
@@ -944,6 +944,17 @@ def test_what_is_put_into_torch_is_a_miss(name, monkeypatch):
     for _ in range(2):
         torch.testing.assert_close(module(x), twin(x))
     monkeypatch.undo()
+
+
+def test_the_memory_format_of_a_weight_of_one_channel_is_seen():
+    module = frozen(lambda self, x: self.parts[0](x), nn.Conv2d(4, 4, 3, groups=4))
+    x, twin = torch.randn(5, 4, 6, 6), unmarked(module)
+    for order in (torch.contiguous_format, torch.channels_last) * 2:
+        for net in (module, twin):
+            net.to(memory_format=order)
+        for _ in range(2):
+            assert module(x).stride() == twin(x).stride()
+    assert counts(module)[1] >= 10
 
 
 def test_the_order_of_a_weight_in_memory_is_seen():

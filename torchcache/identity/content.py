@@ -145,7 +145,7 @@ def _start_rows(tensors: Sequence[torch.Tensor]) -> list[Callable[[], Content]]:
 
 def _described(tensor: torch.Tensor) -> bytes:
     # Code may ask how a weight lies in memory, and kernels round otherwise where it lies otherwise.
-    order = () if tensor.is_contiguous() else memory_order(tensor.shape, tensor.stride())
+    order = memory_order(tensor.shape, tensor.stride())
     told = "" if order == tuple(sorted(order)) else f" {order}"
     return bytes(xxhash.xxh3_128_digest(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.is_meta}{told}".encode()))
 
