@@ -18,6 +18,7 @@ from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.use import loaded
+from torchcache.values.layout import Lie
 from torchcache.values.take import Taken, take_arguments
 
 __all__ = ["Batch", "Given", "Later", "Subject", "lacks", "take"]
@@ -196,6 +197,8 @@ class Batch:
         Digests that devices are at work on.
     rows : list of torch.Tensor
         The arguments that have rows, rows first; known once the form of the call is.
+    lies : tuple of Lie
+        How its arguments lie in memory; known once the form of the call is.
     shared : list of bytes
         Content digests of the arguments that all rows share.
     wrote : list of str
@@ -210,6 +213,7 @@ class Batch:
     mode: NumericMode
     started: Started
     rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    lies: tuple[Lie, ...] = ()
     shared: list[bytes] = dataclasses.field(default_factory=list)
     wrote: list[str] = dataclasses.field(default_factory=list)
     moved: bool = False

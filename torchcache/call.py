@@ -50,7 +50,6 @@ from torchcache.store.found import Found
 from torchcache.store.select import select_rows
 from torchcache.store.tiers import Tiers
 from torchcache.usefulness import Usefulness
-from torchcache.values.layout import pick_rows
 from torchcache.values.merge import assemble
 from torchcache.values.take import Taken, take_outputs
 
@@ -332,7 +331,7 @@ class Region:
             )
         leaves = plan.rows_first(output)
         if leaves[0].shape[0] > 1:  # one row alone does not tell where the batch lies in memory
-            plan.note(batch, output)
+            plan.note(output)
         if leaves[0].shape[0] > len(missing):
             leaves = [select_rows(leaf, places) for leaf in leaves]
         start = time.perf_counter()
@@ -343,7 +342,7 @@ class Region:
 
     def _original(self, batch: Batch, plan: Plan, places: Sequence[int]) -> Taken:
         """What the original returns for rows of the batch."""
-        rows = [pick_rows(leaf, places) for leaf in batch.rows]
+        rows = [select_rows(leaf, places) for leaf in batch.rows]
         with normal_tensors():
             return take_outputs(batch.original(select(batch.taken.tensors, plan.learnt.rows, rows)))
 

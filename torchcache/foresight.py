@@ -17,6 +17,7 @@ from torchcache.options import CacheOptions
 from torchcache.store.found import Found
 from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Tiers
+from torchcache.values.layout import Lie, lie_of
 
 __all__ = ["Foresight"]
 
@@ -43,12 +44,15 @@ class Foresight:
         self._region = weakref.ref(region)
         self._plan = plan
         self._who, self._mode, self._shared = batch.who, batch.mode, batch.shared
+        self._lies = _lies(batch.rows)
         self._kind = (batch.who + batch.taken.key, b"".join(batch.shared))
 
     def bring(self, rows: Sequence[torch.Tensor]) -> Found | None:
         """Bring what the tiers beneath memory have of ``rows`` near; ``None`` before rows from there are believed."""
         region, plan = self._region(), self._plan
         if region is None or (region.tiers.beneath and not (plan.believed or lacks(region.subject))):
+            return None
+        if _lies(rows) != self._lies:
             return None
         call = call_fingerprint(plan.form, region.options, self._mode, rows, self._shared, 0)
         digests = digest_rows(rows, region.options.digest)
@@ -69,3 +73,7 @@ class Foresight:
             return [True] * count
         pairs = zip(found.slots, digest_rows(rows, region.options.digest), strict=True)
         return [slot != ABSENT or digest in found.extra for slot, digest in pairs]
+
+
+def _lies(rows: Sequence[torch.Tensor]) -> list[Lie]:
+    return [lie_of(leaf, 0) for leaf in rows]

@@ -100,7 +100,7 @@ class PaddedBatch:
         """A tensor ``(B, S, ...)`` with ``width`` positions, cut or lengthened where the padding is."""
         lacking = width - tensor.shape[1]
         if lacking <= 0:
-            return tensor[:, -lacking:] if self.left else tensor[:, :width]
+            return (tensor[:, -lacking:] if self.left else tensor[:, :width]).contiguous()
         more = tensor.new_zeros((tensor.shape[0], lacking, *tensor.shape[2:]))
         return torch.cat([more, tensor] if self.left else [tensor, more], 1)
 

@@ -233,7 +233,7 @@ class Padding:
                     batch.fitted(part.masked_fill(spread(batch.pads(rows, part.shape[1]), part), 0), batch.width)
                     for rows, part in zip(groups, parts, strict=True)
                 ]
-            whole = parts[0].contiguous()  # it may have been cut
+            whole = parts[0]
             if len(parts) > 1:
                 whole = whole.new_empty((batch.count, *whole.shape[1:]))
                 for rows, part in zip(groups, parts, strict=True):

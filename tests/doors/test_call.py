@@ -171,6 +171,100 @@ def test_memory_formats_and_strides_are_kept():
     assert counts(module) == (4, 6)
 
 
+def _doubled_where_contiguous(self, x):
+    return self.parts[0](x) * (2.0 if x.is_contiguous() else 1.0)
+
+
+def _with_its_stride(self, x):
+    return self.parts[0](x) + float(x.stride(1) == 1)
+
+
+def _viewed(self, x):
+    return self.parts[0](x.view(-1)).view(x.shape)
+
+
+@pytest.mark.parametrize("forward", [_doubled_where_contiguous, _with_its_stride, _viewed])
+def test_rows_are_not_served_to_arguments_that_lie_otherwise_in_memory(forward):
+    part = nn.Tanh() if forward is _viewed else nn.Linear(4, 4)
+    x = torch.randn(6, 4)
+    lies = [x, x.t().contiguous().t(), torch.stack([x, x], -1)[..., 0], x[:, :1].expand(6, 4), x[:1].expand(6, 4)]
+    for first in range(len(lies)):
+        module = frozen(forward, part)
+        twin = unmarked(module)
+        for batch in [*lies[first:], *lies[:first]] * 2:
+            for rows in (batch, batch[1:4], batch[2:3]):
+                try:
+                    expected = twin(rows)
+                except RuntimeError:
+                    with pytest.raises(RuntimeError):
+                        module(rows)
+                else:
+                    assert_same(module(rows), expected)
+
+
+def test_fixed_strides_read_other_elements_of_arguments_that_lie_otherwise():
+    module = frozen(lambda self, x: self.parts[0](torch.as_strided(x, (len(x), 4), (4, 1))), nn.Linear(4, 4))
+    x, twin = torch.randn(6, 4), unmarked(module)
+    for batch in (x, x, x.t().contiguous().t(), x):
+        assert_same(module(batch), twin(batch))
+    assert counts(module) == (6, 6)
+
+
+def test_shared_arguments_count_with_how_they_lie():
+    module = frozen(lambda self, x, y: self.parts[0](x) * (2.0 if y.is_contiguous() else 1.0), nn.Linear(4, 4))
+    x, y, twin = torch.randn(6, 4), torch.randn(3, 5), unmarked(module)
+    for shared in (y, torch.stack([y, y], -1)[..., 0], y.t().contiguous().t()) * 2:
+        assert_same(module(x, shared), twin(x, shared))
+    assert counts(module) == (18, 18)
+
+
+LIES = {
+    "as usual": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "with gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_rows_are_found_again_in_batches_of_any_size(lie):
+    x = torch.randn(6, 3, 5, 4)
+    batch, twice = LIES[lie](x), LIES[lie](torch.cat([x, x]))
+    module = frozen(lambda self, x: self.parts[0](x), nn.Conv2d(3, 4, 3))
+    twin = unmarked(module)
+    module(batch)
+    for rows in (batch, batch[2:5], twice, batch[:2]):
+        assert_same(module(rows), twin(rows))
+    assert counts(module)[0] == 6
+    assert_same(module(batch[3:4]), twin(batch[3:4]))
+    assert counts(module)[0] == 6 + (lie == "with gaps")
+
+
+def test_one_row_may_have_any_stride():
+    module = frozen(lambda self, x: self.parts[0](x), nn.Linear(4, 4))
+    x, twin = torch.randn(6, 4), unmarked(module)
+    module(x)
+    for row in range(6):
+        for rows in (x[row][None], x[row::6], torch.from_numpy(x[row].numpy()[None]), x[row : row + 1].expand(1, 4)):
+            torch.testing.assert_close(module(rows), twin(rows))
+    assert counts(module) == (6, 24)
+
+
+@pytest.mark.parametrize("size", [(1, 6, 6), (3, 1, 1), (3, 6, 1), (1, 1, 6)])
+@pytest.mark.parametrize("out", [1, 4])
+def test_sizes_of_one_keep_their_memory_format(size, out):
+    channels, height, width = size
+    x = torch.randn(4, *size)
+    last = torch.empty_strided(x.shape, (channels * height * width, 1, width * channels, channels)).copy_(x)
+    named = torch.from_numpy(x[:, 0].numpy()[:, None]) if channels == 1 else x
+    for order in ((x, last, named), (named, last, x)):
+        module = frozen(lambda self, x: self.parts[0](x), nn.Conv2d(channels, out, 3, padding=1))
+        twin = unmarked(module)
+        for batch in order * 2:
+            for rows in (batch, batch[1:3], batch[2:3], batch[0][None]):
+                assert_same(module(rows), twin(rows))
+
+
 def test_views_count_by_their_content():
     module = frozen(lambda self, x: x * 2.0)
     x = torch.randn(6, 8)

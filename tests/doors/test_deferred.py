@@ -324,7 +324,8 @@ def test_rows_along_the_second_dimension_and_other_orders_in_memory(runs):
     series = data(5, 6, WIDTH)
     filled(runs, Recurrent, [series], batch_dim=1)
     module, twin = runs(Recurrent, batch_dim=1), Recurrent().eval().requires_grad_(False)
-    assert_same(module(series[:, :4]), twin(series[:, :4]))
+    some = series[:, :4].contiguous()  # with gaps in memory they are other rows
+    assert_same(module(some), twin(some))
     assert runs.built == 0
 
     class Conv(nn.Module):

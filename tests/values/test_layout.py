@@ -1,11 +1,14 @@
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchcache.errors import Bypass
 from torchcache.store.buffers import Buffers
-from torchcache.values.layout import Layout, dense, inverted, memory_order
+from torchcache.store.select import select_rows
+from torchcache.values.layout import Layout, dense, inverted, laid, lie_of, memory_order
 
 CPU = torch.device("cpu")
 
@@ -34,8 +37,7 @@ def test_rows_come_back_as_the_original_lay(drawn):
     back = layout.apply(rows, CPU, Buffers())
     assert torch.equal(back, leaf)
     assert back.dtype == leaf.dtype
-    real = [dim for dim in range(leaf.ndim) if leaf.shape[dim] != 1]
-    assert [back.stride(dim) for dim in real] == [leaf.stride(dim) for dim in real]
+    assert back.stride() == leaf.stride()
 
 
 @given(leaves(), st.integers(2, 4))
@@ -79,3 +81,39 @@ def test_dense_tensors_lie_in_the_order_asked_for(drawn):
     made = dense(leaf.expand(2, *leaf.shape)[0], order)
     assert torch.equal(made, leaf)
     assert made.permute(*order).is_contiguous()
+
+
+@given(leaves(), st.integers(1, 3))
+def test_how_rows_lie_does_not_depend_on_how_many_there_are(drawn, times):
+    leaf, batch_dim = drawn
+    again = laid(torch.cat([leaf] * times, batch_dim), leaf, batch_dim)
+    assert torch.equal(again, torch.cat([leaf] * times, batch_dim))
+    if leaf.shape[batch_dim] > 1:
+        assert lie_of(again, batch_dim) == lie_of(leaf, batch_dim)
+
+
+@st.composite
+def views(draw):
+    """A view with gaps or expanded dimensions, its rows first."""
+    leaf, _ = draw(leaves())
+    whole = torch.stack([leaf, leaf], draw(st.integers(0, leaf.ndim)))
+    view = whole.select(draw(st.integers(0, whole.ndim - 1)), 0)
+    dim = draw(st.integers(0, view.ndim - 1))
+    return view.narrow(dim, 0, 1).expand_as(view) if draw(st.booleans()) else view
+
+
+@given(views(), st.data())
+def test_rows_of_a_view_lie_as_it_does(view, data):
+    picked = data.draw(st.lists(st.integers(0, len(view) - 1), min_size=1, max_size=len(view), unique=True))
+    rows = select_rows(view, picked)
+    made = laid(rows, view, 0)
+    assert torch.equal(made, rows)
+    if len(picked) > 1:
+        assert lie_of(made, 0) == lie_of(view, 0)
+
+
+def test_elements_that_share_memory_are_no_rows():
+    windows = torch.arange(9.0).unfold(0, 4, 1)
+    with pytest.raises(Bypass, match="share memory"):
+        lie_of(windows, 0)
+    assert lie_of(torch.arange(8.0).unfold(0, 4, 4), 0) == ()

@@ -10,7 +10,7 @@ from torchcache.batch import Batch
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.probe import Learnt, rows_of, select
 from torchcache.context import normal_tensors
-from torchcache.values.layout import pick_rows
+from torchcache.store.select import select_rows
 from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["Original", "modes_agree"]
@@ -55,7 +55,7 @@ def modes_agree(batch: Batch, learnt: Learnt, whole: Taken | None) -> bool:
     tensors = batch.taken.tensors
     given = rows_of(tensors, learnt.rows)
     some = range(min(2, given[0].shape[0]))
-    rows = select(tensors, learnt.rows, [pick_rows(leaf, some) for leaf in given])
+    rows = select(tensors, learnt.rows, [select_rows(leaf, some) for leaf in given])
     with generators_kept(), normal_tensors():
         here = whole if whole is not None else take_outputs(batch.original(rows))
         there = take_outputs(batch.original(rows, gradients=not batch.given.gradients)).tensors

@@ -23,8 +23,9 @@ from torchcache.identity.key import call_fingerprint
 from torchcache.identity.state import content_digest
 from torchcache.identity.written import Written, written_text
 from torchcache.options import CacheOptions
+from torchcache.store.select import select_rows
 from torchcache.store.tiers import Tiers
-from torchcache.values.layout import pick_rows
+from torchcache.values.layout import lie_of
 from torchcache.values.take import Taken, take_arguments, take_outputs
 
 __all__ = ["SETUP_CALLS", "Learning"]
@@ -151,7 +152,7 @@ class Learning:
             return None
         if found.form != self._key(batch, found.learnt.rows):
             return None
-        plan = self._plans[found.form] = found.plan(self._subject.name, self._options, self._plans.get(found.form))
+        plan = self._plans[found.form] = found.plan(self._subject.name, self._options)
         form.roles, form.learnt = found.learnt.rows, found.learnt
         return plan
 
@@ -163,7 +164,7 @@ class Learning:
         learnt = form.learnt
         if learnt is None or form.roles is None or not batch.rows:
             return None
-        rows = [pick_rows(leaf, [0, batch.count - 1]) for leaf in batch.rows]
+        rows = [select_rows(leaf, [0, batch.count - 1]) for leaf in batch.rows]
         with generators_kept(), normal_tensors(), torch.no_grad():
             output = take_outputs(batch.original(select(batch.taken.tensors, form.roles, rows)))
         dims = learnt.output_dims
@@ -218,6 +219,7 @@ class Learning:
         if len(counts) != 1 or -1 in counts:
             return False
         batch.rows = rows_of(batch.taken.tensors, roles)
+        batch.lies = tuple(map(lie_of, batch.taken.tensors, roles))
         batch.shared = [
             self._digest(tensor) for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None
         ]
@@ -234,9 +236,12 @@ class Learning:
         return digest_bytes(described + digest_tensor(shared, chosen), chosen)
 
     def _key(self, batch: Batch, roles: Roles) -> bytes:
-        """Identity and all else that a proof holds for: not the contents of shared arguments, but their shapes."""
+        """Identity and all else that a proof holds for: not the contents of shared arguments, but their shapes.
+
+        How arguments lie in memory is part of it, since code may ask for it and it decides how outputs lie.
+        """
         shared = [tensor.shape for tensor, dim in zip(batch.taken.tensors, roles, strict=True) if dim is None]
-        what = batch.taken.key + repr((roles, shared)).encode()
+        what = batch.taken.key + repr((roles, shared, batch.lies)).encode()
         return batch.who + call_fingerprint(what, self._options, batch.mode, batch.rows, (), 0)
 
     def _check_mode(self) -> None:
@@ -319,7 +324,7 @@ class Learning:
                     whole,
                     original,
                     batch_dim=self._options.batch_dim,
-                    spare=form.spare if form.spare is not None and self._alike(form.spare, batch) else None,
+                    spare=form.spare,
                     coarse=batch.coarse,
                 )
             except (Bypass, RowwiseError, Unproven):
@@ -328,16 +333,6 @@ class Learning:
             else:
                 return learnt, output, original.crossed or not ask
         raise AssertionError("the last probe is in one mode")
-
-    def _alike(self, spare: Sequence[torch.Tensor], batch: Batch) -> bool:
-        """Whether rows of an earlier call are as long and wide as those of this one."""
-        dims = {0, self._options.batch_dim}
-        return all(
-            one.dtype == other.dtype
-            and one.ndim == other.ndim
-            and all(dim in dims or one.shape[dim] == other.shape[dim] for dim in range(one.ndim))
-            for one, other in zip(spare, batch.taken.tensors, strict=True)
-        )
 
     def _run_watched(self, batch: Batch) -> Taken:
         """The original on the caller's own arguments: what it is given must stay as it is, and nothing be drawn."""
@@ -380,7 +375,7 @@ class Learning:
         if not names and (who != batch.who or batch.moved):
             settled = Written(self._subject.module, identity.outside())
             tensors = batch.taken.tensors
-            backwards = [pick_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, learnt.rows)]
+            backwards = [select_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, learnt.rows)]
             with generators_kept():
                 again = take_outputs(batch.original(select(tensors, learnt.rows, backwards)))
                 names = identity.changes() or settled.changes()

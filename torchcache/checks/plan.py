@@ -15,12 +15,10 @@ from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
 from torchcache.store.precision import Precision
-from torchcache.values.layout import Layout, memory_order
+from torchcache.values.layout import Layout, is_alone
 from torchcache.values.take import Taken
 
-__all__ = ["CHANGED", "Lie", "Plan", "layout_digest", "lie_of", "order_of", "precision_of"]
-
-Lie = tuple[tuple[int, ...] | None, ...]
+__all__ = ["CHANGED", "Plan", "layout_digest", "precision_of"]
 
 CHANGED = "what computes it changed during the call"
 # Names of outputs in a message.
@@ -29,7 +27,7 @@ MOST_NAMES = 20
 
 @dataclasses.dataclass
 class Plan:
-    """What was learnt of calls of one identity, form, numeric mode and row shape.
+    """What was learnt of calls of one identity, form, numeric mode and row shape, whose arguments lie alike in memory.
 
     Parameters
     ----------
@@ -62,7 +60,7 @@ class Plan:
     believed: bool = False
     taken_over: bool = False
     kept: set[bytes] = dataclasses.field(default_factory=set)
-    known_layouts: dict[Lie, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
+    known_layouts: tuple[Layout, ...] | None = None
 
     def rows_first(self, output: Taken) -> list[torch.Tensor]:
         """The leaves of ``output`` with their rows first."""
@@ -95,27 +93,16 @@ class Plan:
         return len(output.tensors) == len(dims) and layout_digest(output, dims) == self.layout
 
     def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
-        """How outputs lie in memory for arguments that lie as these do; two rows are computed to see."""
-        found = self.known_layouts.get(lie_of(batch))
-        if found is None:
-            found = self.note(batch, compute([0, batch.count - 1]))
-        return found
+        """How outputs lie in memory; two rows are computed to see, or one where such arguments have no more."""
+        if self.known_layouts is None:
+            places = [0] if any(is_alone(lie) for lie in batch.lies) else [0, batch.count - 1]
+            return self.note(compute(places))
+        return self.known_layouts
 
-    def note(self, batch: Batch, output: Taken) -> tuple[Layout, ...]:
-        """Remember how ``output``, of two rows or more, lies in memory."""
-        dims = self.learnt.output_dims
-        found = self.known_layouts[lie_of(batch)] = tuple(map(Layout.of, output.tensors, dims))
-        return found
-
-
-def lie_of(batch: Batch) -> Lie:
-    """How the arguments with rows lie in memory: the order of their dimensions, where it is not the usual one."""
-    return tuple([order_of(leaf) for leaf in batch.rows])
-
-
-def order_of(leaf: torch.Tensor) -> tuple[int, ...] | None:
-    """The order of a tensor's dimensions in memory; ``None`` where it is the usual one, without gaps."""
-    return None if leaf.is_contiguous() else memory_order(leaf.shape, leaf.stride())
+    def note(self, output: Taken) -> tuple[Layout, ...]:
+        """Remember how ``output`` lies in memory."""
+        self.known_layouts = tuple(map(Layout.of, output.tensors, self.learnt.output_dims))
+        return self.known_layouts
 
 
 def precision_of(where: str, output: Taken, dims: Sequence[int], options: CacheOptions) -> Precision:

@@ -17,7 +17,7 @@ from torchcache.checks.culprit import Run, find_culprit
 from torchcache.digest.rows import digest_rows
 from torchcache.errors import Bypass, RowwiseError
 from torchcache.store.select import concatenate, select_rows
-from torchcache.values.layout import pick_rows
+from torchcache.values.layout import laid, lie_of
 from torchcache.values.take import Taken
 
 __all__ = ["Learnt", "Original", "Roles", "Unproven", "learn", "rows_of", "select"]
@@ -91,7 +91,7 @@ def learn(
     batch_dim : int
         The dimension of rows that the user named.
     spare : sequence of torch.Tensor or None
-        The arguments of an earlier call of the same form with one row, for neighbours.
+        The arguments of an earlier call of the same form with one row, for neighbours where they are as long and wide.
     known : tuple or None
         The roles, where they were learnt before.
     coarse : bool
@@ -113,6 +113,8 @@ def learn(
     Bypass
         When the original cannot run on fewer rows, or an output has no rows.
     """
+    if spare is not None and not _as_large(spare, tensors, {0, batch_dim}):
+        spare = None
     first: Exception | None = None
     guesses = [known] if known is not None else _guesses(tensors, whole, batch_dim)
     for roles in itertools.islice(guesses, MOST_GUESSES):
@@ -175,10 +177,10 @@ def rows_of(tensors: Tensors, roles: Sequence[int | None]) -> list[torch.Tensor]
 
 
 def select(tensors: Tensors, roles: Sequence[int | None], rows: Tensors) -> list[torch.Tensor]:
-    """``tensors`` with ``rows``, rows first, in place of those that have rows."""
+    """``tensors`` with ``rows``, rows first, in place of those that have rows, and as these lie in memory."""
     given = iter(rows)
     return [
-        tensor if dim is None else (next(given) if dim == 0 else next(given).movedim(0, dim))
+        tensor if dim is None else laid(next(given) if dim == 0 else next(given).movedim(0, dim), tensor, dim)
         for tensor, dim in zip(tensors, roles, strict=True)
     ]
 
@@ -203,6 +205,7 @@ class _Trial:
         self._coarse = coarse
         self._given = rows_of(tensors, roles)
         self._count = self._given[0].shape[0]
+        self._lie_alike = True
 
     def learn(self, spare: Tensors | None) -> tuple[Learnt, Taken]:
         """What these roles explain; with rows that were made from others where there are too few, if these run."""
@@ -258,7 +261,10 @@ class _Trial:
         return chosen[0], chosen[1], chosen[2] if len(chosen) > 2 else chosen[1]
 
     def _batch(self, places: Sequence[int]) -> list[torch.Tensor]:
-        return select(self._tensors, self._roles, [pick_rows(leaf, places) for leaf in self._pool])
+        batch = select(self._tensors, self._roles, [select_rows(leaf, places) for leaf in self._pool])
+        lies = [list(map(lie_of, tensors, self._roles)) for tensors in (batch, self._tensors)]
+        self._lie_alike = self._lie_alike and lies[0] == lies[1]
+        return batch
 
     def _run(self, places: Sequence[int]) -> Taken:
         try:
@@ -326,6 +332,11 @@ class _Trial:
         self, places: tuple[int, ...], place: int, others: tuple[int, ...], other: int, *, exact: bool
     ) -> _InconsistentError:
         """Why these roles fail: rows mix, or come out different each time."""
+        if not self._lie_alike:
+            why = (
+                "what it computes differs where more rows than these, which cannot lie in memory as they do, are added"
+            )
+            return _InconsistentError(Bypass(why, "pass contiguous() arguments", lasting=False))
 
         def compute(rows: list[torch.Tensor]) -> Taken:
             return self._original(select(self._tensors, self._roles, rows))
@@ -359,6 +370,16 @@ def _nearly(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
     wide = torch.complex128 if a.is_complex() else torch.float64
     gaps = (a.to(wide) - b.to(wide)).abs()
     return bool(((gaps <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _as_large(some: Tensors, others: Tensors, dims: set[int]) -> bool:
+    """Whether tensors have the dtypes and sizes of others, but along some dimensions."""
+    return all(
+        one.dtype == other.dtype
+        and one.ndim == other.ndim
+        and all(dim in dims or one.shape[dim] == other.shape[dim] for dim in range(one.ndim))
+        for one, other in zip(some, others, strict=True)
+    )
 
 
 def _altered(leaf: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from torchcache.batch import Batch
 from torchcache.checks.compare import Rounding
-from torchcache.checks.plan import Lie, Plan, layout_digest, lie_of, order_of, precision_of
+from torchcache.checks.plan import Plan, layout_digest, precision_of
 from torchcache.checks.probe import Learnt
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
@@ -26,7 +26,7 @@ from torchcache.identity.key import call_fingerprint
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.tiers import Tiers
-from torchcache.values.layout import Layout
+from torchcache.values.layout import Layout, lie_of
 from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["Stored", "keep", "stored"]
@@ -54,16 +54,16 @@ class Stored:
         Roles, dimensions and rounding.
     output : Taken
         An output of two rows, without data.
-    layouts : dict
+    layouts : tuple of Layout
         How outputs lie in memory.
     """
 
     form: bytes
     learnt: Learnt
     output: Taken
-    layouts: dict[Lie, tuple[Layout, ...]]
+    layouts: tuple[Layout, ...]
 
-    def plan(self, where: str, options: CacheOptions, known: Plan | None) -> Plan:
+    def plan(self, where: str, options: CacheOptions) -> Plan:
         """The plan, of which nothing was seen in this process.
 
         Parameters
@@ -72,17 +72,12 @@ class Stored:
             The region, for messages.
         options : CacheOptions
             Its options.
-        known : Plan or None
-            That of arguments which lie otherwise in memory.
         """
-        if known is not None:
-            known.known_layouts.update(self.layouts)
-            return known
         dims = self.learnt.output_dims
         precision = precision_of(where, self.output, dims, options)
         layout = layout_digest(self.output, dims)
         plan = Plan(self.form, self.learnt, self.output, layout, precision, proven=False, taken_over=True)
-        plan.known_layouts.update(self.layouts)
+        plan.known_layouts = self.layouts
         return plan
 
 
@@ -97,7 +92,7 @@ def keep(where: str, batch: Batch, plan: Plan, tiers: Tiers, computed: bool) -> 
 
 def _keep(where: str, batch: Batch, plan: Plan, tiers: Tiers) -> None:
     """Keep it, once; where that cannot be kept, this is said."""
-    if not tiers.beneath or lie_of(batch) not in plan.known_layouts:
+    if not tiers.beneath or plan.known_layouts is None:
         return
     key = _key(batch, tiers.options)
     if key in plan.kept:
@@ -119,7 +114,7 @@ def _keep(where: str, batch: Batch, plan: Plan, tiers: Tiers) -> None:
 
 def suffices(plan: Plan, batch: Batch, options: CacheOptions) -> bool:
     """Whether ``plan`` is enough for a batch of which nothing can be computed, and its rows are no larger than that."""
-    return lie_of(batch) in plan.known_layouts and batch.count * plan.row_bytes <= _largest(options)
+    return plan.known_layouts is not None and batch.count * plan.row_bytes <= _largest(options)
 
 
 def _largest(options: CacheOptions) -> int:
@@ -149,7 +144,7 @@ def _key(batch: Batch, options: CacheOptions) -> bytes:
             tensor.dtype,
             [-1 if dim in dims and size == rows else size for dim, size in enumerate(tensor.shape)],
             # Lazy tensors are asked for nothing but what they know.
-            order_of(tensor.movedim(options.batch_dim, 0) if 0 < options.batch_dim < tensor.ndim else tensor),
+            lie_of(tensor, options.batch_dim if tensor.ndim > options.batch_dim else None),
         )
         for tensor in batch.taken.tensors
     ]
@@ -170,10 +165,7 @@ def _encoded(plan: Plan) -> dict[str, Any]:
         "structure": _tree(plan.output.rebuild([_Place(place) for place in range(len(leaves))])),  # type: ignore[misc]
         "key": plan.output.key.hex(),
         "allowed": [share.hex() for share in learnt.rounding.allowed],
-        "layouts": [
-            [lie, [[layout.order, str(layout.device)] for layout in layouts]]
-            for lie, layouts in plan.known_layouts.items()
-        ],
+        "layouts": [[layout.order, str(layout.device)] for layout in plan.known_layouts or ()],
     }
 
 
@@ -193,19 +185,15 @@ def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
     if count * sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs) > largest:
         raise ValueError("too large")
     near = batch.taken.tensors[0].device
-    layouts: dict[Lie, tuple[Layout, ...]] = {}
-    for lie, found in note["layouts"]:
-        places = zip(found, specs, dims, strict=True)
-        layouts[tuple([None if order is None else _order(order) for order in lie])] = tuple(
-            [
-                Layout(dtype, shape, _order(order, len(shape) + 1), _device(text, near), dim)
-                for (order, text), (dtype, shape), dim in places
-            ]
-        )
-    devices = [layout.device for layout in next(iter(layouts.values()))]
+    layouts = tuple(
+        [
+            Layout(dtype, shape, _order(order, len(shape) + 1), _device(text, near), dim)
+            for (order, text), (dtype, shape), dim in zip(note["layouts"], specs, dims, strict=True)
+        ]
+    )
     leaves = [
-        torch.empty(1, dtype=dtype, device=device).expand(*shape[:dim], 2, *shape[dim:])
-        for (dtype, shape), dim, device in zip(specs, dims, devices, strict=True)
+        torch.empty(1, dtype=dtype, device=layout.device).expand(*shape[:dim], 2, *shape[dim:])
+        for (dtype, shape), dim, layout in zip(specs, dims, layouts, strict=True)
     ]
     output = take_outputs(_value(note["structure"], leaves, DEEPEST))
     if output.key.hex() != note["key"] or len(output.tensors) != len(leaves):
@@ -261,9 +249,9 @@ def _dim(value: Any) -> int:
     return value
 
 
-def _order(order: Any, length: int | None = None) -> tuple[int, ...]:
+def _order(order: Any, length: int) -> tuple[int, ...]:
     found = tuple(map(_dim, order))
-    if sorted(found) != [*range(len(found) if length is None else length)]:
+    if sorted(found) != [*range(length)]:
         raise ValueError("no order of dimensions")
     return found
 

@@ -1,16 +1,24 @@
-"""How a leaf of the output lies in memory, and how it is made to lie so again."""
+"""How tensors lie in memory, and how others are made to lie so."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
 
+from torchcache.errors import Bypass
 from torchcache.store.buffers import Buffers
-from torchcache.store.select import select_rows
+from torchcache.store.select import element_bytes
 
-__all__ = ["Layout", "dense", "inverted", "memory_order", "pick_rows"]
+__all__ = ["Layout", "Lie", "dense", "inverted", "is_alone", "laid", "lie_of", "memory_order"]
+
+# How a tensor with rows lies in memory: nothing where its dimensions lie in their order without gaps, their order where
+# they lie without gaps, else their order and strides; for one row alone these, and a mark.
+Lie = tuple[tuple[int, ...], ...]
+_ALONE = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +65,10 @@ class Layout:
         here = leaf.dtype == self.dtype and leaf.device == place
         if here and self.batch_dim == 0 and self.order == tuple(range(leaf.ndim)):
             return leaf
-        turned = leaf.movedim(0, self.batch_dim).permute(*self.order)
-        if here and self.batch_dim != 0 and turned.is_contiguous():
-            return turned.permute(*inverted(self.order))
+        placed = leaf.movedim(0, self.batch_dim)
+        turned = placed.permute(*self.order)
+        if here and turned.is_contiguous():
+            return dense(placed, self.order)
         return _empty(turned.shape, self.dtype, place, buffers).copy_(turned).permute(*inverted(self.order))
 
 
@@ -67,17 +76,84 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, buffe
     return buffers.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 
-def pick_rows(leaf: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """``rows`` of ``leaf`` in a fresh tensor that lies in memory as ``leaf`` does."""
-    picked = select_rows(leaf, rows)
-    return picked if leaf.is_contiguous() else dense(picked, memory_order(leaf.shape, leaf.stride()))
+def lie_of(tensor: torch.Tensor, batch_dim: int | None = None) -> Lie:
+    """How a tensor lies in memory, which code may ask for, and which decides how what operators make of it lies.
+
+    With the sizes it tells every stride, of dimensions of one element too: where one has several channels or one,
+    convolutions take the order of the dimensions from these strides.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Of any shape and strides.
+    batch_dim : int, optional
+        The dimension of its rows. What comes back does not depend on how many there are, unless there are gaps.
+
+    Raises
+    ------
+    Bypass
+        Where some of its elements share memory, but are no expanded dimension.
+    """
+    return _lie(tensor.shape, tensor.stride(), batch_dim)
+
+
+def is_alone(lie: Lie) -> bool:
+    """Whether only a tensor of one row lies so."""
+    return lie[2:] == (_ALONE,)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lie(shape: tuple[int, ...], stride: tuple[int, ...], batch_dim: int | None) -> Lie:
+    # A stride of one element counts where it is within others.
+    elements = math.prod(max(1, size) for size in shape)
+    stride = tuple([min(step, elements) if size == 1 else step for size, step in zip(shape, stride, strict=True)])
+    usual = tuple(range(len(shape)))
+    alone = batch_dim is not None and shape[batch_dim] == 1
+    # That of one row does not where the row lies as usual.
+    counted = [dim for dim in usual if not (alone and dim == batch_dim)]
+    sizes, steps = [shape[dim] for dim in counted], tuple([stride[dim] for dim in counted])
+    if steps == _strides(sizes, range(len(sizes))):
+        return ()
+    order = memory_order(shape, stride)
+    if stride == _strides(shape, order):
+        return (order,)
+    if not _apart(shape, stride):
+        raise Bypass("elements of an argument share memory", "pass its contiguous()", lasting=False)
+    return (order, stride, _ALONE) if alone else (order, stride)
+
+
+def laid(rows: torch.Tensor, like: torch.Tensor, batch_dim: int) -> torch.Tensor:
+    """``rows`` as ``like`` lies in memory, whose rows lie along ``batch_dim`` as well.
+
+    Where so many rows, or rows that differ, cannot lie so, their dimensions are in its order, without gaps.
+    """
+    order, *strides = lie_of(like, batch_dim) or (tuple(range(like.ndim)),)
+    if not strides or not _apart(rows.shape, strides[0]):
+        return dense(rows, order)
+    step, count = strides[0][batch_dim], rows.shape[batch_dim]
+    if not step and count > 1 and not _alike(rows.movedim(batch_dim, 0)):
+        return dense(rows, order)
+    made = torch.empty_strided(rows.shape, strides[0], dtype=rows.dtype, device=rows.device)
+    target = made
+    for dim in [dim for dim, step in enumerate(strides[0]) if not step and rows.shape[dim] > 1]:
+        target, rows = target.narrow(dim, 0, 1), rows.narrow(dim, 0, 1)
+    target.copy_(rows)
+    return made
+
+
+def _alike(rows: torch.Tensor) -> bool:
+    """Whether all rows have the same bytes."""
+    found = element_bytes(rows.contiguous()).view(rows.shape[0], -1)
+    return bool((found == found[:1]).all())
 
 
 def dense(leaf: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """``leaf`` without gaps, its dimensions in this memory order; itself where it is so already."""
-    if order == tuple(range(len(order))):
-        return leaf.contiguous()
-    return leaf.permute(*order).contiguous().permute(*inverted(order))
+    strides = _strides(leaf.shape, order)
+    if leaf.stride() == strides:
+        return leaf
+    turned = leaf.permute(*order).contiguous()
+    return turned.as_strided(leaf.shape, strides)
 
 
 def inverted(order: Sequence[int]) -> list[int]:
@@ -86,13 +162,26 @@ def inverted(order: Sequence[int]) -> list[int]:
 
 
 def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """Dimensions by falling stride; those of size one and broadcast ones keep their place where they can."""
-    dims = list(range(len(shape)))
-    if any(step == 0 and size > 1 for size, step in zip(shape, stride, strict=True)):
-        return tuple(dims)
-    real = [dim for dim in dims if shape[dim] != 1]
-    ordered = sorted(real, key=lambda dim: -stride[dim])
-    if ordered == real:
-        return tuple(dims)
-    places = iter(ordered)
-    return tuple(next(places) if shape[dim] != 1 else dim for dim in dims)
+    """Dimensions by falling stride, of equal ones those of one element last; as they are where one is broadcast."""
+    dims = range(len(shape))
+    return tuple(dims if 0 in stride else sorted(dims, key=lambda dim: (-stride[dim], shape[dim] == 1)))
+
+
+def _strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps whose dimensions lie in this order."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(strides)
+
+
+def _apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether each dimension steps over all that lies within it, but for expanded ones."""
+    reach = 0
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if step and size > 1:
+            if step <= reach:
+                return False
+            reach += step * (size - 1)
+    return True
