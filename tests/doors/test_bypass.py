@@ -296,6 +296,56 @@ def test_a_write_to_an_argument_happens_in_every_call(warnings):
     assert len(warnings) == 1
 
 
+def _clamped(self, x, features):
+    x.data.clamp_(min=0)
+    return self.parts[0](x)
+
+
+def _through_numpy(self, x, features):
+    x.numpy()[:] *= 2
+    return self.parts[0](x)
+
+
+def _filled(self, x, features):
+    features.data.copy_(self.parts[0](x))
+    return self.parts[0](features)
+
+
+def _replaced(self, x, features):
+    x.data = x.data + 1
+    return self.parts[0](x)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("forward", [_clamped, _through_numpy, _filled, _replaced])
+def test_a_write_to_an_argument_that_moves_no_version_happens_in_every_call(forward, stored, tmp_path):
+    def either(self, x, features=None):
+        return self.parts[0](x) if features is None else forward(self, x, features)
+
+    module = frozen(either, nn.Linear(4, 4), persistent=True, persistent_cache_dir=str(tmp_path))
+    twin = unmarked(module)
+    if stored:  # then a first call is not run as a whole
+        module(torch.randn(6, 4))
+        torchcache.flush()
+    for _ in range(4):
+        x, features = torch.randn(6, 4), torch.zeros(6, 4)
+        mine, plain = [x.clone(), features.clone()], [x.clone(), features.clone()]
+        assert_same(module(*mine), twin(*plain))
+        assert_same(mine, plain)
+    assert counts(module) == (6 * stored, 0)
+    assert "it writes to its arguments" in reasons(module)
+
+
+def test_an_argument_that_is_made_to_need_a_gradient_needs_one_after_every_call():
+    module = frozen(lambda self, x: self.parts[0](x.requires_grad_()), nn.Linear(4, 4))
+    for _ in range(4):
+        x = torch.randn(6, 4)
+        with torch.no_grad():
+            module(x)
+        assert x.requires_grad
+    assert "it writes to its arguments" in reasons(module)
+
+
 def test_an_original_that_needs_its_whole_batch(warnings):
     def forward(self, x):
         return x.view(4, 6) * 2

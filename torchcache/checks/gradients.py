@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from torchcache.batch import Batch
+from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.probe import Learnt, rows_of, select
 from torchcache.context import normal_tensors
+from torchcache.lazy.use import loaded
 from torchcache.store.select import select_rows
 from torchcache.values.take import Taken, take_outputs
 
@@ -47,7 +49,11 @@ class Original:
         self._left -= 1
         other = self._left == 0
         self.crossed |= other
-        return take_outputs(self._batch.original(tensors, gradients=self._batch.given.gradients != other))
+        given = list(map(loaded, tensors))
+        arguments = Arguments(given)
+        outputs = self._batch.original(given, gradients=self._batch.given.gradients != other)
+        arguments.check()
+        return take_outputs(outputs)
 
 
 def modes_agree(batch: Batch, learnt: Learnt, whole: Taken | None) -> bool:

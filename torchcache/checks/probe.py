@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from torchcache.checks.arguments import ArgumentWritten
 from torchcache.checks.compare import Rounding, identical, magnitudes
 from torchcache.checks.culprit import Run, find_culprit
 from torchcache.digest.rows import digest_rows
@@ -269,6 +270,8 @@ class _Trial:
     def _run(self, places: Sequence[int]) -> Taken:
         try:
             return self._original(self._batch(places))
+        except ArgumentWritten:
+            raise
         except Bypass as bypass:
             if not self._real:
                 raise Unproven from bypass
