@@ -86,6 +86,16 @@ def test_the_memory_limit_holds_over_shapes_weights_and_epochs(tmp_path):
     assert region.memory_bytes > limit // 2
 
 
+def test_what_is_learnt_of_outputs_of_every_length_holds_none_of_them():
+    model = torchcache.mark(torch.nn.Embedding(10, 1024), freeze=True, max_memory_cache_size=100_000)
+    for length in range(100, 130):
+        model(torch.randint(10, (4, length)))
+    gc.collect()
+    held = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape[2:] == (1024,))
+    storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in held}
+    assert sum(storages.values()) < 1_000_000
+
+
 def open_files(directory):
     links = [path for path in Path("/proc/self/fd").iterdir() if path.exists() or path.is_symlink()]
     return [name for name in (os.readlink(link) for link in links if link.is_symlink()) if name.startswith(directory)]

@@ -11,7 +11,7 @@ from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import Generators, generators_kept
 from torchcache.checks.gradients import Original, modes_agree
-from torchcache.checks.plan import CHANGED, Plan, layout_digest, precision_of
+from torchcache.checks.plan import CHANGED, Plan
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.checks.said import check_said
 from torchcache.checks.stored import stored, suffices
@@ -177,9 +177,8 @@ class Learning:
     def _keep(self, batch: Batch, learnt: Learnt, output: Taken, *, proven: bool) -> Plan:
         if len(self._plans) >= MOST:
             self._plans.clear()
-        key, dims = self._key(batch, learnt.rows), learnt.output_dims
-        precision = precision_of(self._subject.name, output, dims, self._options)
-        plan = self._plans[key] = Plan(key, learnt, output, layout_digest(output, dims), precision, proven)
+        key = self._key(batch, learnt.rows)
+        plan = self._plans[key] = Plan.of(key, learnt, output, self._subject.name, self._options, proven=proven)
         return plan
 
     def refuse(self, batch: Batch, why: str) -> None:

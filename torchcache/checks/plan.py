@@ -18,7 +18,7 @@ from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, is_alone
 from torchcache.values.take import Taken
 
-__all__ = ["CHANGED", "Plan", "layout_digest", "precision_of"]
+__all__ = ["CHANGED", "Plan", "precision_of"]
 
 CHANGED = "what computes it changed during the call"
 # Names of outputs in a message.
@@ -36,7 +36,7 @@ class Plan:
     learnt : Learnt
         Roles, dimensions and rounding.
     output : Taken
-        An output, for its structure and constants.
+        An output without data, for its structure and constants.
     layout : bytes
         Digest of structure, constants, row shapes and dtypes of the output.
     precision : Precision
@@ -61,6 +61,17 @@ class Plan:
     taken_over: bool = False
     kept: set[bytes] = dataclasses.field(default_factory=set)
     known_layouts: tuple[Layout, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, form: bytes, learnt: Learnt, output: Taken, where: str, options: CacheOptions, *, proven: bool
+    ) -> Plan:
+        """The plan for calls that return what ``output`` looks like; ``where`` names the region in messages."""
+        # There may be one for every length of rows: each leaf takes the memory of one element.
+        leaves = [torch.empty(1, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) for leaf in output.tensors]
+        outline, dims = dataclasses.replace(output, tensors=leaves), learnt.output_dims
+        precision = precision_of(where, output, dims, options)
+        return cls(form, learnt, outline, _layout_digest(output, dims), precision, proven)
 
     def rows_first(self, output: Taken) -> list[torch.Tensor]:
         """The leaves of ``output`` with their rows first."""
@@ -90,7 +101,7 @@ class Plan:
     def fits(self, output: Taken) -> bool:
         """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan."""
         dims = self.learnt.output_dims
-        return len(output.tensors) == len(dims) and layout_digest(output, dims) == self.layout
+        return len(output.tensors) == len(dims) and _layout_digest(output, dims) == self.layout
 
     def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
         """How outputs lie in memory; two rows are computed to see, or one where such arguments have no more."""
@@ -118,7 +129,7 @@ def precision_of(where: str, output: Taken, dims: Sequence[int], options: CacheO
     return Precision(names, RowSpec.of(rows_of(output.tensors, dims)), options)
 
 
-def layout_digest(output: Taken, dims: Sequence[int]) -> bytes:
+def _layout_digest(output: Taken, dims: Sequence[int]) -> bytes:
     """Digest of structure, constants, row shapes and dtypes of an output."""
     shapes = [
         (str(leaf.dtype), dim, (*leaf.shape[:dim], *leaf.shape[dim + 1 :]))

@@ -18,7 +18,7 @@ import torch
 
 from torchcache.batch import Batch
 from torchcache.checks.compare import Rounding
-from torchcache.checks.plan import Plan, layout_digest, precision_of
+from torchcache.checks.plan import Plan
 from torchcache.checks.probe import Learnt
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
@@ -73,10 +73,8 @@ class Stored:
         options : CacheOptions
             Its options.
         """
-        dims = self.learnt.output_dims
-        precision = precision_of(where, self.output, dims, options)
-        layout = layout_digest(self.output, dims)
-        plan = Plan(self.form, self.learnt, self.output, layout, precision, proven=False, taken_over=True)
+        plan = Plan.of(self.form, self.learnt, self.output, where, options, proven=False)
+        plan.taken_over = True
         plan.known_layouts = self.layouts
         return plan
 
