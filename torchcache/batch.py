@@ -14,6 +14,7 @@ from torchcache.context import computing
 from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import Started
 from torchcache.errors import Bypass
+from torchcache.identity.containers import Difference
 from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
@@ -201,8 +202,8 @@ class Batch:
         How its arguments lie in memory; known once the form of the call is.
     shared : list of bytes
         Content digests of the arguments that all rows share.
-    wrote : list of str
-        What the original wrote in its module when it ran on the whole batch.
+    wrote : list of Difference
+        What the original wrote beside its output when it ran on the whole batch.
     moved : bool
         Whether tensors of its state were written to or replaced meanwhile, by anybody.
     """
@@ -215,7 +216,7 @@ class Batch:
     rows: list[torch.Tensor] = dataclasses.field(default_factory=list)
     lies: tuple[Lie, ...] = ()
     shared: list[bytes] = dataclasses.field(default_factory=list)
-    wrote: list[str] = dataclasses.field(default_factory=list)
+    wrote: list[Difference] = dataclasses.field(default_factory=list)
     moved: bool = False
 
     def __post_init__(self) -> None:

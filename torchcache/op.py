@@ -135,10 +135,8 @@ class _Traced:
                 holder.stands(state)
                 try:
                     outputs = torch.func.functional_call(holder, state, args, kwargs, tie_weights=False)
-                except RuntimeError:  # of fake tensors, which whoever traces understands
-                    raise
                 except Exception as error:
-                    raise dynamo.leave_graph(f"{error!r} on tensors without data") from error
+                    raise self._apart(module, f"{error!r} on tensors without data") from error
             with dynamo.no_mode():
                 names = holder.written or identity.changes()
             if not names:

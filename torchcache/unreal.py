@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torchcache import dynamo
 from torchcache.dynamo import FakeTensor, TorchDispatchMode, storage_of
+from torchcache.identity.containers import names_of
 from torchcache.identity.outside import Outside
 from torchcache.identity.written import Written
 from torchcache.mark import Mark
@@ -76,14 +77,12 @@ class Unreal(nn.Module):
         before, kept = Written(self.module, self._outside), False
         try:
             outputs = run()
-            names = before.changes()
-            values = before.values(names)
+            found = before.differences()
             # ``self.mean = self.mean.to(x)`` may put in the fake tensor of what is there.
-            replaced = zip(names, values, strict=True)
-            self.written = [name for name, (was, now) in replaced if not dynamo.stands_for(now, was)]
-            kept = not names
-            if self.written and not any(_may_differ(now) for _, now in values):
-                after = Written(self.module)
+            self.written = names_of(one for one in found if not dynamo.stands_for(one.now, one.was))
+            kept = not found
+            if self.written and not any(_may_differ(one.now) for one in found):
+                after = before.again()
                 outputs = run()
                 kept = not after.changes()
                 self.written = [] if kept else self.written

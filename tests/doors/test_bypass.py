@@ -1,5 +1,6 @@
 """What cannot be cached is computed: the right answer, a reason, one warning; and nothing of ours ends a run."""
 
+import collections
 import copy
 import gc
 import logging
@@ -205,6 +206,136 @@ def test_a_marked_function_that_writes_a_global_is_computed():
     for x in [torch.randn(4, 3), torch.randn(4, 3)] * 3:
         torch.testing.assert_close(doubled(x), x * 2 + 1)
         torch.testing.assert_close(KEPT, x * 2)
+
+
+class Meter:
+    def __init__(self):
+        self.count, self.total, self.values, self.groups = 0, torch.zeros(()), [], {"all": [{"calls": 0}]}
+
+
+class Slotted:
+    __slots__ = ("count", "values")
+
+    def __init__(self):
+        self.count, self.values = 0, collections.deque(maxlen=9)
+
+
+class Named(dict):
+    calls = 0
+
+    def __setitem__(self, key, value):
+        raise AssertionError("what puts items back runs no code of the user's")
+
+
+def in_a_closure():
+    count = 0
+
+    def note(x):
+        nonlocal count
+        count += 1
+
+    return note, lambda: count
+
+
+def in_an_object(write, read):
+    meter = Meter()
+    return lambda x: write(meter, x), lambda: read(meter)
+
+
+def count_up(meter, x):
+    meter.count += 1
+    meter.values.append(len(x))
+
+
+def count_in_a_dict(meter, x):
+    meter.groups["all"][0]["calls"] += 1
+
+
+def add_up(meter, x):
+    meter.total += x.detach().sum()
+
+
+def look_at_data(meter, x):
+    meter.values.append(float(x.sum()))
+
+
+def in_slots():
+    slotted = Slotted()
+
+    def note(x):
+        slotted.count += 1
+        slotted.values.append(len(x))
+
+    return note, lambda: (slotted.count, [*slotted.values])
+
+
+def in_a_class():
+    named = Named()
+
+    def note(x):
+        named.calls += 1
+        named.setdefault(named.calls, []).append(len(x))
+
+    return note, lambda: (named.calls, [*named.items()])
+
+
+def in_a_container(kind, write):
+    container = kind()
+    return lambda x: write(container, x), lambda: kind(container)
+
+
+def count_by_name(container, x):
+    container["calls"] += 1
+
+
+NOTES = {
+    "object": lambda: in_an_object(count_up, lambda meter: (meter.count, meter.values)),
+    "containers of an object": lambda: in_an_object(count_in_a_dict, lambda meter: meter.groups),
+    "tensor of an object": lambda: in_an_object(add_up, lambda meter: meter.total.item()),
+    "numbers out of tensors": lambda: in_an_object(look_at_data, lambda meter: meter.values),
+    "slots": in_slots,
+    "class that extends dict": in_a_class,
+    "closure": in_a_closure,
+    "Counter": lambda: in_a_container(collections.Counter, count_by_name),
+    "OrderedDict": lambda: in_a_container(
+        collections.OrderedDict, lambda container, x: container.setdefault(len(x), []).append(0)
+    ),
+    "lists in a defaultdict": lambda: in_a_container(
+        lambda *given: collections.defaultdict(list, *given), lambda container, x: container["rows"].append(len(x))
+    ),
+    "set": lambda: in_a_container(set, lambda container, x: container.add(len(container))),
+    "list in a tuple": lambda: in_a_container(lambda given=([],): given, lambda container, x: container[0].append(1)),
+}
+
+
+class Notes(nn.Module):
+    """Writes down that it was called, and computes the same."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.linear, self.note = nn.Linear(4, 4), note
+
+    def forward(self, x):
+        self.note(x)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("kind", NOTES)
+@pytest.mark.parametrize("door", ["call", "transform", "eager", "torchcache"])
+def test_what_a_forward_notes_is_noted_once_a_call(door, kind, warnings):
+    (note, noted), (twins, wanted) = NOTES[kind](), NOTES[kind]()
+    module, twin = torchcache.mark(Notes(note), freeze=True, audit=0), Notes(twins)
+    run = model = nn.Sequential(module)
+    if door != "call":
+        options = {"options": {"inner": "eager"}} if door == "torchcache" else {}
+        run = torchcache.transform(model) if door == "transform" else torch.compile(model, backend=door, **options)
+    twin.load_state_dict(unmarked(module).state_dict())
+    for rows in (6, 6, 4, 6, 6):
+        x = torch.arange(4.0 * rows).view(rows, 4)
+        torch.testing.assert_close(run(x), twin(x))
+        assert noted() == wanted()
+    assert counts(module) == (0, 0)
+    assert door != "call" or any("pure=True" in text for text in warnings)
 
 
 class Noted(nn.Module):

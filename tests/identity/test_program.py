@@ -349,7 +349,7 @@ def test_configurations_of_libraries_count_by_their_values():
         assert program.problem is None
         assert program.unchanged()
         assert read(module).digest == program.digest
-        assert not program.outside().changes()
+        assert not program.outside().differences()
         change(config)
         assert not program.unchanged()
         assert read(module).digest != program.digest

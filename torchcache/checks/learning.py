@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import Generators, generators_kept
+from torchcache.checks.form import Form
 from torchcache.checks.gradients import Original, modes_agree
 from torchcache.checks.plan import CHANGED, Plan
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
@@ -19,6 +20,7 @@ from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
+from torchcache.identity.containers import Difference
 from torchcache.identity.key import call_fingerprint
 from torchcache.identity.state import content_digest
 from torchcache.identity.written import Written, written_text
@@ -37,36 +39,6 @@ EMPTY = "the batch is empty"
 MOST = 256
 
 
-@dataclasses.dataclass
-class _Form:
-    """What was learnt of calls whose arguments have one structure.
-
-    Parameters
-    ----------
-    roles : tuple of (int or None) or None
-        For each tensor argument the dimension of its rows.
-    learnt : Learnt or None
-        What the last probe learnt.
-    refused : tuple of (bytes, Bypass or str) or None
-        Why such calls are computed, or the text of a ``RowwiseError``, and the identity that this was learnt of.
-    spare : list of torch.Tensor or None
-        The arguments of a call with one row, to probe others with.
-    unsettled : int
-        Calls in a row that changed what computes them.
-    """
-
-    roles: Roles | None = None
-    learnt: Learnt | None = None
-    refused: tuple[bytes, Bypass | str] | None = None
-    spare: list[torch.Tensor] | None = None
-    unsettled: int = 0
-
-    def refuse(self, batch: Batch, bypass: Bypass) -> None:
-        """Refuse such calls as long as the same computes them, where the reason lasts."""
-        if bypass.lasting:
-            self.refused = (batch.who, bypass)
-
-
 class Learning:
     """What is known of one region's calls.
 
@@ -81,7 +53,7 @@ class Learning:
     def __init__(self, subject: Subject, options: CacheOptions) -> None:
         self._subject = subject
         self._options = options
-        self._forms: dict[bytes, _Form] = {}
+        self._forms: dict[bytes, Form] = {}
         self._plans: dict[bytes, Plan] = {}
         self._stacked: set[bytes] = set()
         # Identities that compute other values where gradients are recorded.
@@ -145,7 +117,7 @@ class Learning:
         proven.taken_over = plan.taken_over
         return proven
 
-    def _taken_over(self, batch: Batch, form: _Form, tiers: Tiers) -> Plan | None:
+    def _taken_over(self, batch: Batch, form: Form, tiers: Tiers) -> Plan | None:
         """What another process learnt of such calls."""
         found = stored(batch, tiers)
         if found is None or not self._assign(batch, found.learnt.rows):
@@ -156,7 +128,7 @@ class Learning:
         form.roles, form.learnt = found.learnt.rows, found.learnt
         return plan
 
-    def _recall(self, batch: Batch, form: _Form) -> Plan | None:
+    def _recall(self, batch: Batch, form: Form) -> Plan | None:
         """A plan for rows of another shape than before, which a directory may hold: two rows show the layout.
 
         Rows are stored after a probe only, by whichever process, so finding them needs none.
@@ -193,14 +165,14 @@ class Learning:
         self.modal.discard(who)
         self._plans = {key: plan for key, plan in self._plans.items() if not key.startswith(who)}
 
-    def _form(self, batch: Batch) -> _Form:
+    def _form(self, batch: Batch) -> Form:
         tensors = batch.taken.tensors
         key = batch.taken.key + bytes([tensor.ndim for tensor in tensors])  # one sample alone is another form
         form = self._forms.get(key)
         if form is None:
             if len(self._forms) >= MOST:
                 self._forms.clear()
-            form = self._forms[key] = _Form()
+            form = self._forms[key] = Form()
         if form.refused is not None:
             if form.refused[0] == batch.who:
                 why = form.refused[1]
@@ -257,7 +229,7 @@ class Learning:
     def _stack(self, batch: Batch) -> Taken:
         return take(batch.given, stack_lists=True)
 
-    def _learn_either(self, batch: Batch, form: _Form, whole: Taken | None) -> Plan:
+    def _learn_either(self, batch: Batch, form: Form, whole: Taken | None) -> Plan:
         """Learn with the arguments as they are; where that fails, with lists of tensors taken for batches."""
         try:
             return self._learn(batch, form, whole)
@@ -277,31 +249,28 @@ class Learning:
         self._stacked.add(stacked.key)
         return plan
 
-    def _learn(self, batch: Batch, form: _Form, whole: Taken | None) -> Plan:
-        written, steady = self._watch(batch.wrote), self._subject.identity.steady()
+    def _learn(self, batch: Batch, form: Form, whole: Taken | None) -> Plan:
+        names: list[str] = []
+        steady = self._subject.identity.steady()
         try:
-            with generators_kept(), normal_tensors(), torch.no_grad():
+            with generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names):
                 learnt, output, agree = self._probe(batch, form, whole)
         except Unproven:
-            first = batch.taken.tensors[0]
-            if first.ndim and first.shape[0] == 1:
-                form.spare = [tensor.detach().clone() for tensor in batch.taken.tensors]
+            form.keep_spare(batch)
             alike = "its rows are all alike so far, so that it cannot be told whether they depend on each other"
             raise Bypass(alike, lasting=False, quiet=True) from None
         except RowwiseError:
-            names = written.changes() if written is not None else []
             if not names and (batch.moved or not steady.holds(self._subject.identity.look().tensors)):
                 raise Bypass(CHANGED, lasting=False, quiet=True) from None
-            if (written is None or not names) and may_lie_elsewhere(batch.taken.tensors, self._options.batch_dim):
+            if not names and may_lie_elsewhere(batch.taken.tensors, self._options.batch_dim):
                 raise Bypass(
                     "its rows depend on each other, or do not lie along the first dimension of every argument",
                     "mark a part whose arguments have their rows first",
                 ) from None
-            if written is None or not names:
+            if not names:
                 raise
-            written.restore()
             raise self._writes(form, names) from None
-        self._settle(batch, form, written, learnt, whole)
+        self._settle(batch, form, names, learnt, whole)
         check_said(output, lambda: batch.original(batch.taken.tensors, gradients=False))
         if not (agree or modes_agree(batch, learnt, whole)):
             self.modal.add(batch.who)
@@ -311,7 +280,7 @@ class Learning:
         self._assign(batch, learnt.rows)
         return self._keep(batch, learnt, output, proven=True)
 
-    def _probe(self, batch: Batch, form: _Form, whole: Taken | None) -> tuple[Learnt, Taken, bool]:
+    def _probe(self, batch: Batch, form: Form, whole: Taken | None) -> tuple[Learnt, Taken, bool]:
         """What the probe learns, and whether grad modes matter to nothing, as far as that is known then."""
         ask = self._subject.identity.asks_for_gradients and batch.who not in self.modal
         for both in (True, False) if ask else (False,):
@@ -346,7 +315,7 @@ class Learning:
         written = self._watch()
         outputs = batch.given.run()
         batch.moved = not steady.holds(identity.look().tensors)
-        batch.wrote = written.changes() if written is not None else []
+        batch.wrote = written.differences() if written is not None else []
         if generators.moved():
             raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
         taken = take_outputs(outputs)
@@ -363,11 +332,22 @@ class Learning:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
 
-    def _settle(self, batch: Batch, form: _Form, written: Written | None, learnt: Learnt, whole: Taken | None) -> None:
+    @contextlib.contextmanager
+    def _noting(self, batch: Batch, names: list[str]) -> Iterator[None]:
+        """Add what a probe writes to ``names``, and put it back: it must not show in what is kept.
+
+        It stays where a call of the caller's wrote nothing before: then it is set up for such rows as a probe has.
+        """
+        written = self._watch(batch.wrote)
+        try:
+            yield
+        finally:
+            names += written.changes() if written is not None else []
+            if written is not None and (batch.wrote or not batch.given.ran):
+                written.restore()
+
+    def _settle(self, batch: Batch, form: Form, names: list[str], learnt: Learnt, whole: Taken | None) -> None:
         """Go on with the identity after a first call, which may set a module up; another call must not change it."""
-        names = written.changes() if written is not None else []
-        if written is not None and not set(names).isdisjoint(batch.wrote):  # a probe must not show in what is kept
-            written.restore()
         identity = self._subject.identity
         who = identity.current()
         if not names and (who != batch.who or batch.moved):
@@ -377,7 +357,8 @@ class Learning:
             with generators_kept():
                 again = take_outputs(batch.original(select(tensors, learnt.rows, backwards)))
                 names = identity.changes() or settled.changes()
-                if names:  # what it keeps is to be of the caller's rows
+                settled.restore()
+                if identity.changes():  # what it keeps is to be of the caller's rows
                     batch.original(tensors)
             if names:
                 identity.current()
@@ -389,13 +370,13 @@ class Learning:
             return
         raise self._writes(form, names)
 
-    def _watch(self, contents_of: Sequence[str] = ()) -> Written | None:
+    def _watch(self, wrote: Sequence[Difference] = ()) -> Written | None:
         """What may be written, as it is, where it matters that it is written."""
         if self._options.pure:
             return None
-        return Written(self._subject.module, self._subject.identity.outside(), contents_of)
+        return Written(self._subject.module, self._subject.identity.outside(), wrote)
 
-    def _writes(self, form: _Form, names: list[str]) -> Writes:
+    def _writes(self, form: Form, names: list[str]) -> Writes:
         """Why a call that writes is computed; said where it is no setting up."""
         form.unsettled += 1
         return Writes(*written_text(names), lasting=False, quiet=form.unsettled < SETUP_CALLS)

@@ -63,9 +63,7 @@ class Plan:
     known_layouts: tuple[Layout, ...] | None = None
 
     @classmethod
-    def of(
-        cls, form: bytes, learnt: Learnt, output: Taken, where: str, options: CacheOptions, *, proven: bool
-    ) -> Plan:
+    def of(cls, form: bytes, learnt: Learnt, output: Taken, where: str, options: CacheOptions, *, proven: bool) -> Plan:
         """The plan for calls that return what ``output`` looks like; ``where`` names the region in messages."""
         # There may be one for every length of rows: each leaf takes the memory of one element.
         leaves = [torch.empty(1, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) for leaf in output.tensors]

@@ -26,6 +26,7 @@ __all__ = [
     "members_of",
     "names_of_class",
     "own_state",
+    "slots_of",
     "state_of",
 ]
 
@@ -85,7 +86,7 @@ def state_of(node: Node, value: Any, leave: frozenset[str] = frozenset()) -> Nod
     kind = beneath_class(type(value))
     node.parts.append(("", kind))
     node.checks.append(Check("kind", value))
-    slots = _slots(kind)
+    slots = slots_of(kind)
     held = {}
     for name, slot in slots:
         node.checks.append(Check("slot", value, name, functools.partial(_slot_value, slot)))
@@ -157,7 +158,7 @@ _NEVER_RUN = frozenset(
 )
 
 
-def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
+def slots_of(kind: type) -> tuple[tuple[str, Any], ...]:
     """What an object of this class has beside its ``__dict__``, in slots or in a struct."""
     return tuple(
         (name, member)

@@ -1,68 +1,100 @@
-"""What a forward writes outside of its module: attributes of other objects, globals, tensors that it reads."""
+"""What a forward writes outside of its module: other objects, globals, closures, containers, tensors that it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import types
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from torchcache.identity.objects import ABSENT, ignored, members_of
+from torchcache.identity.containers import Containers, Difference, Place, version_of
+from torchcache.identity.objects import ABSENT, ignored, members_of, slots_of
 from torchcache.identity.watch import same
 
-__all__ = ["Outside", "Place"]
+__all__ = ["Outside"]
 
-# An object, a class or the dict of globals, and what people call it.
-Place = tuple[Any, Callable[[], str]]
+_CELL = (("cell_contents", types.CellType.cell_contents),)
 
 
 class Outside:
-    """What stood in places that a program reaches, under the names that its code writes.
+    """What stands in places that a program reaches, under the names that its code writes, and in containers.
 
     Parameters
     ----------
     places : iterable of (object, callable)
-        The places. What is kept here lives for one call.
+        Objects, classes, cells of closures and dicts of globals. What is kept here lives for one call.
+    containers : iterable of (object, callable)
+        Values of which those that are containers are looked into.
     names : frozenset of str
         Names that the code assigns to, of anything.
     tensors : sequence of torch.Tensor
         Tensors that it reads.
     """
 
-    def __init__(self, places: Iterable[Place], names: frozenset[str], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        places: Iterable[Place],
+        containers: Iterable[Place],
+        names: frozenset[str],
+        tensors: Sequence[torch.Tensor],
+    ) -> None:
+        self._given = places, containers, names, tensors
         self._names = frozenset(name for name in names if not ignored(name))
         self._before = [(owner, path, self._held(owner)) for owner, path in places if self._names]
-        self._tensors = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        held = [(value, path) for _, path, found in self._before for value in found.values()]
+        self._containers = Containers([*containers, *held])
+        self._tensors = [(tensor, version_of(tensor)) for tensor in tensors]
 
-    def changes(self) -> list[str]:
+    def again(self) -> Outside:
+        """What stands there at this time."""
+        return Outside(*self._given)
+
+    def differences(self) -> list[Difference]:
         """What was written since, by the user's names."""
-        found = [_label(owner, path(), name) for owner, path, name, _ in self._differing()]
-        if any(tensor._version != version for tensor, version in self._tensors):
-            found.append("a tensor that it reads")
-        return list(dict.fromkeys(found))
+        found = [Difference(_label(owner, path(), name), was, now) for owner, path, name, was, now in self._differing()]
+        found += self._containers.differences()
+        written = [tensor for tensor, version in self._tensors if version_of(tensor) != version]
+        return [*found, *(Difference("a tensor that it reads", tensor, tensor) for tensor in written)]
 
     def restore(self) -> None:
-        """Put back what was assigned."""
-        for owner, _, name, value in self._differing():
+        """Put back what was assigned, and what containers held."""
+        for owner, _, name, was, _ in self._differing():
+            slot = dict(self._slots(owner)).get(name)
             if isinstance(owner, type):
-                delattr(owner, name) if value is ABSENT else setattr(owner, name, value)
-            elif value is ABSENT:
+                delattr(owner, name) if was is ABSENT else setattr(owner, name, was)
+            elif slot is not None:
+                slot.__delete__(owner) if was is ABSENT else slot.__set__(owner, was)
+            elif was is ABSENT:
                 _members(owner).pop(name, None)
             else:
-                _members(owner)[name] = value
+                _members(owner)[name] = was
+        self._containers.restore()
 
-    def _differing(self) -> list[tuple[Any, Callable[[], str], str, Any]]:
+    def _differing(self) -> list[tuple[Any, Any, str, Any, Any]]:
         found = []
         for owner, path, held in self._before:
             now = self._held(owner)
-            for name in now.keys() | held.keys():
-                if not same(held.get(name, ABSENT), now.get(name, ABSENT)):
-                    found.append((owner, path, name, held.get(name, ABSENT)))
+            for name in dict.fromkeys([*held, *now]):
+                values = held.get(name, ABSENT), now.get(name, ABSENT)
+                if not same(*values):
+                    found.append((owner, path, name, *values))
         return found
 
     def _held(self, owner: Any) -> dict[str, Any]:
         members = _members(owner)
-        return {name: members[name] for name in members.keys() & self._names}
+        held = {name: members[name] for name in sorted(members.keys() & self._names)}
+        for name, slot in self._slots(owner):
+            with contextlib.suppress(AttributeError, ValueError):  # an empty one
+                held[name] = slot.__get__(owner)
+        return held
+
+    def _slots(self, owner: Any) -> Sequence[tuple[str, Any]]:
+        kind: Any = type(owner)
+        if kind is types.CellType:
+            return _CELL
+        return [] if isinstance(owner, type) else [slot for slot in slots_of(kind) if slot[0] in self._names]
 
 
 def _members(owner: Any) -> Any:
@@ -75,4 +107,6 @@ def _members(owner: Any) -> Any:
 
 
 def _label(owner: Any, path: str, name: str) -> str:
+    if type(owner) is types.CellType:
+        return path
     return f"the global {name}" if type(owner) is dict else f"{path}.{name}".lstrip(".")

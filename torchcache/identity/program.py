@@ -12,12 +12,13 @@ import torch
 
 from torchcache.dynamo import Stamps
 from torchcache.identity.callables import Torch
+from torchcache.identity.containers import Place
 from torchcache.identity.encode import encode
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
 from torchcache.identity.modules import GROUPS, GlobalHooks
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, beneath_mark, member_space
-from torchcache.identity.outside import Outside, Place
+from torchcache.identity.outside import Outside
 from torchcache.identity.reach import Reach
 from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
 
@@ -60,6 +61,7 @@ class Program:
         self.problem: str | None = None
         self.asks_for_gradients = self.asks_for_inference = False
         self._places: list[Place] = []
+        self._containers: list[Place] = []
         self._names: frozenset[str] = frozenset()
         # No weak references: torch swaps no tensors that have any.
         self.tensors: list[torch.Tensor] = []
@@ -76,6 +78,7 @@ class Program:
             self.asks_for_inference |= "is_inference" in reach.names
             self._names = frozenset(reach.written)
             self._places = _places(reach, module)
+            self._containers = [(node.value, node.path) for node in reach.nodes.values() if node.kind == "group"]
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, [*given] or roots)
             self._watch = _watch(reach)
@@ -92,7 +95,7 @@ class Program:
 
     def outside(self) -> Outside:
         """What the code may write outside of its module, as it is at this time."""
-        return Outside(self._places, self._names, self.tensors)
+        return Outside(self._places, self._containers, self._names, self.tensors)
 
     def changes(self) -> list[str]:
         """What differs from what was read, by the user's names: ``blocks.3.calls``, ``the global LOG``."""
@@ -111,11 +114,13 @@ def reads(subject: Any, objects: set[int], names: set[str]) -> bool:
 
 
 def _places(reach: Reach, module: Any) -> list[Place]:
-    """Objects whose attributes code may assign to, and globals of the functions that assign; not the module's tree."""
+    """Objects and cells that code may assign to, and globals of the functions that assign; not the module's tree."""
     tree = {id(inner) for inner in module.modules()} if module is not None else set()
     found: dict[int, Place] = {}
     for node in reach.nodes.values():
-        if node.kind in ("object", "module") or (node.kind == "class" and not named_class(node.value)):
+        kind = type(node.value)
+        holds = node.kind in ("object", "module", "group") or kind is types.CellType
+        if (holds and kind is not dict) or (node.kind == "class" and not named_class(node.value)):
             if id(node.value) not in tree:
                 found[id(node.value)] = (node.value, node.path)
         elif node.reads is not None and node.reads.written:

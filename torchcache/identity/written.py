@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
 
 __all__ = ["Written", "written_text"]
 
-_CONTAINERS = (list, dict, set, deque, OrderedDict)
 _ENTRIES = ("_parameters", "_buffers", "_modules")
 # What torch keeps on a module for itself: hooks and caches, written by calls without a meaning to forward.
 _KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
@@ -31,34 +31,43 @@ class Written:
         The root of the tree. A snapshot keeps what it saw alive, so it is to live for one call.
     outside : Outside or None
         What may be written elsewhere.
-    contents_of : sequence of str
-        Paths of tensors whose contents are restored as well.
+    wrote : sequence of Difference
+        What an earlier call wrote: the contents of tensors among it are restored as well.
     """
 
     def __init__(
-        self, module: nn.Module | None, outside: Outside | None = None, contents_of: Sequence[str] = ()
+        self, module: nn.Module | None, outside: Outside | None = None, wrote: Sequence[Difference] = ()
     ) -> None:
         self._module = module
         self._outside = outside
         self._before = _snapshot(module)
-        self._hooks = _hooks(module)
-        held = [self._before[name][0] for name in contents_of if name in self._before]
-        self._contents = [(leaf, leaf.detach().clone()) for leaf in held if isinstance(leaf, torch.Tensor)]
+        # A path in the tree says what somebody wrote to; a library that has installed hooks notes so in an attribute.
+        self._containers = Containers((held, functools.partial(str, name)) for name, (held, _) in self._before.items())
+        self._hooks = Containers((hooks, str) for hooks in _hooks(module))
+        held = {id(leaf): leaf for one in wrote for leaf in _tensors(one.now)}.values()
+        self._contents = [(leaf, version_of(leaf), leaf.detach().clone()) for leaf in held]
 
-    def changes(self) -> list[str]:
-        """Names of what was set, replaced, removed or mutated since, by their paths in the tree.
+    def again(self) -> Written:
+        """The same at this time."""
+        return Written(self._module, self._outside and self._outside.again())
+
+    def differences(self) -> list[Difference]:
+        """What was set, replaced, removed or mutated since, by its path in the tree.
 
         Containers are compared by their items' identities, tensors by the counter that writes in place move.
         """
-        after = _snapshot(self._module)
-        names = dict.fromkeys([*self._before, *after])
-        found = [name for name in names if not _equal(self._before.get(name), after.get(name))]
-        return found if self._outside is None else [*found, *self._outside.changes()]
+        after, nothing = _snapshot(self._module), (None, 0)
+        found = [
+            Difference(name, self._before.get(name, nothing)[0], after.get(name, nothing)[0])
+            for name in dict.fromkeys([*self._before, *after])
+            if not _equal(self._before.get(name), after.get(name))
+        ]
+        found += self._containers.differences()
+        return found if self._outside is None else [*found, *self._outside.differences()]
 
-    def values(self, names: Sequence[str]) -> list[tuple[Any, Any]]:
-        """What each of these was, and what it is; ``None`` for what is not there."""
-        after, nothing = _snapshot(self._module), (None, None, 0)
-        return [(self._before.get(name, nothing)[0], after.get(name, nothing)[0]) for name in names]
+    def changes(self) -> list[str]:
+        """The names of what differs."""
+        return names_of(self.differences())
 
     def restore(self, *, everything: bool = False) -> None:
         """Put back attributes that were set, replaced or removed, containers' items, and hooks.
@@ -84,43 +93,34 @@ class Written:
             for group in _ENTRIES if everything else ():
                 for name in [name for name in members.get(group) or () if prefix + name not in self._before]:
                     del members[group][name]
-            for full, (value, items, _) in self._before.items():
+            for full, (value, _) in self._before.items():
                 name = full.removeprefix(prefix)
                 if full.startswith(prefix) and "." not in name:
                     holder = next((members[group] for group in _ENTRIES if name in (members.get(group) or ())), members)
                     if holder.get(name) is not value:
                         holder[name] = value
-                    if items is not None:
-                        _refill(value, items)
-        for hooks, before in self._hooks:
-            _refill(hooks, before)
+        self._containers.restore()
+        self._hooks.restore()
         with torch.no_grad():
-            for leaf, contents in self._contents:
-                if not leaf.is_inference():
+            for leaf, version, contents in self._contents:
+                if version_of(leaf) != version:
                     leaf.copy_(contents)
 
 
-def _refill(container: Any, items: tuple[Any, ...]) -> None:
-    if len(container) == len(items) and same(
-        tuple(container.items() if isinstance(container, dict) else container), items
-    ):
-        return
-    container.clear()
-    if isinstance(container, list):
-        container.extend(items)
-    else:
-        container.extend(items) if isinstance(container, deque) else container.update(items)
+# A value, the version of a tensor.
+_Entry = tuple[Any, int]
 
 
-# A value, the items of a container, the version of a tensor.
-_Entry = tuple[Any, tuple[Any, ...] | None, int]
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """What of it are tensors whose contents a forward may keep."""
+    leaves = value if type(value) is tuple else (value,)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)]
 
 
-def _hooks(module: nn.Module | None) -> list[tuple[dict[int, Any], tuple[Any, ...]]]:
-    """The dicts of hooks of a tree, and their items: a library that has installed its own notes so in an attribute."""
+def _hooks(module: nn.Module | None) -> Iterable[Any]:
+    """The dicts of hooks of a tree."""
     modules = module.modules() if module is not None else ()
-    held = (members[name] for inner in modules for members in [vars(inner)] for name in _HOOKS if name in members)
-    return [(hooks, tuple(hooks.items())) for hooks in held if isinstance(hooks, dict)]
+    return [members[name] for inner in modules for members in [vars(inner)] for name in _HOOKS if name in members]
 
 
 def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:
@@ -138,23 +138,11 @@ def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:
 
 
 def _entry(value: Any) -> _Entry:
-    if isinstance(value, torch.Tensor):
-        return value, None, _version(value)
-    if type(value) in _CONTAINERS:
-        items = tuple(value.items()) if isinstance(value, dict) else tuple(value)
-        versions = sum(_version(item) for item in items if isinstance(item, torch.Tensor))
-        return value, items, versions
-    return value, None, 0
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else int(tensor._version)
+    return value, version_of(value) if isinstance(value, torch.Tensor) else 0
 
 
 def _equal(before: _Entry | None, after: _Entry | None) -> bool:
-    if before is None or after is None:
-        return False
-    return same(before[0], after[0]) and before[2] == after[2] and same(before[1] or (), after[1] or ())
+    return before is not None and after is not None and same(before[0], after[0]) and before[1] == after[1]
 
 
 def written_text(names: Sequence[str]) -> tuple[str, str]:
