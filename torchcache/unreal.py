@@ -115,6 +115,8 @@ def not_passed(outputs: Any, given: Sequence[Any] | None) -> str:
     if not (all(isinstance(leaf, torch.Tensor) for leaf in inner) or dynamo.passes_structures()):
         return f"torch {torch.__version__} passes no more than tensors and tuples of them through a graph"
     for leaf in pytree.tree_leaves(outputs, is_leaf=lambda value: type(value) is torch.Size):
+        if isinstance(leaf, nn.Parameter):
+            return "its output holds a Parameter, and what an operator returns is none"
         if isinstance(leaf, (torch.Tensor, type(None), bool, int, float, *_NUMBERS)):
             continue
         known = given is None or any(type(one) is type(leaf) and one == leaf for one in given)

@@ -517,6 +517,29 @@ def test_outputs_that_are_one_object_stay_one():
         torch.testing.assert_close(first, x + 1)
 
 
+@pytest.mark.parametrize("door", ["call", "eager", "aot_eager"])
+def test_parameters_come_back_as_parameters(door):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = nn.Parameter(self.linear(x), requires_grad=False)
+            return y, x + isinstance(x, nn.Parameter), y
+
+    module = torchcache.mark(Tokens(), freeze=True, audit=0)
+    run = module if door == "call" else torch.compile(module, backend=door)
+    x = torch.randn(6, 4)
+    for rows in (x[:4], nn.Parameter(x[:4], False), x, nn.Parameter(x, False)):
+        tokens, raised, again = run(rows)
+        assert type(tokens) is nn.Parameter
+        assert tokens is again
+        torch.testing.assert_close(tokens.data, unmarked(module)(rows)[0].data)
+        assert torch.equal(raised, rows + (type(rows) is nn.Parameter))
+    assert counts(module) == (12, 8)
+
+
 class Both(nn.Module):
     def forward(self, x):
         y = x + 1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from torchcache.errors import Bypass
 from torchcache.lazy.tensor import LazyTensor
@@ -124,6 +125,7 @@ class Taken:
     key: bytes
     _plan: _Plan
     classes: tuple[type, ...] = ()
+    _parameters: tuple[int, ...] = ()
 
     def rebuild(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The same value around other tensors, in containers that nobody else holds.
@@ -133,6 +135,11 @@ class Taken:
         tensors : sequence of torch.Tensor
             One for each of ``self.tensors``.
         """
+        if self._parameters:
+            tensors = [*tensors]
+            for place in self._parameters:
+                if type(tensors[place]) is torch.Tensor:
+                    tensors[place] = nn.Parameter(tensors[place], tensors[place].requires_grad)
         return self._plan.build(tensors)
 
     def path(self, index: int) -> str:
@@ -308,7 +315,8 @@ class _Walk:
         except Exception as error:  # a user's own flatten function, metaclass or descriptor
             failure = Bypass(f"something that cannot be looked at: {type(error).__name__}")
             raise self._explained(failure) from error
-        return Taken(self._tensors, _digest(self._data), plan, (*self._classes,))
+        parameters = [place for place, tensor in enumerate(self._tensors) if type(tensor) is nn.Parameter]
+        return Taken(self._tensors, _digest(self._data), plan, (*self._classes,), (*parameters,))
 
     def _explained(self, bypass: Bypass) -> Bypass:
         path = self._failed[::-1]
