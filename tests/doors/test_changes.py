@@ -1033,3 +1033,25 @@ def test_fields_of_named_tuples_of_one_name_are_told_apart():
     for fields in ("left right", "right left"):
         pair = collections.namedtuple("Pair", fields)(2, 3)
         torch.testing.assert_close(module(x, pair), x * pair.left)
+
+
+GRADIENTS = {
+    "written": lambda weight: weight.grad.mul_(3),
+    "replaced": lambda weight: setattr(weight, "grad", torch.full_like(weight, 7)),
+    "freed": lambda weight: setattr(weight, "grad", None),
+}
+
+
+@pytest.mark.parametrize("change", GRADIENTS)
+def test_a_gradient_that_is_read_is_a_part(change):
+    def forward(self, x):
+        gradient = self.parts[0].weight.grad
+        return self.parts[0](x) + (0 if gradient is None else gradient.sum())
+
+    module = frozen(forward, nn.Linear(4, 4))
+    weight, x = module.parts[0].weight, torch.randn(6, 4)
+    for begin in (lambda _: None, lambda weight: setattr(weight, "grad", torch.ones(4, 4)), GRADIENTS[change]):
+        begin(weight)
+        for _ in range(2):
+            torch.testing.assert_close(module(x), forward(module, x))
+    assert torchcache.stats(module).hits >= 18

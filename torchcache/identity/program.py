@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import Stamps
 from torchcache.identity.callables import Torch
 from torchcache.identity.containers import Place
@@ -82,8 +83,18 @@ class Program:
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, [*given] or roots)
             self._watch = _watch(reach)
+            if "grad" in reach.names:
+                self._read_gradients()
         except Exception as error:
             self.problem = f"{where or 'the program'} cannot be read: {type(error).__name__}: {error}"
+
+    def _read_gradients(self) -> None:
+        """Gradients of its tensors are a part, too: no namespace of a tensor shows them."""
+        leaves = [tensor for tensor in self.tensors if tensor.is_leaf]
+        self._watch.content(leaves, _gradients, lambda: "a gradient that it reads")
+        found = _gradients(leaves)
+        self.digest = digest_bytes(self.digest + bytes([gradient is not None for gradient in found]))
+        self.tensors = [*self.tensors, *(gradient for gradient in found if gradient is not None)]
 
     def unchanged(self) -> bool:
         """Whether nothing that was read has changed since: no attribute, container, class, function or global."""
@@ -103,6 +114,10 @@ class Program:
             return list(dict.fromkeys(self._watch.changes()))
         except Exception:  # what cannot be compared has changed, and has no name
             return []
+
+
+def _gradients(leaves: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    return tuple([leaf.grad for leaf in leaves])
 
 
 def reads(subject: Any, objects: set[int], names: set[str]) -> bool:
