@@ -84,14 +84,14 @@ class Containers:
         todo = [(value, path, DEEPEST) for value, path in roots][::-1]
         while todo:  # what is in a container goes by its name, even where it is met elsewhere, too
             value, path, depth = todo.pop()
-            if not issubclass(type(value), KINDS) or id(value) in seen:
+            if id(value) in seen or not issubclass(type(value), KINDS):
                 continue
             seen.add(id(value))
             items = _items(value, room)
             room -= len(items)
-            if _kind(value) is not tuple:
+            if not issubclass(type(value), tuple):
                 self._held.append(_Held(value, path, _length(value), items, _versions(items)))
-            if depth and any(issubclass(kind, KINDS) for kind in set(map(type, items))):
+            if items and depth and any(issubclass(kind, KINDS) for kind in set(map(type, items))):
                 todo += [(item, path, depth - 1) for item in items]
 
     def differences(self) -> list[Difference]:
@@ -117,7 +117,8 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def _kind(container: Any) -> Any:
-    return next(kind for kind in KINDS if issubclass(type(container), kind))
+    own = type(container)
+    return own if own in KINDS else next(kind for kind in KINDS if issubclass(own, kind))
 
 
 def _length(container: Any) -> int:
@@ -131,7 +132,7 @@ def _places(kind: Any, length: int) -> int:
 def _items(container: Any, most: int) -> tuple[Any, ...]:
     """Its items, a dict's keys and then its values; nothing where there are more than ``most``."""
     kind = _kind(container)
-    if _places(kind, kind.__len__(container)) > most:
+    if not 0 < _places(kind, kind.__len__(container)) <= most:
         return ()
     keys = tuple(kind.__iter__(container))
     return (*keys, *map(dict.__getitem__, repeat(container), keys)) if issubclass(kind, dict) else keys
