@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -100,9 +101,13 @@ class Identity:
         """Tells later whether what decides how outputs look is as it is now: the program, and its state's layout."""
         digest, tensors = self.program().digest, self.program().tensors
         alike, described = layout_check(tensors), _described(tensors)
+        held = weakref.ref(self)  # compiled code keeps what it asks, and must not keep the weights
 
         def still() -> bool:
-            now = self.program()
+            identity = held()
+            if identity is None:
+                return False
+            now = identity.program()
             if now.digest != digest or len(now.tensors) != len(described):
                 return False
             return (alike is not None and alike(*now.tensors)) or _described(now.tensors) == described
