@@ -769,10 +769,11 @@ def item_of_a_default_of_a_context_variable():
 
 @case
 def flag_of_a_backend(request):
-    request.addfinalizer(functools.partial(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark))
-    torch.backends.cudnn.benchmark = False
+    put = torch.backends.cudnn.set_flags  # torch's own tests forbid to assign flags
+    request.addfinalizer(functools.partial(put, _benchmark=torch.backends.cudnn.benchmark))
+    put(_benchmark=False)
     module = module_of(lambda self: 3.0 if torch.backends.cudnn.benchmark else 2.0)
-    return module, lambda: setattr(torch.backends.cudnn, "benchmark", True)
+    return module, lambda: put(_benchmark=True)
 
 
 @case

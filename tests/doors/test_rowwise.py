@@ -365,6 +365,29 @@ def test_a_number_that_follows_from_all_rows_is_theirs(how):
     assert counts(module) == (0, 0)
 
 
+class Sized(nn.Module):
+    """Looks rows up in a table by their numbers, and returns a size and a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x, ids):
+        y = self.linear(x) + self.table[ids] + self.table[ids, 0][:, None] + self.table.index_select(0, ids)
+        return {"features": y, "width": y.shape[1], "name": "sized", "none": None}
+
+
+def test_a_number_that_follows_from_sizes_is_stored():
+    plain = Sized().requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(plain), audit=0)
+    x, ids = torch.randn(8, 4), torch.randint(0, 9, (8,))
+    for rows in (range(8), [1, 2], [7, 0, 3]):
+        found, expected = module(x[[*rows]], ids[[*rows]]), plain(x[[*rows]], ids[[*rows]])
+        torch.testing.assert_close(found.pop("features"), expected.pop("features"))
+        assert found == expected
+    assert counts(module) == (8, 5)
+
+
 class Labelled(nn.Module):
     """Returns a text that comes from where nobody looks."""
 

@@ -66,5 +66,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.read |= not _TAGS.isdisjoint(func.tags)
+        # Places by number are as many as there are; of a mask there are as many as it finds.
+        by_number = func is torch.ops.aten.index.Tensor and not any(
+            place is not None and place.dtype in (torch.bool, torch.uint8) for place in args[1]
+        )
+        self.read |= not (by_number or _TAGS.isdisjoint(func.tags))
         return func(*args, **(kwargs or {}))
