@@ -161,24 +161,31 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: list[weakref.ref[torch.Tensor]] = []
         self._places: dict[int, int] = {}
         self._acts: list[tuple[Any, list[Any], pytree.TreeSpec, list[int]]] = []
+        # Memory that was made here, and such as holds what cannot be made again.
+        self._own: set[int] = set()
+        self._spoiled: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        targets = _targets(func, args, kwargs)
+        if not all(isinstance(leaf, FakeTensor) for leaf in targets):
+            raise TypeError("a write in place to a tensor that is neither a parameter nor a buffer")
         outputs = func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         named = [self._named(leaf) for leaf in leaves]
-        if _UNKNOWN not in named and torch.Tag.nondeterministic_seeded not in func.tags:
-            self._acts.append((func, named, spec, [self._note(leaf) for leaf in pytree.tree_leaves(outputs)]))
-        elif func._schema.is_mutable:
-            written = {storage_of(leaf) for leaf in leaves if isinstance(leaf, FakeTensor)}
-            for name, number in [*self._places.items()]:
-                made = self._made[number]()
-                if made is None or storage_of(made) in written:
-                    del self._places[name]
+        known = not any(one is _UNKNOWN for one in named) and torch.Tag.nondeterministic_seeded not in func.tags
+        written = {*map(storage_of, targets)}
+        if known and written <= self._own:  # the state is not to be written to twice
+            given = {storage_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+            made = pytree.tree_leaves(outputs)
+            self._own |= {storage_of(leaf) for leaf in made if isinstance(leaf, FakeTensor)} - given
+            self._acts.append((func, named, spec, [*map(self._note, made)]))
+        else:
+            self._spoiled |= written
         return outputs
 
     def _named(self, leaf: Any) -> Any:
-        if isinstance(leaf, _NUMBERS):
+        if isinstance(leaf, _NUMBERS) or (isinstance(leaf, torch.Tensor) and storage_of(leaf) in self._spoiled):
             return _UNKNOWN
         if not isinstance(leaf, FakeTensor):
             return leaf
@@ -200,7 +207,10 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def make_real(self) -> None:
         """Put tensors with data in the place of those that are still there."""
-        left = {number: leaf for number in self._places.values() if (leaf := self._made[number]()) is not None}
+        found = {number: self._made[number]() for number in self._places.values()}
+        left = {
+            number: leaf for number, leaf in found.items() if leaf is not None and storage_of(leaf) not in self._spoiled
+        }
         if not left:
             return
         values: dict[int, Any] = {}
@@ -214,6 +224,19 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made = pytree.tree_leaves(func(*args, **kwargs))
                 values.update((number, leaf) for number, leaf in zip(numbers, made, strict=True) if number >= 0)
             _replace([(leaf, values[number]) for number, leaf in left.items()])
+
+
+def _targets(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that an operator writes to."""
+    named = list(zip(func._schema.arguments, args, strict=False))
+    named += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+    return [
+        leaf
+        for argument, value in named
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for leaf in pytree.tree_leaves(value)
+        if isinstance(leaf, torch.Tensor)
+    ]
 
 
 def _replace(pairs: list[tuple[Any, Any]]) -> None:

@@ -209,6 +209,38 @@ def test_what_is_set_up_at_the_first_call_is_set_up_once(backend, whole, kind):
     assert torchcache.stats(module).hits >= 11
 
 
+class Counts(SetsUp):
+    """Writes to its buffers where it sets itself up, and keeps a table of what they hold then."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8))
+        self.plain = torch.full((8,), 2.0)
+
+    def set_up(self, x):
+        if not self.ready:
+            self.scale.add_(1)
+            self.scale.view(2, 4)[0].mul_(2)
+            self.plain.add_(1)
+            self.table = self.scale * self.plain + self.frequencies.repeat(2)
+            self.ready = True
+
+    def forward(self, x):
+        self.set_up(x)
+        return self.linear(x) * self.table * self.scale
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_set_up_by_writes_in_place_is_written_once(backend):
+    plain = Counts().eval().requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(plain), audit=0)
+    run, x = compiled(nn.Sequential(module, nn.Identity()), backend), torch.randn(6, 8)
+    for rows in (range(4), range(4), [5, 1, 0], range(6)):
+        torch.testing.assert_close(run(x[[*rows]]), plain(x[[*rows]]))
+    for name in ("scale", "plain", "table"):
+        torch.testing.assert_close(getattr(module, name), getattr(plain, name))
+
+
 class KeepsInputs(SetsUp):
     """Keeps what it was given, which only a call with data can."""
 
