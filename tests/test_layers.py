@@ -26,7 +26,7 @@ LAYERS = [
     {"padding"},
     {"call"},
     {"regions"},
-    {"unreal"},
+    {"returned", "unreal"},
     {"op"},
     {"graph"},
     {"doors"},

@@ -181,9 +181,9 @@ class Region:
         self.counters.count_bypass(given.rows)
         if self.subject.deferred is not None:
             self.subject.deferred.note(True)
-        self.tell(bypass, given.rows)
+        self.note(bypass, given.rows)
 
-    def tell(self, bypass: Bypass, rows: int = 0) -> None:
+    def note(self, bypass: Bypass, rows: int = 0) -> None:
         """Note why ``rows``, or some that nobody counts, are computed and not stored, and say so the first time."""
         self.reasons.note(bypass.reason, rows)
         if not bypass.quiet:

@@ -156,7 +156,7 @@ def _note_inlined(mark: Mark, module: nn.Module | None, needed: bool) -> None:
         region = region_of(mark, module)
         region.inlined = True
         if needed:
-            region.tell(Bypass(*NEEDED))
+            region.note(Bypass(*NEEDED))
 
 
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
@@ -175,23 +175,22 @@ def _still(region: Region, gradients: bool, *, looked_up: bool) -> Callable[[], 
     """Tells later whether what decided how a call is traced is as it was, and what it returns looks as it did."""
     held, form = weakref.ref(region), None
 
-    def now() -> tuple[bool, bool, int]:
-        reference = held()
-        if reference is None:
-            return False, False, 0
-        trains = (gradients or reference.partial) and reference.subject.identity.trains()
-        return reference.writes, trains, reference.traces
+    def now(reference: Region) -> tuple[bool, int, bool, bool]:
+        matters = gradients or reference.partial
+        # Of what is looked up the form says what is trainable.
+        trains = matters and not looked_up and reference.subject.identity.trains()
+        return reference.writes, reference.traces, matters, trains
 
     def holds() -> bool:
         nonlocal form
         reference = held()
-        if reference is None or now() != before:
+        if reference is None or now(reference) != before:
             return False
         if looked_up and form is None:  # when it was traced: a first call may set things up
             form = reference.subject.identity.form()
         return form is None or form()
 
-    before = now()
+    before = now(region)
     return holds
 
 

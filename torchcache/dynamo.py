@@ -56,14 +56,15 @@ def custom_operator(name: str) -> Any:
     return torch._library.custom_ops.OPDEFS.get(name)
 
 
-def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Those arguments of an operator that it writes to."""
+def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments of an operator that it writes to."""
     schema = getattr(operator, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
     named = {argument.name: args[place] for place, argument in enumerate(schema.arguments) if place < len(args)}
     named |= kwargs
-    return [named[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in named]
+    targets = [named[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in named]
+    return [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, torch.Tensor)]
 
 
 @functools.cache

@@ -30,7 +30,8 @@ from torchcache.lazy.use import stand_in
 from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
-from torchcache.unreal import Unreal, looks_so, not_passed
+from torchcache.returned import looks_so, not_passed
+from torchcache.unreal import Unreal
 from torchcache.values.layout import dense, inverted, memory_order
 
 __all__ = ["LOOKUP", "NOTHING", "RECORDING", "Call", "opaque", "register", "subject_name", "subject_of", "unaliased"]

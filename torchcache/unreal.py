@@ -7,8 +7,8 @@ import functools
 import gc
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.written import Written
 from torchcache.mark import Mark
 
-__all__ = ["Unreal", "looks_so", "not_passed"]
+__all__ = ["Unreal"]
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -100,39 +100,6 @@ def _may_differ(value: Any) -> bool:
     )
 
 
-def not_passed(outputs: Any, given: Sequence[Any] | None) -> str:
-    """Why a graph cannot return ``outputs``; empty where it can.
-
-    Parameters
-    ----------
-    outputs : object
-        What the original returned.
-    given : sequence or None
-        The leaves of its arguments, where sizes are traced as some that vary. What is said beside tensors and numbers
-        may depend on them then, unless it was given.
-    """
-    inner = outputs if type(outputs) in (tuple, list) else [outputs]
-    if not (all(isinstance(leaf, torch.Tensor) for leaf in inner) or dynamo.passes_structures()):
-        return f"torch {torch.__version__} passes no more than tensors and tuples of them through a graph"
-    for leaf in pytree.tree_leaves(outputs, is_leaf=lambda value: type(value) is torch.Size):
-        if isinstance(leaf, nn.Parameter):
-            return "its output holds a Parameter, and what an operator returns is none"
-        if isinstance(leaf, (torch.Tensor, type(None), bool, int, float, *_NUMBERS)):
-            continue
-        known = given is None or any(type(one) is type(leaf) and one == leaf for one in given)
-        if type(leaf) is torch.Size or not known:
-            return "its output says more than numbers, which may depend on sizes"
-    return ""
-
-
-def looks_so(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -> bool:
-    """Whether an output has the dtype and, where they are fixed, the sizes that it was traced with."""
-    dtype, sizes = traced
-    if leaf.dtype != dtype or leaf.ndim != len(sizes):
-        return False
-    return all(known is None or size == known for size, known in zip(leaf.shape, sizes, strict=True))
-
-
 class _Place:
     """Stands for a tensor that was made, among the arguments of an operator."""
 
@@ -167,7 +134,7 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        targets = _targets(func, args, kwargs)
+        targets = dynamo.written(func, args, kwargs)
         if not all(isinstance(leaf, FakeTensor) for leaf in targets):
             raise TypeError("a write in place to a tensor that is neither a parameter nor a buffer")
         outputs = func(*args, **kwargs)
@@ -226,19 +193,6 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _replace([(leaf, values[number]) for number, leaf in left.items()])
 
 
-def _targets(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors that an operator writes to."""
-    named = list(zip(func._schema.arguments, args, strict=False))
-    named += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
-    return [
-        leaf
-        for argument, value in named
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for leaf in pytree.tree_leaves(value)
-        if isinstance(leaf, torch.Tensor)
-    ]
-
-
 def _replace(pairs: list[tuple[Any, Any]]) -> None:
     """Put the second of each pair wherever anything holds the first."""
     instead = {id(old): new for old, new in pairs}
@@ -252,7 +206,7 @@ def _replace(pairs: list[tuple[Any, Any]]) -> None:
             holder.cache_clear()
         elif type(holder) is tuple:
             held.append((holder, tuple(instead.get(id(item), item) for item in holder)))
-        elif isinstance(holder, (dict, OrderedDict)):
+        elif isinstance(holder, dict):
             for key in [key for key, value in holder.items() if id(value) in instead]:
                 holder[key] = instead[id(holder[key])]
         elif isinstance(holder, (list, deque)):

@@ -149,9 +149,6 @@ class SetsUp(nn.Module):
         self.register_buffer("frequencies", torch.linspace(0, 1, 4), persistent=False)
         self.calls_to_come, self.ready, self.table = [], False, None
 
-    def set_up(self, x):
-        raise NotImplementedError
-
     def forward(self, x):
         self.set_up(x)
         return self.linear(x)

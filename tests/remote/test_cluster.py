@@ -95,7 +95,7 @@ def test_commands_walk_all_servers(nodes, url, capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["unix:///tmp/s?cluster=true", "redis://host/3?cluster=true", "redis://h?cluster=yes"]
+    "wrong", ["unix:///run/s?cluster=true", "redis://host/3?cluster=true", "redis://h?cluster=yes"]
 )
 def test_an_address_that_no_cluster_has_is_told(wrong):
     with pytest.raises(ValueError, match="cluster"):

@@ -353,11 +353,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.random = str(func)
         if "batch_norm" in schema.name and any(given.get(name) is True for name in _TRAINING):
             self.statistics = str(func)
-        for argument in schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for leaf in _leaves(given.get(argument.name)):
-                    if isinstance(leaf, torch.Tensor):
-                        self.written.add(storage_of(leaf))
+        self.written.update(map(storage_of, dynamo.written(func, args, kwargs)))
         return func(*args, **kwargs)
 
 

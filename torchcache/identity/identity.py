@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ __all__ = ["Identity", "Seen"]
 
 # Combinations of classes of arguments that are known at a time.
 MOST_GIVEN = 64
+
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 class Seen(NamedTuple):
@@ -91,26 +95,32 @@ class Identity:
 
     def trains(self) -> bool:
         """Whether the program reads anything that is trainable, or may, where it cannot be read."""
-        program, subject = self.program(), self._subject()
-        held = program.tensors
-        if program.problem is not None and isinstance(subject, tuple):
-            held = [*held, *subject[0].parameters()]
-        return any(tensor.requires_grad for tensor in held)
+        return any(tensor.requires_grad for tensor in self._reachable(self.program()))
+
+    def _reachable(self, program: Program) -> list[torch.Tensor]:
+        """The tensors that a program reads, and where it cannot be read all that its module trains."""
+        subject = self._subject() if program.problem is not None else None
+        return [*program.tensors, *subject[0].parameters()] if isinstance(subject, tuple) else program.tensors
 
     def form(self) -> Callable[[], bool]:
-        """Tells later whether what decides how outputs look is as it is now: the program, and its state's layout."""
-        digest, tensors = self.program().digest, self.program().tensors
-        alike, described = layout_check(tensors), _described(tensors)
+        """Tells later whether what decides how a call is traced and its outputs look is as it is now.
+
+        That is the program, how its state is laid out, and what of it is trainable.
+        """
+        program = self.program()
+        digest, tensors = program.digest, self._reachable(program)
+        alike, described, trainable = layout_check(tensors), _described(tensors), _trainable(tensors)
         held = weakref.ref(self)  # compiled code keeps what it asks, and must not keep the weights
 
         def still() -> bool:
             identity = held()
             if identity is None:
                 return False
-            now = identity.program()
-            if now.digest != digest or len(now.tensors) != len(described):
+            program = identity.program()
+            tensors = identity._reachable(program)
+            if program.digest != digest or _trainable(tensors) != trainable:
                 return False
-            return (alike is not None and alike(*now.tensors)) or _described(now.tensors) == described
+            return (alike is not None and alike(*tensors)) or _described(tensors) == described
 
         return still
 
@@ -174,6 +184,10 @@ class Identity:
         if not found and self._state.digest and not self._state.unchanged(program.tensors):
             found.append("a parameter or buffer")
         return found
+
+
+def _trainable(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    return list(map(_requires_grad, tensors))
 
 
 def _described(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:

@@ -93,12 +93,13 @@ class Written:
             for group in _ENTRIES if everything else ():
                 for name in [name for name in members.get(group) or () if prefix + name not in self._before]:
                     del members[group][name]
-            for full, (value, _) in self._before.items():
-                name = full.removeprefix(prefix)
-                if full.startswith(prefix) and "." not in name:
-                    holder = next((members[group] for group in _ENTRIES if name in (members.get(group) or ())), members)
-                    if holder.get(name) is not value:
-                        holder[name] = value
+        for full, (value, _) in self._before.items():
+            path, _, name = full.rpartition(".")
+            if path in modules:
+                members = modules[path].__dict__
+                holder = next((members[group] for group in _ENTRIES if name in (members.get(group) or ())), members)
+                if holder.get(name) is not value:
+                    holder[name] = value
         self._containers.restore()
         self._hooks.restore()
         with torch.no_grad():
