@@ -410,3 +410,17 @@ def test_audits_compare_what_an_output_says(tmp_path):
     assert any(module(x)[1] == "feet" for _ in range(300))
     assert torchcache.stats(module).regions[0].alarms == 1
     assert module(x)[1] == "feet"
+
+
+class Pooled(nn.Module):
+    """An output with rows, and one of all rows' patches in a row."""
+
+    def forward(self, x):
+        return {"scores": x.mean((1, 2)), "patches": x.flatten(0, 1)}
+
+
+def test_the_output_that_has_no_rows_is_named():
+    module = torchcache.mark(Pooled())
+    with torch.no_grad():
+        module(torch.randn(2, 3, 4))
+    assert "'patches' has shape (6, 4) for 2 rows" in str(reasons(module))

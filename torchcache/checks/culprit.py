@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchcache.checks.place import place_of
+from torchcache.errors import RowwiseError
 
-__all__ = ["Run", "find_culprit"]
+__all__ = ["Run", "find_culprit", "mixing", "unstable"]
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]
 
@@ -52,6 +53,29 @@ def find_culprit(compute: Callable[[list[torch.Tensor]], Any], one: Run, other: 
         else:
             return f"`{a.name}`{a.place}"
     return None
+
+
+def unstable(where: str, culprit: str | None) -> RowwiseError:
+    """That the same rows come out different when computed again."""
+    likely = f"First seen at {culprit}." if culprit else "Likely: dropout in train mode, noise, a counter."
+    return RowwiseError(
+        f"{where} cannot be cached: the same rows give different outputs when computed again, so it is random or "
+        f"keeps state between calls. {likely} Call .eval() on it, mark a smaller part, or unmark it"
+    )
+
+
+def mixing(where: str, culprit: str | None) -> RowwiseError:
+    """That a row changes with the others of its batch."""
+    likely = (
+        f"First seen at {culprit}."
+        if culprit
+        else "Likely: BatchNorm in train mode, a mean, softmax or matmul over dim 0, or an input without a batch "
+        "dimension whose first dimension equals the batch size."
+    )
+    return RowwiseError(
+        f"{where} cannot be cached: a row's output changes with the other rows of the batch. {likely} Call .eval() if "
+        "that is its train mode, mark a smaller part, or unmark it"
+    )
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, same: Same) -> bool:

@@ -14,9 +14,9 @@ import torch
 
 from torchcache.checks.arguments import ArgumentWritten
 from torchcache.checks.compare import Rounding, identical, magnitudes
-from torchcache.checks.culprit import Run, find_culprit
+from torchcache.checks.culprit import Run, find_culprit, mixing, unstable
 from torchcache.digest.rows import digest_rows
-from torchcache.errors import Bypass, RowwiseError
+from torchcache.errors import Bypass
 from torchcache.store.select import concatenate, select_rows
 from torchcache.values.layout import laid, lie_of
 from torchcache.values.take import Taken
@@ -126,23 +126,13 @@ def learn(
             first = first if first is not None else failed.error
     if first is None and not all(tensor.numel() for tensor in tensors):
         raise Bypass("the batch is empty", lasting=False, quiet=True)
-    if first is None:
-        raise Bypass(
-            "no argument has a first dimension that its outputs share, so there are no rows to cache",
-            "pass batches of two rows or more, or name the dimension with mark(..., batch_dim=1)",
-        )
-    raise first
+    raise first if first is not None else _without_rows(tensors, whole, batch_dim)
 
 
 def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[Roles]:
     """Roles that could explain the outputs: all tensors as long as the batch have rows, or all but one, or two."""
-    sizes: dict[int, None] = {}
-    for tensor in tensors:
-        for dim in dict.fromkeys((batch_dim, 0)):
-            if tensor.ndim > dim:
-                sizes.setdefault(tensor.shape[dim])
     shapes = [tuple(leaf.shape) for leaf in whole.tensors] if whole is not None else []
-    for size in sizes:
+    for size in _counts(tensors, batch_dim):
         if not size or not all(size in shape for shape in shapes):
             continue
         roles = [
@@ -155,6 +145,34 @@ def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[
         for count in range(min(3, len(candidates))):
             for shared in itertools.combinations(reversed(candidates), count):
                 yield tuple(None if place in shared else dim for place, dim in enumerate(roles))
+
+
+def _counts(tensors: Tensors, batch_dim: int) -> list[int]:
+    """How many rows there could be."""
+    dims = dict.fromkeys((batch_dim, 0))
+    return [*dict.fromkeys(tensor.shape[dim] for tensor in tensors for dim in dims if tensor.ndim > dim)]
+
+
+def _without_rows(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Bypass:
+    """Why there are no roles to try: the output that has no rows where others have them, or that none has."""
+    counts, outputs = _counts(tensors, batch_dim), whole.tensors if whole is not None else []
+    without = {count: [i for i, leaf in enumerate(outputs) if count not in leaf.shape] for count in counts if count}
+    count = min(without, key=lambda count: len(without[count]), default=0)
+    if whole is not None and count and len(without[count]) < len(outputs):
+        return _not_rows(whole, without[count][0], tuple(outputs[without[count][0]].shape), count)
+    small = "pass batches of two rows or more" if 1 in counts else "mark a part that returns one row a sample"
+    return Bypass(
+        "no argument has a first dimension that its outputs share, so there are no rows to cache",
+        f"{small}, or name the dimension with mark(..., batch_dim=1)",
+    )
+
+
+def _not_rows(taken: Taken, index: int, shape: tuple[int, ...], count: int) -> Bypass:
+    """That an output has no rows."""
+    return Bypass(
+        f"output{taken.path(index)} has shape {shape} for {count} rows, not one row a sample",
+        "mark a part that returns one row a sample",
+    )
 
 
 def may_lie_elsewhere(tensors: Tensors, batch_dim: int) -> bool:
@@ -294,12 +312,7 @@ class _Trial:
             if len(found) != 1:
                 shown = tuple((three if whole is None else whole).shape)
                 count = 3 if whole is None else self._count
-                raise _InconsistentError(
-                    Bypass(
-                        f"output{pair.path(index)} has shape {shown} for {count} rows, not one row a sample",
-                        "mark a part that returns one row a sample",
-                    )
-                )
+                raise _InconsistentError(_not_rows(pair, index, shown, count))
             dims.append(found[0])
         return tuple(dims)
 
@@ -351,8 +364,8 @@ class _Trial:
         there = Run([select_rows(leaf, others) for leaf in self._pool], other)
         mine, again = (self._row(self._run(places), place) for _ in range(2))
         if self._fresh(mine).learn(mine, again):
-            return _InconsistentError(_mixing(self._where, find_culprit(compute, here, there, same)))
-        return _InconsistentError(_unstable(self._where, find_culprit(compute, here, here, same)))
+            return _InconsistentError(mixing(self._where, find_culprit(compute, here, there, same)))
+        return _InconsistentError(unstable(self._where, find_culprit(compute, here, here, same)))
 
 
 def _follows(dim: int, two: torch.Tensor, three: torch.Tensor, whole: torch.Tensor | None, count: int) -> bool:
@@ -388,24 +401,3 @@ def _as_large(some: Tensors, others: Tensors, dims: set[int]) -> bool:
 def _altered(leaf: torch.Tensor) -> torch.Tensor:
     """Another row of the same kind: the elements of ``leaf`` in reverse, which keeps them valid."""
     return select_rows(leaf.flatten(), range(leaf.numel() - 1, -1, -1)).reshape(leaf.shape)
-
-
-def _unstable(where: str, culprit: str | None) -> RowwiseError:
-    likely = f"First seen at {culprit}." if culprit else "Likely: dropout in train mode, noise, a counter."
-    return RowwiseError(
-        f"{where} cannot be cached: the same rows give different outputs when computed again, so it is random or "
-        f"keeps state between calls. {likely} Call .eval() on it, mark a smaller part, or unmark it"
-    )
-
-
-def _mixing(where: str, culprit: str | None) -> RowwiseError:
-    likely = (
-        f"First seen at {culprit}."
-        if culprit
-        else "Likely: BatchNorm in train mode, a mean, softmax or matmul over dim 0, or an input without a batch "
-        "dimension whose first dimension equals the batch size."
-    )
-    return RowwiseError(
-        f"{where} cannot be cached: a row's output changes with the other rows of the batch. {likely} Call .eval() if "
-        "that is its train mode, mark a smaller part, or unmark it"
-    )
