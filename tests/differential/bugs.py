@@ -12,6 +12,7 @@ from harness import NoAnswerError, execute
 from program import Program
 from torch import nn
 
+from torchcache import batch as batches
 from torchcache import call, origin, padded, padding, regions
 from torchcache.call import Region
 from torchcache.checks import audit, learning, probe
@@ -130,6 +131,11 @@ def classes_of_containers_left_out(patch):
     digest = take._digest
     tags = bytes.maketrans(b"[({", b"(((")
     patch.setattr(take, "_digest", lambda data: digest([part.translate(tags) for part in data]))
+
+
+# What differs is in structures of arguments, which few nets have.
+for _bug in (order_of_dicts_left_out, numbers_by_value, members_of_enums_left_out, classes_of_containers_left_out):
+    _bug.net = "Shaped"
 
 
 def order_in_memory_left_out(patch):
@@ -384,15 +390,13 @@ rows_cut_shorter_than_they_are.net, rows_cut_shorter_than_they_are.mark = "Padde
 
 
 def arguments_with_gradients_taken_for_others(patch):
-    arguments = call.take_arguments
+    arguments = batches.take_arguments
 
     def detached(args, kwargs, names, **options):
         taken = arguments(args, kwargs, names, **options)
-        return types.SimpleNamespace(
-            tensors=[leaf.detach() for leaf in taken.tensors], key=taken.key, rebuild=taken.rebuild
-        )
+        return dataclasses.replace(taken, tensors=[leaf.detach() for leaf in taken.tensors])
 
-    patch.setattr(call, "take_arguments", detached)
+    patch.setattr(batches, "take_arguments", detached)
 
 
 BUGS = [

@@ -41,6 +41,8 @@ Named = collections.namedtuple("Named", KEYS, defaults=(None, None, None))
 MAPPINGS = {"dict": dict, "ordered": OrderedDict}
 OBJECTS = {"named": Named, "record": Record, "output": Output}
 KINDS = ("tuple", "list", *MAPPINGS, *OBJECTS)
+# Kinds of which only the class tells one from the other.
+LIKE = ({"tuple", "list"}, {"dict", "ordered"}, {"named", "record"}, {"record", "output"})
 CONSTANTS = (None, 1, 2, 1.0, -0.0, 0.0, True, "mean", "last", Pool.MEAN, Pool.LAST, (2, 1))
 
 
@@ -101,7 +103,7 @@ def _variants(draw, spec):
     renamed = tuple(keys[index] for index in order)
     yield "order", (kind, renamed, tuple(parts[index] for index in order))
     yield "names", (kind, renamed, parts)
-    yield from (("kind", (other, keys, parts)) for other in KINDS)
+    yield from (("like" if {kind, other} in LIKE else "kind", (other, keys, parts)) for other in KINDS)
     for at, part in enumerate(parts):
         for way, found in _variants(draw, part):
             yield way, (kind, keys, (*parts[:at], found, *parts[at + 1 :]))

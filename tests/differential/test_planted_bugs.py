@@ -21,6 +21,11 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
     assert bugs.hunt(bug, range(PROGRAMS)) is not None
 
 
+@pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.__name__)
+def test_each_bug_fits_the_library(bug, monkeypatch):
+    bug(monkeypatch)
+
+
 def test_the_soak_tool_says_how_to_see_a_wrong_answer_again(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools" / "soak"))
     spec = importlib.util.spec_from_file_location("soak", Path(__file__).parents[2] / "tools" / "soak" / "__main__.py")
