@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -142,6 +142,11 @@ class Given:
         """Load what was not loaded of its arguments: the original is given ordinary tensors."""
         self.args, self.kwargs = loaded((self.args, self.kwargs))
 
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """Its arguments, those by position by the names of their parameters."""
+        names = itertools.chain(self.subject.names, itertools.repeat("*args"))
+        return itertools.chain(zip(names, self.args, strict=False), self.kwargs.items())
+
     @property
     def ran(self) -> bool:
         """Whether the original returned already."""
@@ -232,11 +237,6 @@ class Batch:
         """The number of rows."""
         return int(self.rows[0].shape[0])
 
-    @property
-    def coarse(self) -> bool:
-        """Whether outputs are computed in a lower precision than their dtypes."""
-        return self.mode.autocast is not None
-
     def original(self, tensors: Sequence[torch.Tensor], *, gradients: bool | None = None) -> Any:
         """What the original returns with ``tensors`` in place of the caller's, in the caller's grad mode or another.
 
@@ -251,7 +251,9 @@ class Batch:
                 return self.given.subject.run(args, kwargs)
         except Exception as error:
             said = (str(error).splitlines() or [""])[0][:200]
+            lists = [name for name, value in self.given.named() if isinstance(value, (list, tuple)) and len(value) > 1]
+            part = "mark a part that takes any number of rows"
             raise Bypass(
                 f"it does not run on other rows than it was given ({type(error).__name__}: {said})",
-                "mark a part that takes any number of rows",
+                f"pass {lists[0]!r} as tensors with a row a sample, or {part}" if lists else part,
             ) from None

@@ -17,7 +17,7 @@ from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.learning import Learning
 from torchcache.checks.novelty import Novelty
-from torchcache.checks.plan import CHANGED, Plan
+from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
 from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
 from torchcache.checks.stored import keep
@@ -185,8 +185,7 @@ class Region:
 
     def note(self, bypass: Bypass, rows: int = 0) -> None:
         """Note why ``rows``, or some that nobody counts, are computed and not stored, and say so the first time."""
-        self.reasons.note(bypass.reason, rows)
-        if not bypass.quiet:
+        if self.reasons.note(bypass.reason, rows) and not bypass.quiet:
             warn_once(f"{self.name} is computed, not cached: {bypass}")
 
     def _cached(self, given: Given) -> Any:
@@ -252,6 +251,8 @@ class Region:
         return key, digests, found
 
     def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
+        if plan.alone is not True and batch.count == 1:
+            plan.check_alone(lambda: self._original(batch, plan, [0]), batch.given)
         start = time.perf_counter()
         with normal_tensors():
             near = plan.place(batch.rows[0].device)
@@ -275,7 +276,7 @@ class Region:
             found.from_disk,
             found.from_others,
             leaves,
-            lambda places: plan.rows_again(self._original(batch, plan, places)),
+            lambda places: plan.rows_again(self._original(batch, plan, places), len(places)),
             plan.learnt.rounding,
             plan.precision.losses,
         )
@@ -323,12 +324,8 @@ class Region:
         # Another thread may load weights meanwhile, and put them back.
         if identity.current() != batch.who or not before.holds(identity.look().tensors) or batch.overwritten():
             raise Bypass(CHANGED, lasting=False, quiet=True)
-        if not plan.fits(output):
-            raise Bypass(
-                "the structure of its output, or a number in it, differs between calls",
-                "mark a part that returns the same structure for all rows",
-                lasting=False,
-            )
+        if not plan.fits(output, batch.count if batch.given.ran else len(missing)):
+            raise Bypass(*OTHERWISE, lasting=False)
         leaves = plan.rows_first(output)
         if leaves[0].shape[0] > 1:  # one row alone does not tell where the batch lies in memory
             plan.note(output)
@@ -341,10 +338,12 @@ class Region:
         return leaves
 
     def _original(self, batch: Batch, plan: Plan, places: Sequence[int]) -> Taken:
-        """What the original returns for rows of the batch."""
-        rows = [select_rows(leaf, places) for leaf in batch.rows]
+        """What the original returns for rows of the batch; one is given twice, unless alone it is known to be alike."""
+        twice = len(places) == 1 and plan.alone is not True
+        rows = [select_rows(leaf, [*places] * 2 if twice else places) for leaf in batch.rows]
         with normal_tensors():
-            return take_outputs(batch.original(select(batch.taken.tensors, plan.learnt.rows, rows)))
+            output = take_outputs(batch.original(select(batch.taken.tensors, plan.learnt.rows, rows)))
+        return plan.first_of_two(output) if twice else output
 
     def _merge(
         self,
@@ -383,7 +382,7 @@ class Region:
             batch.count,
             frozenset(misses),
             looked.compute,
-            lambda: plan.rows_again(take_outputs(batch.given.run())),
+            lambda: plan.rows_again(take_outputs(batch.given.run()), batch.count),
             plan.learnt.rounding,
             plan.precision.losses,
             self.counters,
@@ -399,7 +398,7 @@ class Region:
 
     def _doubt(self, batch: Batch, plan: Plan, hits: Sequence[int]) -> None:
         """Rows were found by a plan of another process, and computed ones look otherwise: whether these would, too."""
-        if plan.taken_over and hits and not plan.fits(self._original(batch, plan, hits)):
+        if plan.taken_over and hits and not plan.fits(self._original(batch, plan, hits), len(hits)):
             self._react(batch, ANOTHER)
 
     def _react(self, batch: Batch, alarm: Alarm) -> None:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 
 __all__ = ["Counters", "Reasons"]
 
-# Reasons that are told apart; a reason may hold a number that differs every time.
-MOST_REASONS = 64
+# Reasons that are told apart, and of those that differ in numbers alone.
+MOST_REASONS, MOST_ALIKE = 64, 3
+_NUMBERS = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 class Reasons(collections.Counter[str]):
     """Why rows were computed and not stored, and how many."""
 
-    def note(self, reason: str, rows: int) -> None:
-        """Count rows."""
-        self[reason if len(self) < MOST_REASONS or reason in self else "other reasons"] += rows
+    def note(self, reason: str, rows: int) -> bool:
+        """Count rows; ``False`` where several reasons differ from it in numbers alone: they count as theirs."""
+        told = reason in self
+        if not told:
+            kind = _NUMBERS.sub("0", reason)
+            alike = [known for known in self if _NUMBERS.sub("0", known) == kind]
+            told = len(alike) < MOST_ALIKE and len(self) < MOST_REASONS
+            if not told:
+                reason = alike[-1] if alike else "other reasons"
+        self[reason] += rows
+        return told
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ import torch
 
 from torchcache.batch import Given, Subject, take
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.compare import Rounding, difference
+from torchcache.checks.compare import Narrowest, Rounding, difference
 from torchcache.checks.learning import SETUP_CALLS
 from torchcache.checks.plan import precision_of
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
@@ -283,7 +283,8 @@ class Padding:
         width = max(1, batch.lengths[rows[1]])
         wider = batch.width if batch.width > width else min(width + GRAIN, batch.widest)
         short = self._original(batch, self._cut(batch, rows, width))
-        longer = self._original(batch, self._cut(batch, rows, wider))
+        with Narrowest() as narrowest:
+            longer = self._original(batch, self._cut(batch, rows, wider))
         if not short.key == longer.key == whole.key:
             raise Bypass("a number or the structure of its output depends on the length")
         along = []
@@ -299,7 +300,7 @@ class Padding:
                     "mark a part that returns one value for each position, or one for each row",
                 )
         losses = precision_of(self._subject.name, short, [0] * len(along), self._options).losses
-        proof = _Proof(tuple(along), Rounding(short.tensors, coarse=bool(autocasts())), losses)
+        proof = _Proof(tuple(along), Rounding(short.tensors, narrowest.width), losses)
         alone = self._original(batch, self._cut(batch, rows[:1], width))
         if alone.key == short.key:  # of other shapes other kernels run: what that changes is rounding
             mine, its = ([*self._real(batch, rows[:1], taken, proof, width, 0)] for taken in (short, alone))

@@ -659,3 +659,18 @@ def test_a_captured_cuda_graph_holds_no_lookup(monkeypatch):
     stats = torchcache.stats(net)
     assert (stats.hits, stats.misses, stats.bypasses) == (3, 3, 3)
     assert stats.regions[0].reasons == {"a CUDA graph is being captured": 3}
+
+
+class Spelled(nn.Module):
+    def forward(self, x, names):
+        return x * torch.tensor([float(len(name)) for name in names])[:, None]
+
+
+def test_reasons_that_differ_in_numbers_are_said_a_few_times_and_counted_together(warnings):
+    module = torchcache.mark(Spelled())
+    for count in range(2, 40):
+        module(torch.randn(count, 4), ["a"] * count)
+    assert len(warnings) <= 3
+    assert "pass 'names' as tensors with a row a sample" in warnings[0]
+    assert len(torchcache.stats(module).regions[0].reasons) <= 3
+    assert sum(torchcache.stats(module).regions[0].reasons.values()) == sum(range(2, 40))

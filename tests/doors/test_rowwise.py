@@ -424,3 +424,83 @@ def test_the_output_that_has_no_rows_is_named():
     with torch.no_grad():
         module(torch.randn(2, 3, 4))
     assert "'patches' has shape (6, 4) for 2 rows" in str(reasons(module))
+
+
+class Squeezed(nn.Module):
+    """Scores whose dimensions of one are dropped, that of a batch of one as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return {"score": self.linear(x).squeeze(), "x": x * 2}
+
+
+@pytest.mark.parametrize("first", [8, 1])
+def test_a_batch_of_one_that_comes_out_otherwise_is_computed_and_others_are_served(first, warnings):
+    plain = Squeezed().requires_grad_(False)
+    module, x = torchcache.mark(copy.deepcopy(plain), audit=0.5), torch.randn(17, 4)
+    batches = [*x[:16].split(first), *x[:16].split(8), x[16:], *x[:16].split(1), *x[:16].split(5), x]
+    for batch in batches * 2:
+        found, expected = module(batch), plain(batch)
+        torch.testing.assert_close(found, expected)
+    assert torchcache.stats(module).regions[0].alarms == 0
+    assert torchcache.stats(module).hits > 64
+    (said,) = [text for text in warnings if "a batch of one row" in text]
+    assert "squeeze(-1)" in said
+
+
+class Doubled(nn.Module):
+    """An output of one row alone has other values."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * (2 if len(x) == 1 else 1)
+
+
+@pytest.mark.parametrize("first", [8, 1])
+def test_a_row_alone_of_other_values_is_not_served_and_stored_for_no_batch(first):
+    plain = Doubled().requires_grad_(False)
+    module, x = torchcache.mark(copy.deepcopy(plain), audit=0), torch.randn(16, 4)
+    for batch in (*x.split(first), *x.split(8), *x.split(1), *x[1:].split(3), *x.flip(0).split(5)):
+        torch.testing.assert_close(module(batch), plain(batch))
+    assert torchcache.stats(module).hits > 0
+
+
+class Widened(nn.Module):
+    """Numbers of a wider kind than they are computed in."""
+
+    def __init__(self, narrow, wide):
+        super().__init__()
+        self.linear, self.narrow, self.wide = nn.Linear(64, 7), narrow, wide
+
+    def forward(self, x):
+        return self.linear(x).to(self.narrow).to(self.wide).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=["double", "bfloat16"]
+)
+def test_rounding_is_that_of_the_numbers_that_are_computed_with(narrow, wide, warnings):
+    module, x = torchcache.mark(Widened(narrow, wide).requires_grad_(False), audit=0.5), torch.randn(40, 64)
+    for size in (1, 2, 3, 4, 5, 6, 7) * 3:
+        for rows in torch.randperm(40).split(size):
+            module(x[rows])
+    assert torchcache.stats(module).regions[0].alarms == 0
+    assert counts(module) == (40, 20 * 40)
+    assert not [text for text in warnings if "cached wrongly" in text]
+
+
+def test_arguments_that_are_alike_do_not_hide_why_calls_are_computed(warnings):
+    class Similar(nn.Module):
+        def forward(self, x, flag):
+            return {"logits": x @ x.T, "flag": flag * 2}
+
+    module = torchcache.mark(Similar())
+    for _ in range(2):
+        module(torch.randn(5, 4), torch.zeros(5, 1))
+    assert ["'logits' has shape (5, 5) for 5 rows" in text for text in warnings].count(True) == 1

@@ -5,13 +5,15 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
+from torchcache.dynamo import TorchDispatchMode
 from torchcache.store.precision import EXACT, Loss
 from torchcache.store.select import element_bytes
 
-__all__ = ["FLOOR", "LARGEST_ROUNDING", "Rounding", "difference", "identical", "magnitudes"]
+__all__ = ["FLOOR", "LARGEST_ROUNDING", "Narrowest", "Rounding", "difference", "identical", "nearly"]
 
 # The largest difference between batch sizes that counts as rounding, as a share of the row's largest magnitude.
 LARGEST_ROUNDING = {8: 1e-6, 4: 2e-3, 2: 5e-2, 1: 0.3}
@@ -25,6 +27,9 @@ FLIPPED = 0.1
 MOST_ROWS, LATEST = 64, 256
 # So many rows are hardly all small by chance.
 SOME_ROWS = 8
+# In batches of one size the same kernels run: what neighbours change beyond this many units in the last place is no
+# rounding.
+ULPS = 64
 
 
 class Rounding:
@@ -34,8 +39,8 @@ class Rounding:
     ----------
     leaves : sequence of torch.Tensor
         The outputs.
-    coarse : bool
-        Whether they are computed in a lower precision than their dtypes (autocast).
+    width : int
+        Bytes of the narrowest floating-point numbers that they are computed in, which may be narrower than they are.
 
     Attributes
     ----------
@@ -45,8 +50,9 @@ class Rounding:
         to be more exact than others: a score, of which a row has one, comes out of terms that cancel.
     """
 
-    def __init__(self, leaves: Sequence[torch.Tensor], coarse: bool) -> None:
-        widths = [min(_width(leaf.dtype), 2) if coarse else _width(leaf.dtype) for leaf in leaves]
+    def __init__(self, leaves: Sequence[torch.Tensor], width: int) -> None:
+        self.width = width
+        widths = [min(_width(leaf.dtype), width) for leaf in leaves]
         self._caps = [LARGEST_ROUNDING[width] for width in widths]
         self.allowed = [FLOOR[width] for width in widths]
         self.scales = [0.0] * len(leaves)
@@ -54,7 +60,7 @@ class Rounding:
 
     def see(self, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> None:
         """Take note of how large rows are, which lie along ``dims``."""
-        batch = [magnitudes(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
+        batch = [_magnitudes(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
         for seen, sizes in zip(self._seen, batch, strict=True):
             seen.extend(sizes)
         self.scales = [
@@ -98,6 +104,27 @@ class Rounding:
         return found <= max(self.allowed[index], FLOOR[_width(a.dtype)]) + loss.relative
 
 
+class Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the narrowest floating-point numbers that operators give: what they round off shows in wider ones, too.
+
+    Attributes
+    ----------
+    width : int
+        Their bytes; 8 where there are none. Those of one byte count as two: few elements of a row pass through them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.width = 8
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in made if isinstance(made, (list, tuple)) else (made,):
+            if isinstance(leaf, torch.Tensor):
+                self.width = min(self.width, max(_width(leaf.dtype), 2))
+        return made
+
+
 def _usual(seen: Iterable[float]) -> float:
     rows = sorted(seen)
     return rows[3 * (len(rows) - 1) // 4] if rows else 0.0
@@ -110,7 +137,7 @@ def _width(dtype: torch.dtype) -> int:
     return min(dtype.itemsize, 8) if dtype.is_floating_point else 8
 
 
-def magnitudes(leaf: torch.Tensor, dim: int) -> list[float]:
+def _magnitudes(leaf: torch.Tensor, dim: int) -> list[float]:
     """The largest finite magnitude in each of the first rows, which lie along ``dim``; 0 for integers."""
     rows = leaf.movedim(dim, 0)[:MOST_ROWS]
     if not (leaf.is_floating_point() or leaf.is_complex()) or not leaf.numel():
@@ -142,6 +169,16 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bytes(leaf: torch.Tensor) -> torch.Tensor:
     return element_bytes(leaf.resolve_conj().resolve_neg().contiguous())
+
+
+def nearly(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
+    """Whether two rows of batches of one size differ by no more than rounding; ``scale`` is what rows usually have."""
+    if not (a.is_floating_point() or a.is_complex()):
+        return identical(a, b)
+    allowed = ULPS * torch.finfo(a.dtype).eps * max([scale, *_magnitudes(a, 0)])
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    gaps = (a.to(wide) - b.to(wide)).abs()
+    return bool(((gaps <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -114,7 +115,7 @@ class Learning:
         except Bypass as bypass:
             form.refuse(batch, bypass)
             raise
-        proven.taken_over = plan.taken_over
+        proven.taken_over, proven.alone = plan.taken_over, plan.alone
         return proven
 
     def _taken_over(self, batch: Batch, form: Form, tiers: Tiers) -> Plan | None:
@@ -144,7 +145,7 @@ class Learning:
             return None
         if any(leaf.ndim <= dim or leaf.shape[dim] != 2 for leaf, dim in zip(output.tensors, dims, strict=True)):
             return None
-        return self._keep(batch, learnt, output, proven=False)
+        return self._keep(batch, dataclasses.replace(learnt, alone=None), output, proven=False)
 
     def _keep(self, batch: Batch, learnt: Learnt, output: Taken, *, proven: bool) -> Plan:
         if len(self._plans) >= MOST:
@@ -270,6 +271,8 @@ class Learning:
             if not names:
                 raise
             raise self._writes(form, names) from None
+        if learnt.alone is False:  # it tells nothing of other batches
+            whole = None
         self._settle(batch, form, names, learnt, whole)
         check_said(output, lambda: batch.original(batch.taken.tensors, gradients=False))
         if not (agree or modes_agree(batch, learnt, whole)):
@@ -293,7 +296,6 @@ class Learning:
                     original,
                     batch_dim=self._options.batch_dim,
                     spare=form.spare,
-                    coarse=batch.coarse,
                 )
             except (Bypass, RowwiseError, Unproven):
                 if not original.crossed:  # else it may be the other mode that differs

@@ -7,19 +7,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from torchcache.batch import Batch
+from torchcache.batch import Batch, Given
 from torchcache.checks.alarm import Otherwise
+from torchcache.checks.chance import generators_kept
 from torchcache.checks.probe import Learnt, rows_of
 from torchcache.digest.cpu import digest_bytes
+from torchcache.errors import Bypass
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
 from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, is_alone
-from torchcache.values.take import Taken
+from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["CHANGED", "Plan", "precision_of"]
+__all__ = ["CHANGED", "OTHERWISE", "Plan", "precision_of"]
 
+OTHERWISE = (
+    "the structure of its output, or a number in it, differs between calls",
+    "mark a part that returns the same structure for all rows",
+)
 CHANGED = "what computes it changed during the call"
 # Names of outputs in a message.
 MOST_NAMES = 20
@@ -43,6 +49,8 @@ class Plan:
         How its rows are stored.
     proven : bool
         Whether rows of this shape were probed in this process.
+    alone : bool or None
+        Whether a batch of one row comes out as that row does among others; ``None`` until one is seen.
     believed : bool
         Whether rows from disk were computed and compared.
     taken_over : bool
@@ -57,6 +65,7 @@ class Plan:
     layout: bytes
     precision: Precision
     proven: bool = True
+    alone: bool | None = None
     believed: bool = False
     taken_over: bool = False
     kept: set[bytes] = dataclasses.field(default_factory=set)
@@ -69,7 +78,7 @@ class Plan:
         leaves = [torch.empty(1, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) for leaf in output.tensors]
         outline, dims = dataclasses.replace(output, tensors=leaves), learnt.output_dims
         precision = precision_of(where, output, dims, options)
-        return cls(form, learnt, outline, _layout_digest(output, dims), precision, proven)
+        return cls(form, learnt, outline, _layout_digest(output, dims), precision, proven, learnt.alone)
 
     def rows_first(self, output: Taken) -> list[torch.Tensor]:
         """The leaves of ``output`` with their rows first."""
@@ -79,11 +88,37 @@ class Plan:
         """Leaves of an output with their rows first."""
         return rows_of(leaves, self.learnt.output_dims)
 
-    def rows_again(self, output: Taken) -> list[torch.Tensor]:
-        """The leaves of an output that was computed again, rows first; raises ``Otherwise`` where it is another."""
-        if not self.fits(output):
+    def rows_again(self, output: Taken, count: int) -> list[torch.Tensor]:
+        """The leaves of ``count`` rows that were computed again, rows first; raises ``Otherwise`` for other outputs."""
+        if not self.fits(output, count):
             raise Otherwise
         return self.rows_first(output)
+
+    def first_of_two(self, output: Taken) -> Taken:
+        """The first row of an output of two, where it has two."""
+        if not self.fits(output, 2):
+            return output
+        pairs = zip(output.tensors, self.learnt.output_dims, strict=True)
+        return dataclasses.replace(output, tensors=[leaf.narrow(dim, 0, 1) for leaf, dim in pairs])
+
+    def check_alone(self, row: Callable[[], Taken], single: Given) -> None:
+        """Refuse a batch of one row, unless such are known to come out as rows among others do.
+
+        The first is computed, as the call ``single``, and compared with what ``row`` gives.
+        """
+        if self.alone is None:
+            with generators_kept(), torch.no_grad():
+                among = row()
+            alone, rounding = take_outputs(single.run()), self.learnt.rounding
+            both = self.fits(among, 1) and self.fits(alone, 1)
+            self.alone = both and rounding.learn(among.tensors, alone.tensors)
+            self.kept.clear()
+        if not self.alone:
+            raise Bypass(
+                "a batch of one row comes out otherwise than that row among others",
+                "have its forward treat it as any other: squeeze(-1), not squeeze()",
+                lasting=False,
+            )
 
     def place(self, near: torch.device) -> torch.device:
         """Where outputs lie whose inputs are on ``near``: keys are shared between the devices of one kind."""
@@ -96,10 +131,16 @@ class Plan:
         pairs = zip(self.output.tensors, self.learnt.output_dims, strict=True)
         return sum(leaf.nbytes // max(1, leaf.shape[dim]) for leaf, dim in pairs)
 
-    def fits(self, output: Taken) -> bool:
-        """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan."""
+    def fits(self, output: Taken, count: int) -> bool:
+        """Whether ``output`` has the structure, constants, row shapes and dtypes of this plan, and so many rows."""
         dims = self.learnt.output_dims
-        return len(output.tensors) == len(dims) and _layout_digest(output, dims) == self.layout
+        return (
+            len(output.tensors) == len(dims)
+            and all(
+                leaf.ndim > dim and leaf.shape[dim] == count for leaf, dim in zip(output.tensors, dims, strict=True)
+            )
+            and _layout_digest(output, dims) == self.layout
+        )
 
     def layouts(self, batch: Batch, compute: Callable[[Sequence[int]], Taken]) -> tuple[Layout, ...]:
         """How outputs lie in memory; two rows are computed to see, or one where such arguments have no more."""

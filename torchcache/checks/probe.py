@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from torchcache.checks.arguments import ArgumentWritten
-from torchcache.checks.compare import Rounding, identical, magnitudes
+from torchcache.checks.compare import Narrowest, Rounding, identical, nearly
 from torchcache.checks.culprit import Run, find_culprit, mixing, unstable
 from torchcache.digest.rows import digest_rows
 from torchcache.errors import Bypass
@@ -30,9 +30,6 @@ Roles = tuple[int | None, ...]
 
 # Ways to tell rows from shared arguments that are tried before giving up.
 MOST_GUESSES = 8
-# In batches of one size the same kernels run: what neighbours change beyond this many units in the last place is no
-# rounding.
-ULPS = 64
 
 
 class Unproven(Exception):  # noqa: N818
@@ -51,11 +48,14 @@ class Learnt:
         For each output the dimension of its rows.
     rounding : Rounding
         What differences between computations of a row are rounding.
+    alone : bool or None
+        Whether a batch of one row comes out as that row does among others; ``None`` where none was seen.
     """
 
     rows: Roles
     output_dims: tuple[int, ...]
     rounding: Rounding
+    alone: bool | None = None
 
 
 class _InconsistentError(Exception):
@@ -75,7 +75,6 @@ def learn(
     batch_dim: int = 0,
     spare: Tensors | None = None,
     known: Roles | None = None,
-    coarse: bool = False,
 ) -> tuple[Learnt, Taken]:
     """Find the roles of the arguments, and check that rows depend on nothing but themselves.
 
@@ -95,8 +94,6 @@ def learn(
         The arguments of an earlier call of the same form with one row, for neighbours where they are as long and wide.
     known : tuple or None
         The roles, where they were learnt before.
-    coarse : bool
-        Whether outputs are computed in a lower precision than their dtypes.
 
     Returns
     -------
@@ -119,11 +116,15 @@ def learn(
     first: Exception | None = None
     guesses = [known] if known is not None else _guesses(tensors, whole, batch_dim)
     for roles in itertools.islice(guesses, MOST_GUESSES):
-        trial = _Trial(where, tensors, whole, original, roles, coarse)
+        trial = _Trial(where, tensors, whole, original, roles)
         try:
             return trial.learn(spare)
         except _InconsistentError as failed:
             first = first if first is not None else failed.error
+        except Unproven:
+            if not isinstance(first, Bypass):
+                raise
+            raise Bypass(first.reason, first.advice, lasting=False) from None  # rows that differ may tell
     if first is None and not all(tensor.numel() for tensor in tensors):
         raise Bypass("the batch is empty", lasting=False, quiet=True)
     raise first if first is not None else _without_rows(tensors, whole, batch_dim)
@@ -133,7 +134,8 @@ def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[
     """Roles that could explain the outputs: all tensors as long as the batch have rows, or all but one, or two."""
     shapes = [tuple(leaf.shape) for leaf in whole.tensors] if whole is not None else []
     for size in _counts(tensors, batch_dim):
-        if not size or not all(size in shape for shape in shapes):
+        # Of one row alone an output may lack the dimension: forward may squeeze it.
+        if not size or not (size == 1 or all(size in shape for shape in shapes)):
             continue
         roles = [
             next(
@@ -214,16 +216,15 @@ class _Trial:
         whole: Taken | None,
         original: Original,
         roles: Roles,
-        coarse: bool,
     ) -> None:
         self._where = where
         self._tensors = tensors
-        self._whole = whole
         self._original = original
         self._roles = roles
-        self._coarse = coarse
         self._given = rows_of(tensors, roles)
         self._count = self._given[0].shape[0]
+        self._single = whole if self._count == 1 else None
+        self._whole = whole if self._count > 1 else None
         self._lie_alike = True
 
     def learn(self, spare: Tensors | None) -> tuple[Learnt, Taken]:
@@ -238,10 +239,12 @@ class _Trial:
         pair = self._run((first, second))
         # The third batch lacks the first row: what looks for a largest row must meet a batch without it.
         others = (second, third, second) if third != second else (second, first, second)
-        trio = self._run(others)
+        with Narrowest() as narrowest:
+            trio = self._run(others)
+        self._width = narrowest.width
         dims = self._dims(pair, trio)
         self._outputs = dims
-        rounding = Rounding(pair.tensors, self._coarse)
+        rounding = Rounding(pair.tensors, self._width)
         for known in (pair, trio) if self._whole is None else (pair, trio, self._whole):
             rounding.see(known.tensors, dims)
         self._scales = rounding.scales
@@ -253,7 +256,14 @@ class _Trial:
         for place, other, row in runs:
             if not rounding.learn(self._row(pair, place), self._row(other, row)):
                 raise self._refusal((first, second), place, batches[id(other)], row, exact=False)
-        return Learnt(self._roles, dims, rounding), trio
+        return Learnt(self._roles, dims, rounding, self._comes_alone(pair, rounding)), trio
+
+    def _comes_alone(self, pair: Taken, rounding: Rounding) -> bool | None:
+        """Whether a batch of one row came out as that row does among others; ``None`` where there was none."""
+        if self._single is None:
+            return None
+        row, alone = self._row(pair, 0), self._single.tensors
+        return self._single.key == pair.key and all(map(_alike, row, alone)) and rounding.learn(row, alone)
 
     def _choose(self, spare: list[torch.Tensor] | None, *, made: bool) -> tuple[int, int, int]:
         """Places of three rows that differ, of two where no more can be had."""
@@ -318,7 +328,7 @@ class _Trial:
 
     def _fresh(self, leaves: list[torch.Tensor]) -> Rounding:
         """What rounding is, of which nothing was learnt but how large rows are."""
-        rounding = Rounding(leaves, self._coarse)
+        rounding = Rounding(leaves, self._width)
         rounding.scales = self._scales
         return rounding
 
@@ -338,7 +348,7 @@ class _Trial:
             rounding = self._fresh(mine)
             if not (rounding.learn(mine, again) and rounding.learn(mine, other)):
                 raise self._refusal((first, second), 0, (first, third), 0, exact=False)
-        elif not all(map(_nearly, mine, other, self._scales)):
+        elif not all(map(nearly, mine, other, self._scales)):
             raise self._refusal((first, second), 0, (first, third), 0, exact=True)
 
     def _row(self, taken: Taken, place: int) -> list[torch.Tensor]:
@@ -358,7 +368,7 @@ class _Trial:
             return self._original(select(self._tensors, self._roles, rows))
 
         def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-            return identical(a, b) if exact else Rounding([a], self._coarse).learn([a], [b])
+            return identical(a, b) if exact else Rounding([a], self._width).learn([a], [b])
 
         here = Run([select_rows(leaf, places) for leaf in self._pool], place)
         there = Run([select_rows(leaf, others) for leaf in self._pool], other)
@@ -366,6 +376,10 @@ class _Trial:
         if self._fresh(mine).learn(mine, again):
             return _InconsistentError(mixing(self._where, find_culprit(compute, here, there, same)))
         return _InconsistentError(unstable(self._where, find_culprit(compute, here, here, same)))
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _follows(dim: int, two: torch.Tensor, three: torch.Tensor, whole: torch.Tensor | None, count: int) -> bool:
@@ -377,15 +391,6 @@ def _follows(dim: int, two: torch.Tensor, three: torch.Tensor, whole: torch.Tens
         return False
     rests = {(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf in (two, three, whole) if leaf is not None}
     return len(rests) == 1
-
-
-def _nearly(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
-    if not (a.is_floating_point() or a.is_complex()):
-        return identical(a, b)
-    allowed = ULPS * torch.finfo(a.dtype).eps * max([scale, *magnitudes(a, 0)])
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    gaps = (a.to(wide) - b.to(wide)).abs()
-    return bool(((gaps <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _as_large(some: Tensors, others: Tensors, dims: set[int]) -> bool:

@@ -162,6 +162,8 @@ def _encoded(plan: Plan) -> dict[str, Any]:
         ],
         "structure": _tree(plan.output.rebuild([_Place(place) for place in range(len(leaves))])),  # type: ignore[misc]
         "key": plan.output.key.hex(),
+        "alone": plan.alone,
+        "width": learnt.rounding.width,
         "allowed": [share.hex() for share in learnt.rounding.allowed],
         "layouts": [[layout.order, str(layout.device)] for layout in plan.known_layouts or ()],
     }
@@ -196,9 +198,11 @@ def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
     output = take_outputs(_value(note["structure"], leaves, DEEPEST))
     if output.key.hex() != note["key"] or len(output.tensors) != len(leaves):
         raise ValueError("another structure")
-    rounding = Rounding(leaves, batch.coarse)
+    rounding = Rounding(leaves, _dim(note["width"]))
     rounding.allow([float.fromhex(share) for share in note["allowed"]])
-    return Stored(bytes.fromhex(note["form"]), Learnt(roles, dims, rounding), output, layouts)
+    return Stored(
+        bytes.fromhex(note["form"]), Learnt(roles, dims, rounding, note.get("alone") is True or None), output, layouts
+    )
 
 
 @dataclasses.dataclass(frozen=True)
