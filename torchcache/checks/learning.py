@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -328,7 +329,7 @@ class Learning:
                 "transformers does, by enable_input_require_grads), or call it under torch.no_grad()",
             )
         again = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
-        same = again.key == given.key and all(map(_is, again.tensors, given.tensors))
+        same = again.key == given.key and all(map(operator.is_, again.tensors, given.tensors))
         arguments.check(same=same)
         if not taken.tensors:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
@@ -389,7 +390,3 @@ def _backwards(again: Taken, whole: Taken, learnt: Learnt) -> bool:
     pairs = zip(again.tensors, whole.tensors, learnt.output_dims, strict=False)
     turned = [(one.flip(dim), other) for one, other, dim in pairs]
     return again.key == whole.key and learnt.rounding.agree(*zip(*turned, strict=True))
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b

@@ -120,7 +120,7 @@ def _class(value: type) -> Node:
                 continue
             foreign = dict(_foreign(base))
             if issubclass(base, nn.Module):
-                node.checks.append(Check("foreign", base, read=_class_foreign))
+                node.checks.append(Check("foreign", base, read=_foreign))
             if foreign:
                 node.spaces.append(Space("member", foreign, foreign))
         node.names = names_of_class(value)[0] | _OF_A_CALL
@@ -168,10 +168,6 @@ def _overrides(value: type) -> frozenset[str]:
 _OF_A_CALL = frozenset({"forward", "_call_impl", "_wrapped_call_impl", "_slow_forward"})
 
 
-def _class_foreign(value: type) -> tuple[Any, ...]:
-    return tuple(_foreign(value))
-
-
 # The members of torch's classes and namespaces as they were when they were first looked at, each with its owner.
 _KNOWN: dict[int, tuple[Any, dict[str, Any]]] = {}
 
@@ -182,7 +178,7 @@ def _known(owner: Any) -> dict[str, Any]:
     return _KNOWN[id(owner)][1]
 
 
-def _foreign(owner: Any) -> list[tuple[str, Any]]:
+def _foreign(owner: Any) -> tuple[tuple[str, Any], ...]:
     """Members of something named that somebody else put there: functions and classes, and whatever came later."""
     known, found = _known(owner), []
     for name, member in sorted(vars(owner).items()):
@@ -191,7 +187,7 @@ def _foreign(owner: Any) -> list[tuple[str, Any]]:
         came = known.get(name, MISSING) is not member and not _is_torchs_own(member, known.get(name))
         if came or (type(member) in _PATCHES and is_foreign(member)):
             found.append((name, member))
-    return found
+    return tuple(found)
 
 
 def _is_torchs_own(member: Any, known: Any) -> bool:
@@ -221,7 +217,7 @@ def _torch(value: type[Torch]) -> Node:
                 data[name] = member
         if data:
             node.spaces.append(Space("member", data, data))
-        node.checks.append(Check("foreign", home, read=lambda owner: tuple(_foreign(owner))))
+        node.checks.append(Check("foreign", home, read=_foreign))
     node.parts += [(f"the kernel {name}", kernel) for name, kernel in kernels("aten::") if not _is_torchs(kernel)]
     node.checks.append(Check("content", value, read=lambda _: registrations()))
     for name, member in sorted(vars(torch.nn.functional).items()):

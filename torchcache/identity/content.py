@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "plain_tensors",
     "readable",
     "start_content",
+    "versions",
 ]
 
 # Content is hashed in blocks of this size, by several threads where there are several of both.
@@ -40,6 +42,7 @@ TOGETHER = 1 << 26
 Content = tuple[bytes, ...]
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_version = operator.attrgetter("_version")
 
 
 def content_digest(tensor: torch.Tensor) -> bytes:
@@ -237,4 +240,7 @@ _NOT_OVERRIDDEN = (_overridden(torch.Tensor), _overridden(nn.Parameter))
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Versions, which move when a tensor is written to; tensors of inference mode have none."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

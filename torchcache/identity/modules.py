@@ -14,12 +14,12 @@ from torchcache.identity.homes import beneath_class, named_class
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
 
-__all__ = ["CONTAINERS", "GROUPS", "GlobalHooks", "describe_module", "describe_tensor"]
+__all__ = ["CONTAINERS", "GROUPS", "KEPT", "GlobalHooks", "describe_module", "describe_tensor"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 # What every module keeps for itself: described apart below, or without a say in what forward computes.
-_KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 # Where a module keeps what it holds, and what that is.
 GROUPS = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "child"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -40,7 +40,7 @@ def describe_module(value: nn.Module) -> Node:
         node.problem = "is compiled by TorchScript and cannot be read"
         return node
     node.problem = getattr(kind, "torchcache_problem", "")
-    leave = _KEPT | NOTES if is_noted(kind) else _KEPT
+    leave = KEPT | NOTES if is_noted(kind) else KEPT
     node.spaces.append(member_space("attribute", members, leave))
     for group, kind_of in GROUPS.items():
         live = members.get(group)

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from torchcache.dynamo import layout_check
-from torchcache.identity.content import Content, block_digests, start_content
+from torchcache.identity.content import Content, block_digests, start_content, versions
 from torchcache.identity.memory import elements_at, row_major_bytes
 from torchcache.identity.samples import samples_of
 
 __all__ = ["Record"]
 
-_version = operator.attrgetter("_version")
 _dtype = operator.attrgetter("dtype")
 _shape = operator.attrgetter("shape")
 _events = itertools.count()
@@ -51,7 +50,7 @@ class Record:
         # The last event that made a tensor suspect, and the last that was cleared by a hash, both by index.
         self._suspected: dict[int, int] = {}
         self._cleared: dict[int, int] = {}
-        self._versions = _versions(tensors)
+        self._versions = versions(tensors)
         self._types = list(map(type, tensors))
         self._layouts = _layouts(tensors)
         self._alike = layout_check(tensors)
@@ -101,15 +100,15 @@ class Record:
         turn, whole = self._whole(tensors) if self._away else (-1, None)
         if (
             self._suspected == self._cleared
-            and _versions(tensors) == self._versions
+            and versions(tensors) == self._versions
             and all(sample.same(tensors) for sample in self._samples)
             and (whole is None or whole() == self.contents[turn])
         ):
             return True
         # Both are read before hashing: what is written meanwhile is hashed the next time.
-        suspected, versions = self._suspected.copy(), _versions(tensors)
+        suspected, latest = self._suspected.copy(), versions(tensors)
         suspects = {index for index, event in suspected.items() if self._cleared.get(index) != event}
-        suspects.update(i for i, (now, was) in enumerate(zip(versions, self._versions, strict=True)) if now != was)
+        suspects.update(i for i, (now, was) in enumerate(zip(latest, self._versions, strict=True)) if now != was)
         if whole is not None and whole() != self.contents[turn]:
             suspects.add(turn)
         differing: set[int] = set().union(*(sample.differing(tensors) for sample in self._samples))
@@ -119,7 +118,7 @@ class Record:
         if not self.holds(tensors, sorted(suspects)):
             self.suspect(suspects)
             return False
-        self._cleared, self._versions, self._samples = suspected, versions, samples
+        self._cleared, self._versions, self._samples = suspected, latest, samples
         return True
 
     def _whole(self, tensors: Sequence[torch.Tensor]) -> tuple[int, Callable[[], Content] | None]:
@@ -185,10 +184,3 @@ def _layouts(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
         list(map(torch.Tensor.stride, tensors)),
         list(map(_dtype, tensors)),
     )
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    try:
-        return list(map(_version, tensors))
-    except RuntimeError:  # inference tensors have none
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,15 +36,11 @@ class Steady:
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether ``tensors``, what is read now, are the same objects, in the same memory, and nobody wrote to them."""
-        same = self._named or (len(tensors) == len(self._tensors) and all(map(_is, tensors, self._tensors)))
+        same = self._named or (len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors)))
         return same and self._look(tensors) == self._facts and (self._stamps is None or self._stamps.hold())
 
     def _look(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         return versions(tensors) if self._named else [*versions(tensors), *map(_address, tensors)]
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def _address(tensor: torch.Tensor) -> int:

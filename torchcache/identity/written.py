@@ -10,15 +10,13 @@ import torch
 from torch import nn
 
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
+from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
 
 __all__ = ["Written", "written_text"]
 
-_ENTRIES = ("_parameters", "_buffers", "_modules")
-# What torch keeps on a module for itself: hooks and caches, written by calls without a meaning to forward.
-_KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name and isinstance(vars(nn.Module())[name], dict)]
 
 
@@ -87,17 +85,17 @@ class Written:
         for path, inner in modules.items():
             prefix = f"{path}." if path else ""
             members: dict[str, Any] = inner.__dict__
-            for name in [name for name in members if name not in _KEPT and not ignored(name)]:
+            for name in [name for name in members if name not in KEPT and not ignored(name)]:
                 if prefix + name not in self._before:
                     del members[name]
-            for group in _ENTRIES if everything else ():
+            for group in GROUPS if everything else ():
                 for name in [name for name in members.get(group) or () if prefix + name not in self._before]:
                     del members[group][name]
         for full, (value, _) in self._before.items():
             path, _, name = full.rpartition(".")
             if path in modules:
                 members = modules[path].__dict__
-                holder = next((members[group] for group in _ENTRIES if name in (members.get(group) or ())), members)
+                holder = next((members[group] for group in GROUPS if name in (members.get(group) or ())), members)
                 if holder.get(name) is not value:
                     holder[name] = value
         self._containers.restore()
@@ -130,9 +128,9 @@ def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:
         prefix = f"{path}." if path else ""
         members = vars(inner)
         for name, value in members.items():
-            if name not in _KEPT and not ignored(name):
+            if name not in KEPT and not ignored(name):
                 found[prefix + name] = _entry(value)
-        for group in _ENTRIES:
+        for group in GROUPS:
             for name, value in (members.get(group) or {}).items():
                 found[prefix + name] = _entry(value)
     return found
