@@ -10,11 +10,21 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from torchcache.identity.homes import beneath_class, named_class
+from torchcache.identity.homes import beneath_class, is_class, named_class
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
 
-__all__ = ["CONTAINERS", "GROUPS", "KEPT", "GlobalHooks", "describe_module", "describe_tensor"]
+__all__ = [
+    "CONTAINERS",
+    "GROUPS",
+    "KEPT",
+    "TREE",
+    "TREE_HOMES",
+    "GlobalHooks",
+    "describe_module",
+    "describe_tensor",
+    "is_module_class",
+]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -22,6 +32,12 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 KEPT = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 # Where a module keeps what it holds, and what that is.
 GROUPS = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "child"}
+# Names by which a whole tree of modules is read at once, and Python modules whose functions do.
+TREE = frozenset(
+    "parameters named_parameters buffers named_buffers children named_children modules named_modules state_dict "
+    "_parameters _buffers _modules get_submodule get_parameter get_buffer named_members apply".split()
+)
+TREE_HOMES = ("torch.func", "torch._functorch", "torch.nn.utils", "torch.export", "torch.fx", "torch.jit")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _FUNCTIONS = (types.FunctionType, types.MethodType)
 
@@ -89,3 +105,8 @@ def describe_tensor(value: torch.Tensor) -> Node:
     else:
         node.spaces.append(Space("attribute", members, {}))
     return node
+
+
+def is_module_class(value: Any) -> bool:
+    """Whether a value is a class of modules: those that are stored somewhere are to be compared with, not called."""
+    return is_class(value) and nn.Module in value.__mro__

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.around import home_around, is_module_class, is_own, owner_of, sentence
-from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, is_implied, resolve, simplify
+from torchcache.identity.callables import CONSTRUCTORS, DISPLAYED, MISSING, Torch, is_implied, resolve, simplify
 from torchcache.identity.describe import describe
+from torchcache.identity.entries import OwnEntries, describe_items, has_items
 from torchcache.identity.environment import is_environment, named_variables, variables_of
 from torchcache.identity.homes import (
     beneath_class,
@@ -25,14 +25,11 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
-from torchcache.identity.items import describe_items, has_items
-from torchcache.identity.modules import CONTAINERS, GlobalHooks
-from torchcache.identity.node import Node, Space
+from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
+from torchcache.identity.node import Node, Space, home_around, is_own, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
-from torchcache.identity.reads import Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
-from torchcache.identity.tables import OwnEntries
+from torchcache.identity.reads import STREAMS, Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
 from torchcache.identity.values import ATOMS
-from torchcache.identity.wholes import DISPLAYED, STREAMS, TREE, TREE_HOMES
 
 __all__ = ["Reach"]
 

@@ -22,6 +22,7 @@ __all__ = [
     "READERS",
     "READERS_OF_GLOBALS",
     "SCOPES",
+    "STREAMS",
     "WHOLES",
     "Chain",
     "Reads",
@@ -53,6 +54,8 @@ WHOLES = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex__"})
 SCOPES = frozenset({"__globals__", "f_globals", "f_locals", "f_back"})
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb"})
 LOOKUPS = frozenset({"get", "pop", "setdefault", "__getitem__", "__contains__"})
+# Of sys: whatever they are, they are only written to.
+STREAMS = frozenset({"stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"})
 
 # What may read anything, and what of. Where it is used at once in a form that is understood, it reads what it is
 # seen to read there; in any other use it may read all.

@@ -1,4 +1,4 @@
-"""Tables of packages with an entry for the class of every model that was made: a program reads its own alone."""
+"""Dicts of which single entries are a part of a program, and the others are not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,35 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.homes import beneath_class
+from torchcache.identity.homes import beneath_class, module_of
+from torchcache.identity.node import Node, Space
+from torchcache.identity.objects import ignored
 
-__all__ = ["OwnEntries"]
+__all__ = ["OwnEntries", "describe_items", "has_items"]
 
-# Where each is. Its keys are texts of classes.
+# Larger ones are tables of words and the like, which are read as a whole at once.
+MOST_ITEMS = 1024
+
+# Tables of packages with an entry for the class of every model that was made, by the texts of classes. A program reads
+# its own entries alone.
 _TABLES = (("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),)
+
+
+def has_items(value: Any) -> bool:
+    """Whether a value is a dict, of no class of its own, whose items can be told apart by their keys."""
+    return (
+        type(value) is dict
+        and len(value) <= MOST_ITEMS
+        and not any(
+            type(key) is not str or ignored(key) or module_of(type(item)).startswith("torchcache")
+            for key, item in value.items()
+        )
+    )
+
+
+def describe_items(value: dict[str, Any]) -> Node:
+    """The node of such a dict; each item counts where its key is read."""
+    return Node(value, ("items",), spaces=[Space("item", value, dict(value))], kind="items")
 
 
 class OwnEntries:
