@@ -12,9 +12,8 @@ import torch
 from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import Generators, generators_kept
-from torchcache.checks.form import Form
 from torchcache.checks.gradients import Original, modes_agree
-from torchcache.checks.plan import CHANGED, Plan
+from torchcache.checks.plan import CHANGED, Form, Plan
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.checks.said import check_said
 from torchcache.checks.stored import stored, suffices

@@ -1,4 +1,4 @@
-"""What was learnt of calls of one kind, once: enough to look rows up and to rebuild a batch of them."""
+"""What was learnt of calls, once: of all of one form, and of one kind enough to rebuild a batch of its rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torchcache.batch import Batch, Given
 from torchcache.checks.alarm import Otherwise
 from torchcache.checks.chance import generators_kept
-from torchcache.checks.probe import Learnt, rows_of
+from torchcache.checks.probe import Learnt, Roles, rows_of
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
 from torchcache.logging import warn_once
@@ -20,7 +20,7 @@ from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, is_alone
 from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["CHANGED", "OTHERWISE", "Plan", "precision_of"]
+__all__ = ["CHANGED", "OTHERWISE", "Form", "Plan", "precision_of"]
 
 OTHERWISE = (
     "the structure of its output, or a number in it, differs between calls",
@@ -29,6 +29,42 @@ OTHERWISE = (
 CHANGED = "what computes it changed during the call"
 # Names of outputs in a message.
 MOST_NAMES = 20
+
+
+@dataclasses.dataclass
+class Form:
+    """What was learnt of calls whose arguments have one structure.
+
+    Parameters
+    ----------
+    roles : tuple of (int or None) or None
+        For each tensor argument the dimension of its rows.
+    learnt : Learnt or None
+        What the last probe learnt.
+    refused : tuple of (bytes, Bypass or str) or None
+        Why such calls are computed, or the text of a ``RowwiseError``, and the identity that this was learnt of.
+    spare : list of torch.Tensor or None
+        The arguments of a call with one row, to probe others with.
+    unsettled : int
+        Calls in a row that changed what computes them.
+    """
+
+    roles: Roles | None = None
+    learnt: Learnt | None = None
+    refused: tuple[bytes, Bypass | str] | None = None
+    spare: list[torch.Tensor] | None = None
+    unsettled: int = 0
+
+    def refuse(self, batch: Batch, bypass: Bypass) -> None:
+        """Refuse such calls as long as the same computes them, where the reason lasts."""
+        if bypass.lasting:
+            self.refused = (batch.who, bypass)
+
+    def keep_spare(self, batch: Batch) -> None:
+        """Keep the arguments of a call with one row."""
+        first = batch.taken.tensors[0]
+        if first.ndim and first.shape[0] == 1:
+            self.spare = [tensor.detach().clone() for tensor in batch.taken.tensors]
 
 
 @dataclasses.dataclass
