@@ -20,7 +20,7 @@ LAYERS = [
     {"lazy"},
     {"digest", "values"},
     {"identity", "speed"},
-    {"batch", "origin"},
+    {"batch"},
     {"checks"},
     {"looked", "usefulness", "foresight", "padded", "stand_in"},
     {"padding"},

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from torchcache.context import computing
+from torchcache.context import computing, number_of_call, was_there
 from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import Started
 from torchcache.errors import Bypass
@@ -18,11 +19,12 @@ from torchcache.identity.containers import Difference
 from torchcache.identity.content import versions
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
+from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import loaded
 from torchcache.values.layout import Lie
 from torchcache.values.take import Taken, take_arguments
 
-__all__ = ["Batch", "Given", "Later", "Subject", "lacks", "take"]
+__all__ = ["Batch", "Given", "Later", "Subject", "lacks", "number_named", "take"]
 
 
 # Items of a group of arguments that are looked at to count rows.
@@ -159,6 +161,26 @@ class Given:
             return _rows_of([*self.args, *self.kwargs.values()])
         except Exception:  # tensors that have no sizes, containers that cannot be walked
             return 1
+
+
+def number_named(owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which call of ``owner`` within a block with ids this is, from 1; 0 outside, and where ids do not name its input.
+
+    They name what was there when the block began. What was computed since may be another for the same sample, where
+    layers have changed.
+
+    Parameters
+    ----------
+    owner : object
+        The region.
+    args, kwargs
+        The arguments.
+    """
+    number = number_of_call(owner)
+    if not number:
+        return 0
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return number if all(type(leaf) is LazyTensor or was_there(leaf) for leaf in tensors) else 0
 
 
 def take(given: Given, *, stack_lists: bool = False) -> Taken:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchcache import dynamo
-from torchcache.batch import Batch, Given, Subject, lacks, take
+from torchcache.batch import Batch, Given, Subject, lacks, number_named, take
 from torchcache.checks.alarm import ANOTHER, DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
@@ -44,7 +44,6 @@ from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
 from torchcache.modes import trained
 from torchcache.options import CacheOptions
-from torchcache.origin import number_named
 from torchcache.padding import Padding
 from torchcache.store.found import Found
 from torchcache.store.select import select_rows

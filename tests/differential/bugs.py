@@ -13,7 +13,7 @@ from program import Program
 from torch import nn
 
 from torchcache import batch as batches
-from torchcache import call, origin, padded, padding, regions
+from torchcache import call, padded, padding, regions
 from torchcache.call import Region
 from torchcache.checks import audit, learning, probe
 from torchcache.digest import cpu
@@ -176,7 +176,7 @@ def digests_of_the_first_argument(patch):
 
 
 def ids_taken_for_names_of_what_is_computed(patch):
-    patch.setattr(origin, "was_there", lambda tensor: True)
+    patch.setattr(batches, "was_there", lambda tensor: True)
 
 
 ids_taken_for_names_of_what_is_computed.net, ids_taken_for_names_of_what_is_computed.mark = "Containers", "blocks"
