@@ -272,8 +272,7 @@ class Region:
         looked = Looked(
             digests,
             missing,
-            found.from_disk,
-            found.from_others,
+            found,
             leaves,
             lambda places: plan.rows_again(self._original(batch, plan, places), len(places)),
             plan.learnt.rounding,
@@ -299,10 +298,10 @@ class Region:
         return outputs
 
     def _count(self, looked: Looked) -> None:
-        rows = len(looked.digests)
+        rows, found = len(looked.digests), looked.found
         if rows != self._usefulness.rows:
             self._usefulness.note_rows(rows)
-        self.counters.count(rows, len(looked.missing), len(looked.from_disk), len(looked.from_others))
+        self.counters.count(rows, len(looked.missing), len(found.from_disk), len(found.from_others))
         self.history.note(self.counters, self.tiers.memory.used, self.tiers.beneath.disk_bytes)
 
     def _compute(self, batch: Batch, plan: Plan, key: bytes, missing: dict[bytes, int]) -> Tensors:
@@ -374,7 +373,7 @@ class Region:
         if first and beside is None:
             misses = []
             if not plan.taken_over:
-                hits = [row for row in hits if looked.digests[row] in looked.from_beneath]
+                hits = [row for row in hits if looked.digests[row] in looked.found.from_beneath]
         early = self.schedule.early(batch.taken.key, batch.count)
         again = Recomputation(
             looked.outputs,

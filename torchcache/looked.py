@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.checks.compare import Rounding
+from torchcache.store.found import Found
 from torchcache.store.precision import Loss
 
 __all__ = ["Looked"]
@@ -23,8 +24,8 @@ class Looked:
         One a row.
     missing : dict of bytes to int
         Digest to its first row in the batch, for each that was found nowhere.
-    from_disk, from_others : frozenset of bytes
-        Digests that the disk tier answered, and tiers beneath it.
+    found : Found
+        What the tiers had.
     outputs : list of torch.Tensor
         What was served, rows first.
     compute : callable
@@ -37,14 +38,8 @@ class Looked:
 
     digests: list[bytes]
     missing: dict[bytes, int]
-    from_disk: frozenset[bytes]
-    from_others: frozenset[bytes]
+    found: Found
     outputs: list[torch.Tensor]
     compute: Callable[[Sequence[int]], list[torch.Tensor]]
     rounding: Rounding
     losses: Sequence[Loss]
-
-    @property
-    def from_beneath(self) -> frozenset[bytes]:
-        """Digests that memory did not hold, and another tier did."""
-        return self.from_disk | self.from_others

@@ -161,7 +161,7 @@ def audit(model: Callable[..., Any], *inputs: Any, rows: int = 16, **kwargs: Any
 
 def _compare(region: Region, looked: Looked, rows: int) -> RegionAudit:
     hits = [row for row, digest in enumerate(looked.digests) if digest not in looked.missing]
-    disk = sum(looked.digests[row] in looked.from_beneath for row in hits)
+    disk = sum(looked.digests[row] in looked.found.from_beneath for row in hits)
     sample = sorted(random.Random().sample(hits, min(rows, len(hits))))
     seen = RegionAudit(region.name, len(hits) - disk, disk, len(sample))
     if not sample:
