@@ -28,7 +28,6 @@ __all__ = [
     "is_constant",
     "not_understood",
     "part_bytes",
-    "set_bytes",
     "too_deep",
     "type_name",
 ]
@@ -118,11 +117,6 @@ def classes_within(value: Any) -> Iterator[type]:
         parts = _PARTS[kind][1](value) if kind in _PARTS else ()
     for part in parts:
         yield from classes_within(part)
-
-
-def set_bytes(tag: bytes, members: Iterable[Any], whole: str) -> bytes:
-    """Canonical bytes of values whose order does not count."""
-    return _counted(tag, sorted(part_bytes(member, whole) for member in members))
 
 
 def array_bytes(array: np.ndarray[Any, Any]) -> bytes:

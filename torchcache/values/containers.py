@@ -18,7 +18,6 @@ from torchcache.values.constants import (
     constant_bytes,
     not_understood,
     part_bytes,
-    set_bytes,
     type_name,
 )
 from torchcache.values.objects import Opened, open_object
@@ -115,7 +114,8 @@ _FACTORIES: tuple[Any, ...] = (None, int, float, complex, bool, str, bytes, list
 
 def _open_set(value: set[Any]) -> Opened:
     members = list(value)
-    return Opened(set_bytes(b"S", members, "a set that holds"), (), (), lambda parts: set(members))
+    held = sorted(part_bytes(member, "a set that holds") for member in members)  # their order does not count
+    return Opened(_counted(b"S", len(members), b"".join(held)), (), (), lambda parts: set(members))
 
 
 def _open_array(value: np.ndarray[Any, Any]) -> Opened:

@@ -192,15 +192,13 @@ def take_arguments(
     return _Walk("argument", stack_lists).arguments(values, form)
 
 
-def take_outputs(outputs: Any, *, stack_lists: bool = False) -> Taken:
+def take_outputs(outputs: Any) -> Taken:
     """What a call returned, taken apart.
 
     Parameters
     ----------
     outputs : object
         The outputs.
-    stack_lists : bool, default: False
-        As for ``take_arguments``.
 
     Raises
     ------
@@ -209,7 +207,7 @@ def take_outputs(outputs: Any, *, stack_lists: bool = False) -> Taken:
     """
     if _all_plain((outputs,)):
         return Taken([outputs], _ONE_KEY, _ONE_LEAF)
-    return _Walk("output", stack_lists).outputs(outputs)
+    return _Walk("output").outputs(outputs)
 
 
 def _all_plain(values: Sequence[Any]) -> bool:
@@ -285,7 +283,7 @@ def _form(positional: int, keywords: tuple[str, ...], parameters: tuple[str, ...
 class _Walk:
     """Takes one call's values apart, from the outside to the inside."""
 
-    def __init__(self, what: str, stack_lists: bool) -> None:
+    def __init__(self, what: str, stack_lists: bool = False) -> None:
         self._what = what
         self._stack_lists = stack_lists
         self._tensors: list[torch.Tensor] = []
