@@ -21,18 +21,21 @@ from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
 from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
 from torchcache.checks.stored import keep
-from torchcache.context import (
-    ASKED,
-    bypassed,
-    current_explainer,
-    current_ids,
-    current_watcher,
-    normal_tensors,
-)
+from torchcache.context import ASKED, bypassed, current_explainer, current_ids, current_watcher, normal_tensors
 from torchcache.counters import Counters, Reasons
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.rows import Early
-from torchcache.errors import NEEDED, Bypass, Restless, RowwiseError, TorchcacheError, Trains, Unreadable, Writes, brief
+from torchcache.errors import (
+    NEEDED,
+    Bypass,
+    Restless,
+    RowwiseError,
+    TorchcacheError,
+    Trains,
+    Unreadable,
+    Writes,
+    described,
+)
 from torchcache.foresight import Foresight
 from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
@@ -165,7 +168,7 @@ class Region:
             if error is given.error:  # the original failed on the caller's own arguments
                 raise
             logger.debug("the lookup of %s failed", self.name, exc_info=True)
-            failure = Bypass(f"its lookup failed ({type(error).__name__}: {brief(error)})", "please report it")
+            failure = Bypass(f"its lookup failed ({described(error)})", "please report it")
             return self.compute(given, failure)
 
     def compute(self, given: Given, bypass: Bypass) -> Any:

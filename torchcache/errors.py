@@ -21,6 +21,7 @@ __all__ = [
     "StoreVersionError",
     "TorchcacheError",
     "brief",
+    "described",
 ]
 
 _LONGEST = 200
@@ -130,3 +131,9 @@ def brief(error: BaseException) -> str:
     text = str(error)
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return printable(short)
+
+
+def described(error: BaseException) -> str:
+    """The class of ``error``, and its text in one short line where it has one."""
+    text = brief(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -23,7 +23,7 @@ from torchcache.checks.compare import Narrowest, Rounding, difference
 from torchcache.checks.learning import SETUP_CALLS
 from torchcache.checks.plan import precision_of
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
-from torchcache.errors import Bypass, TorchcacheError, brief
+from torchcache.errors import Bypass, TorchcacheError, described
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import Written, written_text
 from torchcache.logging import warn_once
@@ -354,7 +354,7 @@ class Padding:
 
 def _not_run(error: Exception) -> Bypass:
     return Bypass(
-        f"it does not run on rows of another length than it was given ({type(error).__name__}: {brief(error)})",
+        f"it does not run on rows of another length than it was given ({described(error)})",
         "leave padding= out, or mark a part that takes any length",
         lasting=not isinstance(error, (MemoryError, torch.OutOfMemoryError)),
     )

@@ -17,7 +17,7 @@ from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
 from torchcache.store.precision import Precision
-from torchcache.values.layout import Layout, is_alone
+from torchcache.values.layout import Layout, is_alone, place_of
 from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["CHANGED", "OTHERWISE", "Form", "Plan", "precision_of"]
@@ -157,9 +157,8 @@ class Plan:
             )
 
     def place(self, near: torch.device) -> torch.device:
-        """Where outputs lie whose inputs are on ``near``: keys are shared between the devices of one kind."""
-        learnt = self.output.tensors[0].device
-        return near if near.type == learnt.type else learnt
+        """Where outputs lie whose inputs are on ``near``."""
+        return place_of(self.output.tensors[0].device, near)
 
     @property
     def row_bytes(self) -> int:

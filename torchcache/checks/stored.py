@@ -26,7 +26,7 @@ from torchcache.identity.key import call_fingerprint
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.tiers import Tiers
-from torchcache.values.layout import Layout, lie_of
+from torchcache.values.layout import Layout, lie_of, place_of
 from torchcache.values.take import Taken, take_outputs
 
 __all__ = ["Stored", "keep", "stored"]
@@ -187,7 +187,7 @@ def _decoded(note: Any, batch: Batch, largest: int) -> Stored | None:
     near = batch.taken.tensors[0].device
     layouts = tuple(
         [
-            Layout(dtype, shape, _order(order, len(shape) + 1), _device(text, near), dim)
+            Layout(dtype, shape, _order(order, len(shape) + 1), place_of(torch.device(str(text)), near), dim)
             for (order, text), (dtype, shape), dim in zip(note["layouts"], specs, dims, strict=True)
         ]
     )
@@ -256,9 +256,3 @@ def _order(order: Any, length: int) -> tuple[int, ...]:
     if sorted(found) != [*range(length)]:
         raise ValueError("no order of dimensions")
     return found
-
-
-def _device(text: Any, near: torch.device) -> torch.device:
-    """The device of an output: that of the arguments where it is of their kind."""
-    device = torch.device(str(text))
-    return near if device.type == near.type else device

@@ -124,14 +124,11 @@ class RegionStats:
             notes.append(f"{self.name}: {len(ordered) - MOST_REASONS} more reasons, in regions[...].reasons")
         if self.alarms:
             notes.append(f"{self.name}: stored rows were found to be wrong {self.alarms} times, and dropped")
-        return (
-            notes
-            if self.built
-            else [
-                *notes,
-                f"{self.name}: it is not there, since all rows were found, and nothing is computed again meanwhile",
-            ]
-        )
+        if not self.built:
+            notes.append(
+                f"{self.name}: it is not there, since all rows were found, and nothing is computed again meanwhile"
+            )
+        return notes
 
     @classmethod
     def of(cls, region: Region) -> RegionStats:

@@ -16,10 +16,11 @@ import diskcache
 from torchcache.store.access import Access
 from torchcache.store.file import BlobFile
 
-__all__ = ["BlobDisk"]
+__all__ = ["BINARY", "RAW", "BlobDisk"]
 
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
-_RAW, _BINARY = 1, 2
+# How diskcache says that a value is bytes in the database, or in a file.
+RAW, BINARY = 1, 2
 # A folder takes as long to make as a file, and a block of the disk.
 FILES_PER_FOLDER = 256
 FOLDERS_TRIED = 8
@@ -70,7 +71,7 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
         if type(value) is not bytes or read:
             raise TypeError(f"values of the store are bytes, not {type(value).__name__}")
         if len(value) < self.min_file_size:
-            return 0, _RAW, None, sqlite3.Binary(value)
+            return 0, RAW, None, sqlite3.Binary(value)
         for tries in range(FOLDERS_TRIED, 0, -1):
             filename, path = self.filename(key, value)
             try:
@@ -81,7 +82,7 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
                 self._room = 0
                 if tries == 1:
                     raise
-        return len(value), _BINARY, filename, None
+        return len(value), BINARY, filename, None
 
     def _write(self, filename: str, path: str, value: bytes) -> None:
         folder = os.path.dirname(path)
@@ -99,9 +100,9 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
 
     def find(self, mode: int, filename: str | None, value: object) -> bytes | BlobFile:
         """What a database row holds: bytes, or a file to read them from."""
-        if mode == _RAW and type(value) is bytes:
+        if mode == RAW and type(value) is bytes:
             return value
-        if mode != _BINARY:
+        if mode != BINARY:
             raise ValueError("refused a value that is not plain bytes")
         return BlobFile(self.path_of(filename))
 
@@ -130,6 +131,13 @@ class BlobDisk(diskcache.Disk):  # type: ignore[misc]
             with contextlib.suppress(OSError):
                 size += os.lstat(os.path.join(self._directory, name)).st_size
         return size
+
+    def bytes_of(self, filename: object) -> int:
+        """Bytes of a value's file, as the file system has them; 0 where there is none of ours."""
+        try:
+            return os.lstat(self.path_of(filename)).st_size
+        except (OSError, ValueError):
+            return 0
 
     def path_of(self, filename: object) -> str:
         """The path of a value's file; no name in a database and no link leads out of the directory."""

@@ -20,6 +20,7 @@ import torch
 
 from torchcache.logging import logger
 from torchcache.options import CacheOptions, cache_dtype_text
+from torchcache.printable import printable
 from torchcache.store.access import Access
 from torchcache.store.gate import read_file
 from torchcache.version import __version__
@@ -78,8 +79,7 @@ class Region:
         """The record of a region that is used now."""
         chosen = {key: _plain(getattr(options, key)) for key in _OPTIONS}
         now = time.time()
-        name = "".join(sign if sign.isprintable() else "?" for sign in name[:LONGEST_NAME])
-        return cls(tag, name, __version__, str(torch.__version__), chosen, now, now)
+        return cls(tag, printable(name[:LONGEST_NAME]), __version__, str(torch.__version__), chosen, now, now)
 
     @property
     def limit(self) -> int:

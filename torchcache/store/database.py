@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import diskcache
 
-from torchcache.errors import StoreVersionError, brief
+from torchcache.errors import StoreVersionError, described
 from torchcache.forks import without_forks
 from torchcache.logging import Complaints
 from torchcache.store.access import Access
@@ -191,7 +191,7 @@ class Database(Complaints):
             return otherwise
 
     def _blame(self, done: str, error: BaseException, rest: str = "training goes on without it") -> None:
-        reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
+        reason = described(error)
         if done == "read" and is_locked(error):
             self._reading.begin()
         if is_over_budget(error):  # the next query could take as long

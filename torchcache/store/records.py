@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from torchcache.errors import StoreDamagedError, StoreError, brief
 from torchcache.store.blob import BlobError
-from torchcache.store.blob_disk import BlobDisk
+from torchcache.store.blob_disk import BINARY, RAW, BlobDisk
 from torchcache.store.catalogue import Catalogue, is_tag
 from torchcache.store.connect import MARKER, MIN_FILE_SIZE, ROWS, check_version
 from torchcache.store.database import LOCK_SECONDS
@@ -31,7 +31,6 @@ __all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
 BATCH = 500
 UNKNOWN = "unknown"
 START_ANEW = "torchcache clear makes it a new, empty directory"
-_RAW, _BINARY = 1, 2
 # The tag of a row where it is one.
 TAG = "CASE WHEN typeof(tag) = 'text' AND length(tag) = 32 AND tag NOT GLOB '*[^0-9a-f]*' THEN tag END"
 # SQLite holds a row's blob below this size itself; a larger value is not of the store.
@@ -322,17 +321,11 @@ class Records:
         for mode in ("rw", "ro") if writable else ("ro", "ro&immutable=1"):
             try:
                 connection = open_database(self.rows, mode, LOCK_SECONDS, any_log=self._any_log)
-                connection.create_function("file_bytes", 1, self._bytes_of)
+                connection.create_function("file_bytes", 1, self._disk.bytes_of)
                 return connection
             except (sqlite3.Error, OSError) as error:
                 errors.append(error)
         raise self._failure(errors[0])
-
-    def _bytes_of(self, filename: object) -> int:
-        try:
-            return os.lstat(self._disk.path_of(filename)).st_size
-        except (OSError, ValueError):
-            return 0
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -365,10 +358,10 @@ class Records:
             problem = "store time is no number"
         elif type(key) is not bytes or len(key) != 32 or raw != 1:
             problem = "key is not 32 plain bytes"
-        elif mode == _BINARY:
+        elif mode == BINARY:
             path = self.path_of(filename)
             problem = None if path is not None else "file name is not the store's"
-        elif mode != _RAW or kind != "blob":
+        elif mode != RAW or kind != "blob":
             problem = "value is not plain bytes"
         elif type(value) is not bytes:
             problem = "value is longer than any that is not in a file"
@@ -379,7 +372,7 @@ class Records:
             stored if type(stored) is float else 0.0,
             filename if isinstance(filename, str) else None,
             problem,
-            value if problem is None and mode == _RAW else b"",
+            value if problem is None and mode == RAW else b"",
             path,
             max(0, _number(length)),
         )

@@ -31,6 +31,7 @@ __all__ = [
     "PREFIX",
     "RemoteTier",
     "connect",
+    "lengths_of",
     "pieces",
     "record_name",
     "remote_tier",
@@ -170,6 +171,14 @@ def values_of(client: Client, names: Sequence[bytes]) -> list[Any]:
     return list(found)
 
 
+def lengths_of(client: Client, names: Sequence[bytes]) -> list[object]:
+    """The lengths of the values of these keys, asked for in one go; an error in place of one that has none."""
+    pipeline = client.pipeline(transaction=False)
+    for name in names:
+        pipeline.strlen(name)
+    return list(pipeline.execute(raise_on_error=False))
+
+
 def connect(address: Address) -> tuple[Client, Limits]:
     """A client, and what the calling thread grants its server. That of a cluster asks it at once who has what."""
     import redis
@@ -207,10 +216,7 @@ def _values(client: Client, limits: Limits, names: Sequence[bytes], most: int) -
         if not limits.overrun:
             raise
     with limits.bytes(len(names) * FRAME_BYTES):  # one of them is too long: leave it out
-        pipeline = client.pipeline(transaction=False)
-        for name in names:
-            pipeline.strlen(name)
-        lengths = pipeline.execute(raise_on_error=False)
+        lengths = lengths_of(client, names)
     short = [name for name, length in zip(names, lengths, strict=True) if isinstance(length, int) and length <= most]
     with limits.bytes(granted):
         values = values_of(client, short) if short else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -220,17 +219,10 @@ def _remove(cache: Rows, tag: str | None, run: list[int], lacking: int) -> tuple
             counted = 0
         else:
             files.append(filename)
-            counted = _bytes_of(cache, filename)
+            counted = cache.disk.bytes_of(filename)
             lacking -= counted
         if claimed != counted:
             cache.doubt()
     if places:
         cache.execute(f"DELETE FROM Cache WHERE rowid IN ({','.join('?' * len(places))})", places)
     return places, files
-
-
-def _bytes_of(cache: Rows, filename: str) -> int:
-    try:
-        return os.lstat(cache.disk.path_of(filename)).st_size
-    except (OSError, ValueError):
-        return 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchcache.address import Address
-from torchcache.errors import StoreError, brief
+from torchcache.errors import StoreError, described
 from torchcache.store.blob import FORMAT_VERSION, BlobError
 from torchcache.store.catalogue import LARGEST, Region, is_tag
 from torchcache.store.deposit import Deposit
@@ -21,6 +21,7 @@ from torchcache.store.remote import (
     PREFIX,
     RemoteTier,
     connect,
+    lengths_of,
     pieces,
     record_name,
     row_name,
@@ -162,7 +163,7 @@ class Server:
         except ImportError:
             raise StoreError("the client of servers is missing: pip install redis") from None
         except Exception as error:  # whatever a server answers
-            raise StoreError(f"{self.name} cannot be used: {type(error).__name__}: {brief(error)}") from None
+            raise StoreError(f"{self.name} cannot be used: {described(error)}") from None
 
     def _rows(self, ask: _Ask, records: set[str] | None = None) -> Iterator[list[bytes]]:
         """Names of rows, each once; tags of regions that have a record are added to ``records``."""
@@ -235,11 +236,8 @@ class _Ask:
             yield from scan(self._client, self._limits, PREFIX.decode() + "*")
 
     def lengths(self, names: Sequence[bytes]) -> list[int]:
-        pipeline = self._client.pipeline(transaction=False)
-        for name in names:
-            pipeline.strlen(name)
         with self._within(len(names) * FRAME_BYTES):
-            found = pipeline.execute(raise_on_error=False)
+            found = lengths_of(self._client, names)
         return [length if isinstance(length, int) and length >= 0 else 0 for length in found]
 
     def values(self, names: Sequence[bytes], longest: int) -> list[bytes]:

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from torchcache.errors import brief
+from torchcache.errors import described
 from torchcache.forks import without_forks
 from torchcache.logging import Complaints
 from torchcache.store.catalogue import Region
@@ -133,8 +133,9 @@ class Guarded(Tier, Complaints):
             result = action()
         except Exception as error:  # whatever a tier suffers
             pause.begin()
-            reason = f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
-            self.complain(f"cannot be {done} ({reason}); training goes on without it, and it is tried again later")
+            self.complain(
+                f"cannot be {done} ({described(error)}); training goes on without it, and it is tried again later"
+            )
             return otherwise
         pause.end()
         return result

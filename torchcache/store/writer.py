@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.util import Finalize
 
-from torchcache.errors import brief
+from torchcache.errors import described
 from torchcache.logging import logger, warn_once
 from torchcache.threads import yield_to_training
 
@@ -73,8 +73,7 @@ class Writer:
             try:
                 job()
             except Exception as error:  # the store never stops training, whatever it suffers
-                reason = f"{type(error).__name__}: {brief(error)}"
-                warn_once(f"rows could not be stored ({reason}); training goes on without them")
+                warn_once(f"rows could not be stored ({described(error)}); training goes on without them")
                 logger.debug("writer job failed", exc_info=True)
             del job
             with self._lock:

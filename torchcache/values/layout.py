@@ -13,7 +13,7 @@ from torchcache.errors import Bypass
 from torchcache.store.buffers import Buffers
 from torchcache.store.select import element_bytes
 
-__all__ = ["Layout", "Lie", "dense", "inverted", "is_alone", "laid", "lie_of", "memory_order"]
+__all__ = ["Layout", "Lie", "dense", "inverted", "is_alone", "laid", "lie_of", "memory_order", "place_of"]
 
 # How a tensor with rows lies in memory: nothing where its dimensions lie in their order without gaps, their order where
 # they lie without gaps, else their order and strides; for one row alone these, and a mark.
@@ -51,17 +51,13 @@ class Layout:
         shape = (*leaf.shape[:batch_dim], *leaf.shape[batch_dim + 1 :])
         return cls(leaf.dtype, shape, memory_order(leaf.shape, leaf.stride()), leaf.device, batch_dim)
 
-    def place(self, near: torch.device) -> torch.device:
-        """Where a leaf goes whose inputs are on ``near``: keys are shared between the devices of one kind."""
-        return near if near.type == self.device.type else self.device
-
     def empty(self, count: int, near: torch.device, buffers: Buffers) -> torch.Tensor:
         """A row-major tensor for ``count`` rows of a call with inputs on ``near``, its contents undefined."""
-        return _empty((count, *self.shape), self.dtype, self.place(near), buffers)
+        return _empty((count, *self.shape), self.dtype, place_of(self.device, near), buffers)
 
     def apply(self, leaf: torch.Tensor, near: torch.device, buffers: Buffers) -> torch.Tensor:
         """``leaf``, row-major and batch first, for a call with inputs on ``near``, as this layout says."""
-        place = self.place(near)
+        place = place_of(self.device, near)
         here = leaf.dtype == self.dtype and leaf.device == place
         if here and self.batch_dim == 0 and self.order == tuple(range(leaf.ndim)):
             return leaf
@@ -70,6 +66,11 @@ class Layout:
         if here and turned.is_contiguous():
             return dense(placed, self.order)
         return _empty(turned.shape, self.dtype, place, buffers).copy_(turned).permute(*inverted(self.order))
+
+
+def place_of(seen: torch.device, near: torch.device) -> torch.device:
+    """Where an output of inputs on ``near`` lies that was ``seen`` elsewhere: devices of one kind share keys."""
+    return near if near.type == seen.type else seen
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, buffers: Buffers) -> torch.Tensor:
