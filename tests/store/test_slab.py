@@ -47,7 +47,7 @@ def test_the_budget_is_hard_over_all_fingerprints_and_first_rows_win():
     assert tier.admit(b"c", digests([1]), rows([1]), SPEC) == (None, [])
     assert tier.used == 7 * SPEC.size <= tier.budget
     assert len(tier) == 7
-    tier.clear()
+    tier.drop_state(b"")
     assert (len(tier), tier.used) == (0, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,18 @@ class Access:
         if self.group:
             self._open(path, os.fstat(descriptor))
         return descriptor
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Put a file in place at once, whole; raises ``OSError``."""
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            with open(temporary, "xb", opener=self.open_new) as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
 
     def _open_below(self, folder: str) -> None:
         """Open all that this user has in ``folder``; no link is followed."""

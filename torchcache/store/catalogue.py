@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -188,19 +187,9 @@ class Catalogue:
 
     def write(self, region: Region) -> None:
         """Put the file of ``region`` in place at once, whole; raises ``OSError``."""
-        tag = region.tag
         self._check()
         self._access.make_folder(self.folder)
-        temporary = self.folder / f".{tag}.{os.getpid()}.{threading.get_ident()}"
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        try:
-            with open(temporary, "xb", opener=self._access.open_new) as file:
-                file.write(region.dump())
-            os.replace(temporary, self.folder / f"{tag}.json")
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        self._access.put(self.folder / f"{region.tag}.json", region.dump())
 
     def read(self) -> dict[str, Region]:
         """The records by tag; what is not one of ours, or damaged, is left out."""

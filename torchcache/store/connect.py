@@ -244,15 +244,7 @@ def _write_marker(access: Access) -> None:
     with contextlib.suppress(OSError):
         if read_file(path, _LARGEST_MARKER) == wanted:
             return
-    temporary = path.with_name(f"{MARKER}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb", opener=access.open_new) as file:
-            file.write(wanted)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    access.put(path, wanted)
 
 
 def _create(rows: Path, access: Access) -> None:

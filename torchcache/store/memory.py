@@ -199,10 +199,3 @@ class MemoryTier:
     def _drop(self, fingerprint: bytes) -> None:
         slab = self._slabs.pop(fingerprint)
         self.used -= slab.used * slab.size
-
-    @without_forks
-    def clear(self) -> None:
-        """Forget every row."""
-        with self._lock:
-            self._slabs = {}
-            self.used = 0
