@@ -15,7 +15,10 @@ from torch import nn
 from torchcache.options import NAMES, CacheOptions
 from torchcache.switching import FORMER
 
-__all__ = ["Mark", "and_then", "original_of"]
+__all__ = ["OWN", "Mark", "and_then", "original_of", "own_name"]
+
+# Where a mark keeps what the instance itself had under a name.
+OWN = "_torchcache_own_"
 
 _OVERRIDES = {name: f"torchcache_{name}" for name in (*NAMES, *FORMER)}
 _OVERRIDING = frozenset(_OVERRIDES.values())
@@ -133,7 +136,7 @@ class Mark:
     @property
     def own(self) -> str:
         """The attribute that keeps what the instance itself had under this name before it was marked."""
-        return f"_torchcache_own_{self.name}"
+        return own_name(self.name)
 
     def _own(self, module: nn.Module | None) -> Callable[..., Any] | None:
         return vars(module).get(self.own) if module is not None else None
@@ -159,6 +162,11 @@ def _is_default(defaults: dict[str, Any], name: str, value: Any) -> bool:
         return False
     default = defaults[name]
     return type(value) is type(default) and value == default and repr(value) == repr(default)
+
+
+def own_name(name: Any) -> str:
+    """The attribute that keeps what an instance itself had under this name before that was marked."""
+    return f"{OWN}{name}"
 
 
 def original_of(function: Any) -> Callable[..., Any]:

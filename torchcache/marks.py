@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from torchcache.doors import door
 from torchcache.errors import MarkError
-from torchcache.mark import Mark, original_of
+from torchcache.mark import Mark, original_of, own_name
 from torchcache.modes import train
 from torchcache.options import CacheOptions
 from torchcache.stand_in import Deferred
@@ -164,7 +164,7 @@ def mark(
         if chosen.options.enabled:
             note_mark(module, name)
         if name in own:
-            own[f"_torchcache_own_{name}"] = own.pop(name)
+            own[own_name(name)] = own.pop(name)
     _set_class(module, _marked_class(type(module), {**known, **dict.fromkeys(names, chosen)}))
     return module
 
@@ -245,8 +245,8 @@ def unmark(module: Any) -> Any:
     if "_torchcache_marks" in vars(kind):
         for name in kind._torchcache_marks:
             forget_mark(module, name)
-            if f"_torchcache_own_{name}" in members:
-                members[name] = members.pop(f"_torchcache_own_{name}")
+            if own_name(name) in members:
+                members[name] = members.pop(own_name(name))
         _set_class(module, kind.torchcache_base)
     if next(marks_of(module), None) is not None:
         members["torchcache_enabled"] = False

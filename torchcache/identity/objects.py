@@ -14,6 +14,7 @@ from torchcache.identity.homes import beneath, beneath_class, module_of, named_c
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
+from torchcache.mark import OWN, own_name
 
 __all__ = [
     "ABSENT",
@@ -36,8 +37,6 @@ ABSENT = object()
 NOTES = frozenset(
     "_commit_hash _name_or_path name_or_path warnings_issued _is_hf_initialized architectures problem_type".split()
 )
-# Where a mark keeps what the instance itself had under a name.
-_OWN = "_torchcache_own_"
 _NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
 
 # Classes whose own code reads nothing of their objects that a name in the program would not.
@@ -55,8 +54,8 @@ def member_space(
     """A namespace as it is, without notes of torchcache and torch's compiler."""
     held = {}
     for name, value in dict(live).items():
-        if type(name) is str and name.startswith(_OWN):
-            held[name.removeprefix(_OWN)] = value
+        if type(name) is str and name.startswith(OWN):
+            held[name.removeprefix(OWN)] = value
         elif type(name) is str and name not in leave and not name.startswith(_NOTE_PREFIXES):
             if module_of(type(value)).startswith("torchcache"):
                 value = _previous(value)
@@ -70,7 +69,7 @@ def member_space(
 
 def beneath_mark(live: Mapping[Any, Any], name: Any) -> Any:
     """The key of an entry: marked methods of instances are kept under another."""
-    own = f"{_OWN}{name}"
+    own = own_name(name)
     return own if own in live else name
 
 
