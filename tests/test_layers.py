@@ -13,7 +13,7 @@ PACKAGE = Path(torchcache.__file__).parent
 # From the lowest layer to the highest: folders, and files beside them. Those on one line may not import each other.
 LAYERS = [
     {"printable", "quantity", "forks", "version", "threads", "dynamo", "kernels", "counters", "streams"},
-    {"errors", "logging", "history"},
+    {"errors", "logging"},
     {"address", "namesake", "switching"},
     {"options"},
     {"context", "mark", "modes", "store"},

@@ -22,7 +22,7 @@ from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
 from torchcache.checks.stored import keep
 from torchcache.context import ASKED, bypassed, current_explainer, current_ids, current_watcher, normal_tensors
-from torchcache.counters import Counters, Reasons
+from torchcache.counters import Counters, History, Reasons
 from torchcache.digest.ahead import learn, prepared
 from torchcache.digest.rows import Early
 from torchcache.errors import (
@@ -37,7 +37,6 @@ from torchcache.errors import (
     described,
 )
 from torchcache.foresight import Foresight
-from torchcache.history import History
 from torchcache.identity.key import call_fingerprint, layout_fingerprint
 from torchcache.identity.numeric import NumericMode
 from torchcache.identity.turnover import Turnover

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import torchcache
-from torchcache.history import History
+from torchcache.counters import History
 
 DATA = torch.randn(60, 4)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchcache.counters import Point
 from torchcache.errors import TorchcacheError
-from torchcache.history import Point
 from torchcache.quantity import size_text
 from torchcache.reports.stats import RegionStats, stats
 

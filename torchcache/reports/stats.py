@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from torchcache.batch import lacks
 from torchcache.call import Region
-from torchcache.history import Point
+from torchcache.counters import Point
 from torchcache.quantity import share_text, size_text
 from torchcache.regions import regions_in
 from torchcache.reports.table import Table, Tabular
