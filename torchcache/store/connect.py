@@ -30,7 +30,7 @@ from torchcache.store.access import OWNER, Access, allowed
 from torchcache.store.blob import FORMAT_VERSION
 from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.catalogue import FOLDER as REGIONS
-from torchcache.store.connections import Connections
+from torchcache.store.connections import Connected
 from torchcache.store.gate import (
     DATABASE,
     SCHEMA,
@@ -67,7 +67,7 @@ SETTINGS = {
 }
 
 
-class Rows(diskcache.Cache):  # type: ignore[misc]
+class Rows(Connected, diskcache.Cache):  # type: ignore[misc]
     """A ``diskcache.Cache`` with our settings and connections, one a thread and process.
 
     Parameters
@@ -87,7 +87,7 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
 
     def __init__(self, rows: Path, lock_seconds: float, access: Access) -> None:
         # Not its base's: that expands $NAMES in the path, and obeys whatever settings the database says.
-        self._connections = Connections()
+        Connected.__init__(self)
         self._rows = rows
         self._directory, self._timeout, self._txn_id = str(rows), lock_seconds, None
         self._disk = BlobDisk(self._directory, access, min_file_size=MIN_FILE_SIZE)
@@ -95,13 +95,8 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
         self._measured = False
         self._con  # noqa: B018
 
-    @property
-    def _con(self) -> Connection:
-        return self._connections.get(lambda: open_database(self._rows, "rw", self._timeout))
-
-    def fetch(self, query: str, parameters: Any = (), most: int = 1000) -> list[Any]:
-        """The first ``most`` rows of a query."""
-        return self._con.fetch(query, parameters, most)
+    def _connect(self) -> Connection:
+        return open_database(self._rows, "rw", self._timeout)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -153,14 +148,6 @@ class Rows(diskcache.Cache):  # type: ignore[misc]
     def doubt(self) -> None:
         """What the database says of the bytes of files may be wrong: rows are gone whose own claims were counted."""
         self._measured = False
-
-    def execute(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
-        """Run a statement."""
-        return self._con.execute(query, parameters)
-
-    def close(self) -> None:
-        """Close this thread's connection."""
-        self._connections.close()
 
     def _row_update(self, rowid: int, now: float, columns: Any) -> None:
         self.doubt()

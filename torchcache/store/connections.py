@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+import abc
 import os
+import sqlite3
 import threading
-from collections.abc import Callable
+from typing import Any
 
 from torchcache.forks import without_forks
 from torchcache.store.gate import Connection
 
-__all__ = ["Connections"]
+__all__ = ["Connected"]
 
 
-class Connections:
-    """The connections of one owner to its database.
+class Connected(abc.ABC):
+    """What asks a database by connections of its own.
 
     A connection is closed when its thread ends or its owner is gone, whichever comes first. Python's own connections
     would wait for the garbage collector: they are in a cycle with their cache of statements.
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._connections = threading.local()
 
-    def get(self, connect: Callable[[], Connection]) -> Connection:
-        """The connection of the calling thread; ``connect`` opens it, without ``check_same_thread``."""
-        held: _Held | None = getattr(self._local, "held", None)
+    @abc.abstractmethod
+    def _connect(self) -> Connection:
+        """Open a connection, without ``check_same_thread``."""
+
+    @property
+    def _con(self) -> Connection:
+        """The connection of the calling thread."""
+        held: _Held | None = getattr(self._connections, "held", None)
         if held is None or held.process != os.getpid():
-            held = self._local.held = _Held(connect())
+            held = self._connections.held = _Held(self._connect())
         return held.connection
+
+    def fetch(self, query: str, parameters: Any = (), most: int = 1000) -> list[Any]:
+        """The first ``most`` rows of a query."""
+        return self._con.fetch(query, parameters, most)
+
+    def execute(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
+        """Run a statement."""
+        return self._con.execute(query, parameters)
 
     def close(self) -> None:
         """Close the connection of the calling thread."""
-        self._local.held = None
+        self._connections.held = None
 
 
 class _Held:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 from torchcache.store.blob_disk import BlobDisk
-from torchcache.store.connections import Connections
+from torchcache.store.connections import Connected
 from torchcache.store.gate import Connection, open_database
 
 __all__ = ["Reader"]
@@ -18,7 +17,7 @@ __all__ = ["Reader"]
 _WAYS = ("ro", "ro&immutable=1")
 
 
-class Reader:
+class Reader(Connected):
     """As much of a ``diskcache.Cache`` as reading takes, one connection a thread and process.
 
     Parameters
@@ -37,29 +36,17 @@ class Reader:
     """
 
     def __init__(self, rows: Path, timeout: float) -> None:
+        super().__init__()
         self.directory = str(rows)
         self.disk = BlobDisk(self.directory)
         self._rows = rows
         self._timeout = timeout
-        self._connections = Connections()
-        self._connections.get(self._connect)
-
-    def fetch(self, query: str, parameters: Any = (), most: int = 1000) -> list[Any]:
-        """The first ``most`` rows of a query."""
-        return self._connections.get(self._connect).fetch(query, parameters, most)
-
-    def execute(self, query: str, parameters: Any = ()) -> sqlite3.Cursor:
-        """Run a statement."""
-        return self._connections.get(self._connect).execute(query, parameters)
+        self._con  # noqa: B018 - opened at once
 
     def volume(self) -> int:
         """Bytes of the directory, as the size limit counts them."""
         size, pages = (self.fetch(f"PRAGMA {name}")[0][0] for name in ("page_size", "page_count"))
         return int(size * pages) + self.disk.volume()
-
-    def close(self) -> None:
-        """Close this thread's connection."""
-        self._connections.close()
 
     def _connect(self) -> Connection:
         *ways, last = _WAYS
