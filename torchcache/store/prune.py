@@ -54,8 +54,8 @@ def clear(records: Records, regions: list[Holding] | None = None) -> Removal:
         gone = {held.tag for held in regions}
     else:
         _take(records, records.entries(whole=False), removal)
-        for name in records.files():
-            records.remove_file(name)
+        for name in records.disk.files():
+            records.disk.remove(name)
         gone = {*removal.regions, *records.catalogue.read()}
     for tag in gone:
         records.catalogue.remove(tag)

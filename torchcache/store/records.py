@@ -150,6 +150,11 @@ class Records:
         Where there is no cache, or its database cannot be opened.
     StoreVersionError
         Where a newer torchcache wrote it.
+
+    Attributes
+    ----------
+    disk : BlobDisk
+        The files of blobs.
     """
 
     def __init__(self, directory: Path, *, any_log: bool = False) -> None:
@@ -162,7 +167,7 @@ class Records:
         self.database = self.rows / DATABASE
         self._any_log = any_log
         check_names(self.rows, any_log=any_log)
-        self._disk = BlobDisk(str(self.rows))
+        self.disk = BlobDisk(str(self.rows))
         self._connection = self._connect() if os.path.lexists(self.database) else None
 
     def __enter__(self) -> Records:
@@ -265,22 +270,7 @@ class Records:
                 self._connection.execute("COMMIT")
         for entry in gone:
             if entry.path is not None and entry.filename is not None:
-                self._disk.remove(entry.filename)
-
-    def remove_file(self, name: str) -> None:
-        """Delete a file of blobs that no entry names; a name that is not the store's is left alone."""
-        self._disk.remove(name)
-
-    def files(self) -> Iterator[str]:
-        """Names of all files that could be blobs, relative to the rows, folder by folder."""
-        return self._disk.files()
-
-    def path_of(self, filename: object) -> str | None:
-        """The path of a blob's file; ``None`` for a name that is not the store's, or that leads elsewhere."""
-        try:
-            return self._disk.path_of(filename)
-        except ValueError:
-            return None
+                self.disk.remove(entry.filename)
 
     def pragma(self, name: str) -> int:
         """An integer pragma of the database."""
@@ -289,11 +279,7 @@ class Records:
 
     def volume(self) -> int:
         """Bytes of the directory as the size limit counts them: database pages and files."""
-        return self.pragma("page_count") * self.pragma("page_size") + self.file_bytes()
-
-    def file_bytes(self) -> int:
-        """Bytes of the files of blobs, as the file system has them."""
-        return self._disk.volume()
+        return self.pragma("page_count") * self.pragma("page_size") + self.disk.volume()
 
     def compact(self) -> bool:
         """Give free pages back to the file system; ``False`` where other processes are in the way.
@@ -321,7 +307,7 @@ class Records:
         for mode in ("rw", "ro") if writable else ("ro", "ro&immutable=1"):
             try:
                 connection = open_database(self.rows, mode, LOCK_SECONDS, any_log=self._any_log)
-                connection.create_function("file_bytes", 1, self._disk.bytes_of)
+                connection.create_function("file_bytes", 1, self.disk.bytes_of)
                 return connection
             except (sqlite3.Error, OSError) as error:
                 errors.append(error)
@@ -359,8 +345,10 @@ class Records:
         elif type(key) is not bytes or len(key) != 32 or raw != 1:
             problem = "key is not 32 plain bytes"
         elif mode == BINARY:
-            path = self.path_of(filename)
-            problem = None if path is not None else "file name is not the store's"
+            try:
+                path = self.disk.path_of(filename)
+            except ValueError:
+                problem = "file name is not the store's"
         elif mode != RAW or kind != "blob":
             problem = "value is not plain bytes"
         elif type(value) is not bytes:

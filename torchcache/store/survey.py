@@ -209,7 +209,7 @@ def survey_calls(records: Records) -> Stats:
         database=_size(records.database),
         free=records.pragma("freelist_count") * records.pragma("page_size"),
         log=_size(records.database.with_name("cache.db-wal")),
-        files=records.file_bytes(),
+        files=records.disk.volume(),
         ages=_ages(records),
         groups=groups,
     )

@@ -96,7 +96,7 @@ def verify(records: Records, *, repair: bool = True, progress: Callable[[int], o
     for name in _orphans(records):
         verdict.orphans += 1
         if repair:
-            records.remove_file(name)
+            records.disk.remove(name)
             verdict.repaired += 1
     if verdict.database and repair:
         verdict.reindexed = _reindex(records)
@@ -121,7 +121,7 @@ def _orphans(records: Records) -> Iterator[str]:
     # A temporary table, which SQLite keeps on disk where it grows.
     records.sql("CREATE TEMP TABLE IF NOT EXISTS named (filename PRIMARY KEY) WITHOUT ROWID")
     records.sql("INSERT OR IGNORE INTO named SELECT filename FROM Cache WHERE filename IS NOT NULL")
-    for name in records.files():
+    for name in records.disk.files():
         with contextlib.suppress(OSError):
             old = now - os.lstat(records.rows / name).st_mtime > GRACE_SECONDS
             if old and not records.sql("SELECT 1 FROM named WHERE filename = ?", (name,)):
