@@ -154,9 +154,7 @@ def mark(
             )
         module.requires_grad_(False)
         module.eval()
-    known = _instance_marks(module)
-    if "forward" in names:
-        known = {}
+    known: dict[str, _Choice] = {} if "forward" in names else vars(type(module)).get("_torchcache_marks", {})
     unmark(module)
     vars(module).pop("torchcache_enabled", None)
     own = vars(module)
@@ -248,7 +246,7 @@ def unmark(module: Any) -> Any:
             if own_name(name) in members:
                 members[name] = members.pop(own_name(name))
         _set_class(module, kind.torchcache_base)
-    if next(marks_of(module), None) is not None:
+    if mark_of(module) is not None:
         members["torchcache_enabled"] = False
     return module
 
@@ -349,10 +347,6 @@ def _marked_class(base: type[nn.Module], marks: dict[str, _Choice]) -> type[nn.M
     if made is None:
         made = known.setdefault(key, _make_class(base, key))
     return made
-
-
-def _instance_marks(module: nn.Module) -> dict[str, _Choice]:
-    return dict(vars(type(module)).get("_torchcache_marks", {}))
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -185,8 +185,7 @@ class CacheOptions:
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         for name in ("max_persistent_cache_size", "max_memory_cache_size"):
             size = getattr(self, name)
-            number = isinstance(size, (int, float)) and not isinstance(size, bool)
-            _require(number, name, "a number of bytes", size)
+            _require(_is_number(size), name, "a number of bytes", size)
             _require(0 <= size < float("inf"), name, "a finite number of bytes, 0 or more", size, ValueError)
             object.__setattr__(self, name, int(size))
         path, given = self.persistent_cache_dir, self.persistent_module_hash
@@ -199,15 +198,12 @@ class CacheOptions:
         self._check_device()
         self._check_dtype()
         level = self.zstd_compression_level
-        number = level is None or (isinstance(level, int) and not isinstance(level, bool))
-        _require(number, "zstd_compression_level", "an int or None", level)
+        _require(level is None or _is_number(level, int), "zstd_compression_level", "an int or None", level)
         _require(level is None or -100 <= level <= 22, "zstd_compression_level", "from -100 to 22", level, ValueError)
         share, dim = self.audit, self.batch_dim
-        number = isinstance(share, (int, float)) and not isinstance(share, bool)
-        _require(number, "audit", "a share of time", share)
+        _require(_is_number(share), "audit", "a share of time", share)
         _require(0 <= share <= 0.5, "audit", "a share of time from 0 to 0.5", share, ValueError)
-        number = isinstance(dim, int) and not isinstance(dim, bool)
-        _require(number, "batch_dim", "an int", dim)
+        _require(_is_number(dim, int), "batch_dim", "an int", dim)
         _require(dim >= 0, "batch_dim", "0 or a higher dimension", dim, ValueError)
         self._check_padding()
         _require(self.digest in DIGESTS, "digest", f"one of {DIGESTS}", self.digest, ValueError)
@@ -252,8 +248,7 @@ class CacheOptions:
                 raise ValueError(f"torchcache: memory_cache_device={device!r} is no device: {error}") from None
             _require(kind != "meta", "memory_cache_device", "a device with memory", device, ValueError)
         share = self.memory_device_share
-        number = isinstance(share, (int, float)) and not isinstance(share, bool)
-        _require(number, "memory_device_share", "a share of what is free", share)
+        _require(_is_number(share), "memory_device_share", "a share of what is free", share)
         _require(0 <= share <= 0.9, "memory_device_share", "from 0 to 0.9", share, ValueError)
 
     def _check_dtype(self) -> None:
@@ -343,6 +338,10 @@ def check_names(options: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(name, NAMES, n=2)
         advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the options are {', '.join(NAMES)}"
         raise TypeError(f"torchcache: {name!r} is not an option: {advice}")
+
+
+def _is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _require(holds: bool, name: str, wanted: str, value: object, error: type[Exception] = TypeError) -> None:
