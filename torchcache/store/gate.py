@@ -23,6 +23,7 @@ from torchcache.store.access import OWNER, allowed
 __all__ = [
     "DATABASE",
     "JOURNAL",
+    "LOG",
     "SCHEMA",
     "SIDES",
     "Connection",

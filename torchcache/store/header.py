@@ -14,7 +14,7 @@ import torch
 import xxhash
 import zstandard
 
-from torchcache.store.blob import BlobError, RowSpec, dtype_of_code, unpack_head
+from torchcache.store.blob import CHECKSUM_SIZE, BlobError, RowSpec, dtype_of_code, unpack_head
 from torchcache.store.file import is_plausible
 
 __all__ = ["HEAD_BYTES", "LARGEST_ROW", "Header", "check_blob", "read_header"]
@@ -50,6 +50,10 @@ class Header:
     payload_at: int
     stored: int = 0
 
+    def stored_in(self, length: int) -> int:
+        """Bytes of the payload as it is stored in a blob of ``length`` bytes."""
+        return length - self.payload_at - CHECKSUM_SIZE
+
 
 def read_header(file: BinaryIO) -> Header:
     """The header at the start of ``file``; ``BlobError`` where there is none."""
@@ -83,7 +87,7 @@ def check_blob(key: bytes, file: BinaryIO, length: int) -> Header:
         Where anything is wrong.
     """
     header = read_header(file)
-    stored = length - header.payload_at - 8
+    stored = header.stored_in(length)
     size = header.spec.size
     if (
         stored < (_FRAME_HEAD if header.compressed else 0)
@@ -93,9 +97,9 @@ def check_blob(key: bytes, file: BinaryIO, length: int) -> Header:
         raise BlobError("wrong length")
     file.seek(0)
     hasher = xxhash.xxh3_64(key)
-    for chunk in _chunks(file, length - 8):
+    for chunk in _chunks(file, length - CHECKSUM_SIZE):
         hasher.update(chunk)
-    if hasher.digest() != _exactly(file, 8) or file.read(1):
+    if hasher.digest() != _exactly(file, CHECKSUM_SIZE) or file.read(1):
         raise BlobError("wrong checksum")
     if header.compressed:
         file.seek(header.payload_at)

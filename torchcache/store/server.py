@@ -29,7 +29,7 @@ from torchcache.store.remote import (
     servers_of,
     values_of,
 )
-from torchcache.store.survey import SAMPLE, Group, Holding, Info, Stats, leaf_text
+from torchcache.store.survey import SAMPLE, Group, Holding, Info, Stats, leaf_texts
 from torchcache.store.verify import Verdict
 
 __all__ = ["Server", "ServerDeposit"]
@@ -188,7 +188,7 @@ class Server:
             with contextlib.suppress(BlobError):
                 header = read_header(io.BytesIO(ask.part(name, HEAD_BYTES)))
                 plain += header.spec.size
-                stored += length - header.payload_at - 8
+                stored += header.stored_in(length)
         return plain / stored if stored > 0 else None
 
 
@@ -285,10 +285,9 @@ class _Ask:
 
 def _leaves(ask: _Ask, name: bytes) -> list[str]:
     try:
-        spec = read_header(io.BytesIO(ask.part(name, HEAD_BYTES))).spec
+        return leaf_texts(read_header(io.BytesIO(ask.part(name, HEAD_BYTES))).spec)
     except BlobError:
         return ["unreadable"]
-    return [leaf_text(dtype, shape) for dtype, shape in spec.leaves]
 
 
 def _tag(name: bytes) -> str:

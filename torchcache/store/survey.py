@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from torchcache.errors import StoreError
-from torchcache.store.blob import FORMAT_VERSION
+from torchcache.store.blob import FORMAT_VERSION, RowSpec
 from torchcache.store.catalogue import Region, last_used
+from torchcache.store.gate import LOG
 from torchcache.store.pack import MARK, rows_in
 from torchcache.store.records import LENGTH, TAG, UNKNOWN, Records
 
@@ -193,7 +194,7 @@ def survey_calls(records: Records) -> Stats:
     for (tag, call), parts in itertools.groupby(list(found), lambda part: part[:2]):
         packs, entries, files, sizes, least, most, places = zip(*(part[2:] for part in parts), strict=True)
         header = next((entry.header() for entry in records.at(places[:1])), None)
-        leaves = [leaf_text(dtype, shape) for dtype, shape in header.spec.leaves] if header else ["unreadable"]
+        leaves = leaf_texts(header.spec) if header else ["unreadable"]
         name = (call or "").lower() or UNKNOWN
         each = list(map(_rows, packs))
         rows = sum(map(operator.mul, each, entries))
@@ -208,7 +209,7 @@ def survey_calls(records: Records) -> Stats:
         in_files=sum(group.in_files for group in groups),
         database=_size(records.database),
         free=records.pragma("freelist_count") * records.pragma("page_size"),
-        log=_size(records.database.with_name("cache.db-wal")),
+        log=_size(records.database.with_name(LOG)),
         files=records.disk.volume(),
         ages=_ages(records),
         groups=groups,
@@ -234,9 +235,9 @@ def find_region(info: Info, wanted: str) -> list[Holding]:
     return found
 
 
-def leaf_text(dtype: object, shape: tuple[int, ...]) -> str:
-    """A leaf for people: ``float32 (3, 4)``."""
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+def leaf_texts(spec: RowSpec) -> list[str]:
+    """The leaves of a row for people: ``float32 (3, 4)``."""
+    return [f"{str(dtype).removeprefix('torch.')} {tuple(shape)}" for dtype, shape in spec.leaves]
 
 
 def _named(name: str, wanted: str) -> bool:
@@ -252,7 +253,7 @@ def _ratios(records: Records, places: list[int]) -> dict[str, float]:
         header = entry.header()
         if header is not None:
             plain[entry.tag] += header.spec.size * entry.count
-            stored[entry.tag] += entry.length - header.payload_at - 8
+            stored[entry.tag] += header.stored_in(entry.length)
     return {tag: size / stored[tag] for tag, size in plain.items() if stored[tag] > 0}
 
 

@@ -24,7 +24,7 @@ from torchcache.store.deposit import Deposit
 from torchcache.store.file import is_plausible
 from torchcache.store.records import TAG, Records
 from torchcache.store.safetensors import Reader, Tensor, Writer
-from torchcache.store.survey import leaf_text
+from torchcache.store.survey import leaf_texts
 
 __all__ = ["Exported", "export_region", "import_region"]
 
@@ -33,7 +33,7 @@ PIECE_BYTES = 32 * 1024 * 1024
 # A row up to this length may come from any blob.
 EXPANDED_BYTES = 128 * 1024 * 1024
 
-# The dtypes of a blob, by their names in ``leaf_text``.
+# The dtypes of a blob, by their names in ``leaf_texts``.
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for code in range(256) if (dtype := dtype_of_code(code))}
 
 Progress = Callable[[int], object]
@@ -103,8 +103,8 @@ def export_region(
         for index, (dtype, shape) in enumerate(spec.leaves):
             tensors[f"{prefix}leaf{index}"] = Tensor.rows(dtype, shape, len(digests))
         tensors[prefix + DIGESTS] = Tensor(torch.uint8, (len(digests), 16))
-        leaves = [leaf_text(dtype, shape) for dtype, shape in spec.leaves]
-        calls.append({"call": fingerprint.hex(), "prefix": prefix, "rows": len(digests), "leaves": leaves})
+        described = {"call": fingerprint.hex(), "prefix": prefix, "rows": len(digests), "leaves": leaf_texts(spec)}
+        calls.append(described)
     about = {**dataclasses.asdict(region), "format": FORMAT_VERSION, "calls": calls}
     with Writer(path, tensors, {"torchcache": json.dumps(about)}) as file:
         for ((fingerprint, spec), digests), described in zip(groups.items(), calls, strict=True):
