@@ -1,5 +1,8 @@
 """Look-ahead: the same batches and the same answers, with the work done before the step asks for it."""
 
+import collections
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +153,81 @@ def test_two_loops_at_once_do_not_disturb_each_other():
     for (x, _), (other, _) in zip(torchcache.prefetch(batches()), torchcache.prefetch(batches()[::-1]), strict=True):
         for rows in (x, other):
             torch.testing.assert_close(model(rows), model.head(model.backbone.linear(rows)))
+
+
+def one_buffer(form):
+    """Every batch in the memory of the one before."""
+    memory = torch.empty(8, 8)
+    for start in range(0, 64, 8):
+        yield form(memory.copy_(DATA[start : start + 8]))
+
+
+def ring_of_two(form):
+    """Asked for a batch, it begins at once to fill the memory of the one before with the one behind."""
+    ring = [DATA[:8].clone(), torch.empty(8, 8)]
+    for turn, start in enumerate(range(0, 64, 8)):
+        if start < 56:
+            ring[(turn + 1) % 2].copy_(DATA[start + 8 : start + 16])
+        yield form(ring[turn % 2])
+
+
+def labelled(x):
+    x.label = "x"
+    return x
+
+
+class Batch(collections.UserDict):
+    pass
+
+
+@dataclasses.dataclass
+class Whole:
+    x: torch.Tensor
+
+
+IN_ONE_MEMORY = {
+    "a tensor": (lambda x: x, lambda x: x),
+    "a slice": (lambda x: (x[:, :4], x[:, 4:]), lambda batch: torch.cat(batch, 1)),
+    "an array": (lambda x: x.numpy(), torch.from_numpy),
+    "a tensor of an array": (lambda x: [torch.from_numpy(x.numpy())], lambda batch: batch[0]),
+    "deep inside": (lambda x: {"a": [({"x": x},)]}, lambda batch: batch["a"][0][0]["x"]),
+    "a mapping": (lambda x: Batch(x=x), lambda batch: batch["x"]),
+    "a data class": (Whole, lambda batch: batch.x),
+    "a tensor of zero strides": (lambda x: x[:, None].expand(8, 2, 8), lambda x: x[:, 1]),
+    "a tensor with an attribute": (labelled, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("loader", [one_buffer, ring_of_two])
+@pytest.mark.parametrize("form", IN_ONE_MEMORY)
+def test_a_loader_that_writes_over_its_batches_gives_each_as_it_was(form, loader, device):
+    made, taken = IN_ONE_MEMORY[form]
+    model = Model()
+    for batch, start in zip(torchcache.prefetch(loader(made), device), range(0, 64, 8), strict=True):
+        assert torch.equal(taken(batch), DATA[start : start + 8])
+        torch.testing.assert_close(model(taken(batch)), model.head(model.backbone.linear(DATA[start : start + 8])))
+
+
+def test_a_torch_loader_with_a_collate_function_that_keeps_its_memory_gives_each_batch_as_it_was():
+    memory = torch.empty(8, 8)
+    options = {"batch_size": 8, "collate_fn": lambda rows: torch.stack([x for (x,) in rows], out=memory)}
+    dataset = torch.utils.data.TensorDataset(DATA)
+    for loader in (torch.utils.data.DataLoader(dataset, **options), torchcache.DataLoader(dataset, **options)):
+        for _ in range(3):
+            for batch, start in zip(torchcache.prefetch(loader), range(0, 64, 8), strict=True):
+                assert torch.equal(batch, DATA[start : start + 8])
+
+
+def test_what_cannot_be_copied_is_said_once(caplog):
+    for _ in range(2):
+        assert len(list(torchcache.prefetch(one_buffer(Whole)))) == 8
+    (said,) = [record.getMessage() for record in caplog.records if "Whole" in record.getMessage()]
+    assert "torch.utils.data.DataLoader with workers" in said
+
+
+def test_a_copied_batch_lies_as_the_loaders_does():
+    given = [DATA.reshape(8, 2, 4, 8).to(memory_format=torch.channels_last), DATA[:, 3], DATA.T, DATA[:0], DATA[0, 0]]
+    for one, other in zip(torchcache.prefetch(x for x in given), given, strict=True):
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)

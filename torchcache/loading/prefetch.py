@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from torchcache.digest.ahead import Ahead, Routes
+from torchcache.errors import Bypass
 from torchcache.lazy.tensor import LazyTensor
+from torchcache.loading.owned import gives_new_memory, mapped, owned
+from torchcache.logging import warn_once
 from torchcache.streams import send_ahead
 
 __all__ = ["Prefetcher", "prefetch"]
@@ -36,29 +38,46 @@ class Prefetcher(Generic[B]):
 
     def __iter__(self) -> Iterator[B]:
         iterator = iter(self.loader)
+        kept = gives_new_memory(self.loader)
         with Ahead(self._routes) as ahead:
-            batch, arrive = self._start(ahead, next(iterator, _END))
+            batch, arrive, stays = self._start(ahead, next(iterator, _END), kept)
             while batch is not _END:
                 ahead.use()
+                arrive()
+                if not stays:  # the loader may write into it as soon as it is asked again
+                    yield batch
+                    batch, arrive, stays = self._start(ahead, next(iterator, _END), kept)
+                    continue
                 failure, coming = None, _END
                 try:
                     coming = next(iterator, _END)
                 except Exception as error:  # it belongs after the batch at hand
                     failure = error
-                arrive()
-                following, arrive = self._start(ahead, coming)
+                following, arrive, stays = self._start(ahead, coming, kept)
                 yield batch
                 if failure is not None:
                     raise failure
                 batch = following
 
-    def _start(self, ahead: Ahead, batch: Any) -> tuple[Any, Callable[[], None]]:
-        """Begin with a batch; itself where it belongs, and what is to be called before it is used."""
+    def _start(self, ahead: Ahead, batch: Any, stays: bool) -> tuple[Any, Callable[[], None], bool]:
+        """Begin with a batch: itself where it belongs, what is to be called before it is used, whether it stays so.
+
+        ``stays`` says whether the loader leaves alone what it gave. Where it may not, the batch is copied.
+        """
         arrive: Callable[[], None] = _nothing
+        if batch is not _END and not stays:
+            try:
+                batch, stays = owned(batch, self.device), True
+            except Bypass as bypass:
+                warn_once(
+                    f"prefetch: no rows are read ahead, since {type(self.loader).__name__} may write into a batch that "
+                    f"it has given, and a copy cannot be made of {bypass.reason}: give batches of tensors, tuples, "
+                    "lists and dicts, or take torch.utils.data.DataLoader with workers"
+                )
         if self.device is not None:
-            batch, arrive = _moved(batch, self.device)
-        ahead.start(_tensors(batch))
-        return batch, arrive
+            batch, arrive = _moved(batch, self.device, beside=stays)
+        ahead.start(_tensors(batch) if stays else [])
+        return batch, arrive, stays
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # raises what the loader raises
@@ -71,8 +90,9 @@ def prefetch(loader: Iterable[B], device: torch.device | str | None = None) -> P
     """Read the coming batch's rows from disk, or from a server, while the current step runs.
 
     Works for tensors that go from the batch to the model as they are; rows of what is changed on the way are read in
-    the step as ever. The loader is asked for one batch more than was used, and must not write into a batch that it has
-    given away.
+    the step as ever. The loader is asked for one batch more than was used. Since it may write into a batch that it has
+    given, batches are copied, but for those of a list and of PyTorch's and torchcache's ``DataLoader`` with workers or
+    without a ``collate_fn`` of your own; of what cannot be copied nothing is read ahead.
 
     Parameters
     ----------
@@ -100,27 +120,21 @@ def _nothing() -> None:
     pass
 
 
-def _moved(batch: Any, device: torch.device) -> tuple[Any, Callable[[], None]]:
-    """A batch whose tensors are on a device, and what is to be called before they are used."""
-    plain = [tensor for tensor in _tensors(batch) if type(tensor) is not LazyTensor and tensor.is_cpu]
+def _moved(batch: Any, device: torch.device, *, beside: bool) -> tuple[Any, Callable[[], None]]:
+    """A batch whose tensors are on a device, and what is to be called before they are used.
+
+    ``beside`` says whether they may be copied there later than this, beside the step.
+    """
+    plain = [tensor for tensor in _tensors(batch) if beside and type(tensor) is not LazyTensor and tensor.is_cpu]
     sent, arrive = send_ahead(plain, device)
     there = dict(zip(map(id, plain), sent, strict=True))
 
     def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return there[id(value)] if id(value) in there else value.to(device)
-        if isinstance(value, MutableMapping) and type(value) is not dict:
-            moved = copy.copy(value)
-            moved.update({name: move(item) for name, item in value.items()})
-            return moved
-        if isinstance(value, Mapping):
-            return {name: move(item) for name, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [move(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return there[id(value)] if id(value) in there else value.to(device)
 
-    return move(batch), arrive
+    return mapped(batch, move), arrive
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
