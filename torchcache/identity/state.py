@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -86,6 +87,23 @@ class State:
             When the elements of one cannot be read.
         """
         return bool(self._known_digest(tensors))
+
+    def unchanged_whole(self, tensors: Sequence[torch.Tensor], most: float) -> bool:
+        """The same, and tensors in host memory are hashed again: the smallest first, at most so many bytes in all.
+
+        Raises
+        ------
+        Bypass
+            When the elements of one cannot be read.
+        """
+        if not self.unchanged(tensors) or self._known is None:
+            return False
+        record = self._known[0]
+        with readable():
+            plain, _ = plain_tensors(tensors)
+            here = sorted((i for i, tensor in enumerate(plain) if tensor.is_cpu), key=lambda i: plain[i].nbytes)
+            ends = itertools.accumulate(plain[i].nbytes for i in here)
+            return record.holds(plain, [i for i, end in zip(here, ends, strict=True) if end <= most])
 
     def _known_digest(self, tensors: Sequence[torch.Tensor]) -> bytes:
         """The last digest where it is that of ``tensors``; empty where it is not."""

@@ -73,6 +73,8 @@ _CLOSED = (
     "subprocess",
     "itertools",
 )
+# Their value is in another process, or their class makes up what is read of it.
+_ELSEWHERE = ("multiprocessing.managers", "multiprocessing.connection", "multiprocessing.queues", "unittest.mock")
 
 _COMPILED = ("cython_function", "cython_function_or_method", "fused_cython_function")
 
@@ -101,9 +103,7 @@ def _describer(kind: type) -> Callable[[Any], Node]:
         return describe_configuration
     if module.split(".")[0] in _CLOSED and named_class(kind):
         return _closed
-    if any(module_of(base) == "unittest.mock" for base in kind.__mro__):  # makes up what is read of it
-        return _closed
-    return _object
+    return _closed if any(module_of(base) in _ELSEWHERE for base in kind.__mro__) else _object
 
 
 def _object(value: Any) -> Node:

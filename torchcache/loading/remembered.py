@@ -165,13 +165,13 @@ class Remembered:
         self._unchecked = True
         if self.reader.apart:  # workers begin under what the pass begins under; without them each batch has its own
             self._take_surroundings()
-        if len(self._samples) and not self.reason and self.look():
+        if len(self._samples) and not self.reason and self.look(begins=True):
             self._renewed = 0
             self._check()
 
-    def look(self) -> bool:
+    def look(self, begins: bool = False) -> bool:
         """Whether what the data set's code reads is what it was; what is remembered is dropped otherwise."""
-        changes = "" if self.reason else self._subject.changes()
+        changes = "" if self.reason else self._subject.changes(begins)
         if not changes:
             return not self.reason
         self._forget()

@@ -15,6 +15,10 @@ __all__ = ["Subject"]
 # the time. Others are made whenever somebody asks.
 LONG = 0.005
 MOST_TIME = 0.02
+# Users write to arrays of a data set between two passes. As one begins, so many bytes are hashed again, and more within
+# the same share of the time since the last one; so many take a second at most.
+WHOLE = 1 << 30
+PER_SECOND = 2e9
 
 
 class Subject:
@@ -43,6 +47,7 @@ class Subject:
         self._program: Program | None = None
         self._state = State()
         self._took = self._looked_at = 0.0
+        self._began = time.perf_counter()
         self.who, self.problem = self._read()
 
     def _read(self) -> tuple[bytes, str]:
@@ -59,9 +64,12 @@ class Subject:
         except Bypass as bypass:
             return b"", bypass.reason
 
-    def changes(self) -> str:
-        """What makes it another data set than before, for people; empty where it is the same."""
-        if self.holds():
+    def changes(self, begins: bool = False) -> str:
+        """What makes it another data set than before, for people; empty where it is the same.
+
+        ``begins`` says that a pass does: then its tensors are hashed again, and not only looked at here and there.
+        """
+        if self._holds_whole() if begins else self.holds():
             return ""
         assert self._program is not None
         names, before = self._program.changes(), self.who
@@ -73,6 +81,15 @@ class Subject:
         program = self._program
         try:
             return program is None or (program.unchanged() and self._state.unchanged(program.tensors))
+        except Bypass:
+            return False
+
+    def _holds_whole(self) -> bool:
+        since, self._began = time.perf_counter() - self._began, time.perf_counter()
+        most = max(WHOLE, MOST_TIME * since * PER_SECOND)
+        program = self._program
+        try:
+            return program is None or (program.unchanged() and self._state.unchanged_whole(program.tensors, most))
         except Bypass:
             return False
 
