@@ -124,6 +124,38 @@ def collate_in_pairs(samples):
     return {"images": torch.stack(images), "labels": list(labels)}
 
 
+def collate_by_default(samples):
+    return data.default_collate(samples)
+
+
+def collate_parts_by_default(samples):
+    return {"images": data.default_collate([x for x, _ in samples]), "labels": [y for _, y in samples]}
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("collate", [collate_by_default, collate_parts_by_default])
+def test_default_collate_in_a_collate_function_of_ones_own_loads_nothing(files, workers, collate):
+    body, expected = encoder(), list(data.DataLoader(files, batch_size=8, collate_fn=collate))
+    loader = torchcache.DataLoader(files, batch_size=8, collate_fn=collate, num_workers=workers, check=0.0)
+    for _ in range(5):
+        for batch, wanted in zip(loader, expected, strict=True):
+            (x, *_), (plain, *_) = (pytree.tree_leaves(one) for one in (batch, wanted))
+            with torchcache.bypass():
+                made = body(plain)
+            assert torch.allclose(body(x), made, atol=1e-4)
+    assert torchcache.stats(loader).skipped >= 2 * 40
+    assert not torchcache.stats(loader).reason
+    assert equal(list(loader), expected)
+
+
+def test_a_function_of_ones_own_in_the_table_of_default_collate_gets_lazy_tensors_too(files, monkeypatch):
+    table = data._utils.collate.default_collate_fn_map
+    monkeypatch.setitem(table, torch.Tensor, lambda batch, *, collate_fn_map=None: torch.stack(batch) * 2)
+    loader = torchcache.DataLoader(files, batch_size=8, collate_fn=collate_by_default, check=0.0)
+    for _ in range(3):
+        assert equal(list(loader), list(data.DataLoader(files, batch_size=8, collate_fn=collate_by_default)))
+
+
 def collate_by_mean(samples):
     return torch.stack([x for x, _ in samples]), torch.tensor([x.mean().item() for x, _ in samples])
 

@@ -285,13 +285,29 @@ def _row_sample(source: Any, index: Any, sample: Sample, large: list[torch.Tenso
     return build(sample.structure, sample.values, rows if collated else [*map(one_row, rows)])
 
 
+_by_class = torch.utils.data._utils.collate.default_collate_fn_map
+_collate_tensors = _by_class[torch.Tensor]
+
+
+def _collate_lazy(batch: Sequence[Any], *, collate_fn_map: Any = None) -> Any:
+    """What a ``collate_fn`` of the user's has ``default_collate`` make of lazy tensors, unless it is told otherwise.
+
+    PyTorch's own function has a worker write into shared memory, which loads them.
+    """
+    collate = (collate_fn_map or _by_class).get(torch.Tensor, _collate_tensors)
+    if collate is _collate_tensors:
+        return torch.stack([*batch])
+    return collate(batch, collate_fn_map=collate_fn_map)
+
+
 # ``default_collate`` makes one lazy tensor of rows, without one for each sample on the way.
-torch.utils.data._utils.collate.default_collate_fn_map[Row] = lambda batch, *, collate_fn_map=None: stack_rows(batch)
+_by_class[Row] = lambda batch, *, collate_fn_map=None: stack_rows(batch)
+_by_class[LazyTensor] = _collate_lazy
 
 
 def is_default(collate: Any) -> bool:
     """Whether batches of containers and tensors are made as PyTorch makes them."""
-    made_by = torch.utils.data._utils.collate.default_collate_fn_map
+    made_by = _by_class
     module = default_collate.__module__
     containers: tuple[Any, ...] = ((), [], {})
     return (
