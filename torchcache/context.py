@@ -86,7 +86,7 @@ class _Named(_Ids):
         for value in values:
             if isinstance(value, torch.Tensor):
                 with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse ones, and those of inference mode
-                    self.there[dynamo.storage_of(value)] = (value.untyped_storage(), value._version)
+                    self.there[dynamo.storage_of(value)] = (torch.Tensor.untyped_storage(value), value._version)
             elif depth and isinstance(value, (list, tuple, Mapping)) and len(value) <= MOST_IN_ONE:
                 self._add(value.values() if isinstance(value, Mapping) else value, depth - 1)
 

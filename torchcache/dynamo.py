@@ -236,8 +236,8 @@ def origin_of(size: Any) -> tuple[Any, int]:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common; fake ones have no address."""
-    return int(tensor.untyped_storage()._cdata)
+    """What tensors that share memory have in common; fake ones have no address, and lazy ones are not loaded for it."""
+    return int(torch.Tensor.untyped_storage(tensor)._cdata)
 
 
 class Source(NamedTuple):

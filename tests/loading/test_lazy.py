@@ -303,3 +303,38 @@ def test_other_code_in_a_compiled_graph_gets_the_data():
         wanted = step._torchdynamo_orig_callable(plain)
         assert torch.allclose(step(store.lazy(indices)), wanted, atol=1e-3)
     assert isinstance(store.lazy([0]), LazyTensor)
+
+
+# What goes to the memory itself.
+MEMORY = {
+    "storage": lambda x: x.untyped_storage().tolist(),
+    "typed_storage": lambda x: x.storage().tolist(),
+    "bytes_of_a_storage": lambda x: x[1:].untyped_storage().nbytes(),
+    "set_to_it": lambda x: torch.empty(0).set_(x.untyped_storage(), x[1].storage_offset(), SHAPE),
+    "strided": lambda x: x[2].as_strided(SHAPE, x[2].stride(), x[2].storage_offset()),
+    "one_for_all_views": lambda x: x.untyped_storage().data_ptr() == x[2].untyped_storage().data_ptr(),
+    "own_for_copies": lambda x: x.untyped_storage().data_ptr() == x[2:].clone().untyped_storage().data_ptr(),
+    "offsets": lambda x: [y.storage_offset() for y in (x, x[2], x[1:][1], x[1:3], x[1:3].clone(), x[4:], *x.split(3))],
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("use", sorted(MEMORY))
+def test_its_memory_is_that_of_the_tensor_it_stands_for(use):
+    store = Store()
+    one, other = MEMORY[use](store.lazy([3, 1, 4, 0])), MEMORY[use](store.rows[[3, 1, 4, 0]])
+    assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_where_it_begins_in_memory_is_known_without_loading():
+    store = Store()
+    assert store.lazy([3, 1, 4])[2].storage_offset() == 2 * 256
+    assert not store.loaded
+
+
+def test_safetensors_saves_what_it_stands_for():
+    safetensors = pytest.importorskip("safetensors.torch")
+    store = Store()
+    saved = safetensors.load(safetensors.save({"x": store.lazy([3, 1, 4]), "y": store.lazy([2])}))
+    assert torch.equal(saved["x"], store.rows[[3, 1, 4]])
+    assert torch.equal(saved["y"], store.rows[[2]])

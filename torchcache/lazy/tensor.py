@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -144,6 +145,27 @@ def _through(name: str) -> Callable[..., Any]:
 # What reads memory without an operator.
 for _name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_memory_", "as_subclass"):
     setattr(LazyTensor, _name, _through(_name))
+
+
+def _memory(name: str) -> Callable[..., Any]:
+    def method(self: LazyTensor) -> Any:  # a tracer asks for it to tell what shares memory
+        return getattr(torch.Tensor, name)(self) if self.held is None else getattr(self.load(), name)()
+
+    method.__name__ = name
+    return method
+
+
+# What gives the memory itself.
+for _name in ("untyped_storage", "storage", "_typed_storage"):
+    setattr(LazyTensor, _name, _memory(_name))
+
+
+def _storage_offset(self: LazyTensor) -> int:
+    """Where it will begin in the memory that it shares with its views."""
+    return self.span.start * math.prod(self.kind.shape)
+
+
+LazyTensor.storage_offset = _storage_offset  # type: ignore[assignment]
 
 
 def _written_by(name: str) -> Callable[..., Any]:
