@@ -267,6 +267,19 @@ def test_no_state_and_no_update() -> None:
     assert not state.unchanged([torch.ones(1)])
 
 
+def test_hashed_whole_are_small_tensors_before_large_ones_up_to_so_many_bytes() -> None:
+    large, small, state = torch.zeros(3_000_000), torch.zeros(200_000), State()
+    state.update([large, small])
+    small.numpy()[77_777] = 1
+    assert not state.unchanged_whole([large, small], most=small.nbytes)
+    state.update([large, small])
+    assert state.unchanged_whole([large, small], most=1e9)
+    large.numpy()[77_777] = 1
+    assert not state.unchanged_whole([large, small], most=1e9)
+    state.update([large, small])
+    assert state.unchanged_whole([large, small], most=0)
+
+
 def write_from_elsewhere(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(rank)

@@ -43,8 +43,8 @@ class Prefetcher(Generic[B]):
             batch, arrive, stays = self._start(ahead, next(iterator, _END), kept)
             while batch is not _END:
                 ahead.use()
-                arrive()
                 if not stays:  # the loader may write into it as soon as it is asked again
+                    arrive()
                     yield batch
                     batch, arrive, stays = self._start(ahead, next(iterator, _END), kept)
                     continue
@@ -53,6 +53,7 @@ class Prefetcher(Generic[B]):
                     coming = next(iterator, _END)
                 except Exception as error:  # it belongs after the batch at hand
                     failure = error
+                arrive()
                 following, arrive, stays = self._start(ahead, coming, kept)
                 yield batch
                 if failure is not None:
