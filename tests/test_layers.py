@@ -12,7 +12,8 @@ PACKAGE = Path(torchcache.__file__).parent
 
 # From the lowest layer to the highest: folders, and files beside them. Those on one line may not import each other.
 LAYERS = [
-    {"printable", "quantity", "forks", "version", "threads", "dynamo", "kernels", "counters", "streams"},
+    {"forks"},
+    {"printable", "quantity", "version", "threads", "dynamo", "kernels", "counters", "streams"},
     {"errors", "logging"},
     {"address", "namesake", "switching"},
     {"options"},

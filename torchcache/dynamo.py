@@ -25,6 +25,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from torchcache import forks
+
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "Stamps", "TorchDispatchMode",
     "backend_named", "compile_with", "constant", "custom_operator", "default_device", "expression_of", "fake_state",
@@ -41,6 +43,10 @@ OPAQUE_TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
 
+# What stands for an operator in a graph.
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 # Whether a tensor is one of functorch's, as ``vmap`` and ``grad`` hand them around.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # Compute with real tensors while a graph is traced.
@@ -80,14 +86,6 @@ def keeps_parametrized(module: nn.Module | None) -> bool:
     if not parametrize._cache_enabled or module is None:
         return False
     return any(map(parametrize.is_parametrized, module.modules()))
-
-
-ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
-
-
-# What stands for an operator in a graph.
-OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -518,7 +516,8 @@ def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
 class Stamps:
     """The versions of many dicts and the classes of many objects at one time, compared in one call that runs in C.
 
-    CPython gives a dict a new version when it is written to; Dynamo's guards compare versions.
+    CPython gives a dict a new version when it is written to; Dynamo's guards compare versions. They take a lock, which
+    a thread may have had when another one forked: a child takes stamps of its own.
 
     Parameters
     ----------
@@ -529,17 +528,16 @@ class Stamps:
     """
 
     def __init__(self, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any]) -> None:
-        from torch._C._dynamo.guards import RootGuardManager
-
-        manager = torch._dynamo.guards.GuardManagerType.GUARD_MANAGER
-        self._watched = [*dicts, *objects]
-        root: Any = RootGuardManager()
+        guards = _guards()
+        manager = guards.GuardManagerType.GUARD_MANAGER
+        self._watched, self._generation = [*dicts, *objects], forks.generation
+        root: Any = guards.RootGuardManager()
         for place, value in enumerate(self._watched):
-            guards = root.list_getitem_manager(place, "", value, manager)
+            item = root.list_getitem_manager(place, "", value, manager)
             if place < len(dicts):
-                _add(guards.add_dict_version_guard, value, [""])
+                _add(item.add_dict_version_guard, value, [""])
             else:
-                _add(guards.add_type_match_guard, id(type(value)), [""])
+                _add(item.add_type_match_guard, id(type(value)), [""])
         self._check = root.check
 
     @classmethod
@@ -558,8 +556,15 @@ class Stamps:
             return None
 
     def hold(self) -> bool:
-        """Whether all versions and classes are what they were."""
-        return bool(self._check(self._watched))
+        """Whether all versions and classes are what they were, as far as this process can tell."""
+        return self._generation == forks.generation and bool(self._check(self._watched))
+
+
+@functools.cache
+@forks.without_forks
+def _guards() -> Any:
+    """Dynamo's guards. No fork falls into their import, which the child would wait for."""
+    return torch._dynamo.guards
 
 
 @functools.cache

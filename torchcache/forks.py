@@ -1,4 +1,7 @@
-"""Forks wait until no other thread is at work in the store: a child would inherit locks that nobody opens."""
+"""What a child of a fork must not inherit: locks that were taken by threads of its parent's, which nobody opens.
+
+Forks wait until no other thread is at work in the store; what cannot be waited for is left behind by ``generation``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["without_forks"]
+__all__ = ["generation", "without_forks"]
 
 # Longer than the store waits for any lock.
 WAIT_SECONDS = 60.0
@@ -70,9 +73,19 @@ class _Gate:
         return {visit for visit in set(self._inside) if visit.thread == me}
 
 
+# How many forks lie between this process and the first of its line.
+generation = 0
+
+
+def _begin_generation() -> None:
+    global generation
+    generation += 1
+    _gate.open_in_child()
+
+
 _gate = _Gate()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.open_in_child)
+    os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_begin_generation)
 
 
 def without_forks(function: Callable[P, T]) -> Callable[P, T]:

@@ -1,7 +1,13 @@
 """Forks of a process that uses a cache, and data loader workers that use one."""
 
+import copy
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
 
 import pytest
 import torch
@@ -56,6 +62,62 @@ def test_a_fork_of_a_fork_has_a_cache_too(tmp_path):
     child.join(60)
     assert child.exitcode == 0
     assert on_disk(tmp_path / "cache", range(200)) == 200
+
+
+def test_a_fork_answers_whatever_threads_of_its_parent_are_doing():
+    import torch._dynamo  # as an optimizer loads it
+
+    torch.manual_seed(0)
+    model = torchcache.mark(torch.nn.Linear(64, 16), freeze=True)
+    x = torch.randn(48, 64)
+    expected = torchcache.unmark(copy.deepcopy(model))(x)
+    [model(x) for _ in range(3)]
+    over = threading.Event()
+
+    def use():
+        while not over.is_set():
+            model(x[torch.randint(48, (4,))])
+
+    threads = [threading.Thread(target=use, daemon=True) for _ in range(4)]
+    [thread.start() for thread in threads]
+    try:
+        for _ in range(25):
+            child = os.fork()
+            if not child:
+                right = False
+                try:
+                    signal.alarm(10)  # ends it wherever it hangs
+                    right = all(torch.allclose(model(x[:count]), expected[:count], atol=1e-5) for count in range(1, 6))
+                finally:
+                    os._exit(not right)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+    [thread.join() for thread in threads]
+
+
+def test_a_fork_does_not_fall_into_an_import_that_a_thread_of_its_parent_caused():
+    code = """
+        import os, signal, sys, threading, time, torch, torchcache
+
+        model = torchcache.mark(torch.nn.Linear(4, 2), freeze=True)
+        x = torch.randn(6, 4)
+
+        def use(calls=10**6):
+            for _ in range(calls):
+                model(x)
+
+        threading.Thread(target=use, daemon=True).start()
+        while "torch._dynamo" not in sys.modules:  # it is loaded where that pays
+            time.sleep(0.001)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            use(1200)
+            os._exit(0)
+        os._exit(os.waitpid(child, 0)[1] != 0)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == 0
 
 
 class Features(Dataset):
