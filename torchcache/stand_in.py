@@ -5,11 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import os
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -131,8 +132,9 @@ class Deferred(nn.Module):
         self._seconds = self._last = 0.0
         # By casts: what was built first.
         self._firsts: dict[str, bytes] = {}
-        # What was done to all tensors of the model around it shows in these.
-        self._probes = [torch.empty(0, dtype=dtype, device="cpu") for dtype in _DTYPES]
+        # What was done to all tensors of the model around it: where they went, and through which dtypes each kind.
+        self._device = torch.device("cpu")
+        self._chains: list[tuple[torch.dtype, ...]] = [(dtype,) for dtype in _DTYPES]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith(_PENDING)}
@@ -144,9 +146,8 @@ class Deferred(nn.Module):
 
     @property
     def casts(self) -> str:
-        """Which floating dtypes were cast to which others: a part of who computes."""
-        pairs = zip(_DTYPES, self._probes, strict=True)
-        return ", ".join(f"{dtype} to {probe.dtype}" for dtype, probe in pairs if probe.dtype != dtype)
+        """Which floating dtypes were cast to which others, one after another: a part of who computes."""
+        return ", ".join(" to ".join(map(str, chain)) for chain in self._chains if len(chain) > 1)
 
     def build(self) -> Any:
         """What ``build`` made, which is called now if it was not before, or was let go.
@@ -211,7 +212,8 @@ class Deferred(nn.Module):
         logger.info("%s is built now, since rows are missing or such a call is new", self.called)
         start = time.perf_counter()
         built = Built(self._make(), self.called, self._pure)
-        _move(built.module.requires_grad_(False).eval(), self._probes)
+        device = self._device if self._device.type != "cpu" else None  # where it began
+        _move(built.module.requires_grad_(False).eval(), device, {chain[0]: chain for chain in self._chains})
         first = self._firsts.setdefault(self.casts, built.now())
         built.accept()
         if not built.is_as_built() or first != built.now():
@@ -248,12 +250,16 @@ class Deferred(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Deferred:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        before, self._probes = self.casts, [fn(probe) for probe in self._probes]
-        there = self.there
-        if self.casts != before:
-            self.let_go()  # what is cast twice is not what is cast once
-        elif there is not None:
-            _move(there.module, self._probes)
+        held = {*_DTYPES, *(chain[-1] for chain in self._chains)}
+        step = {dtype: fn(torch.empty(0, dtype=dtype, device=self._device)) for dtype in held}
+        before, casts, there = self._device, self.casts, self.there
+        self._device = step[torch.float32].device
+        self._chains = [_longer(chain, step[chain[-1]].dtype) for chain in self._chains]
+        if there is None or (self.casts != casts and there.is_as_built()):
+            self.let_go()  # it is built, and cast, anew
+        else:
+            device = self._device if self._device != before else None
+            _move(there.module, device, {dtype: (probe.dtype,) for dtype, probe in step.items()})
         return self
 
     def extra_repr(self) -> str:
@@ -279,16 +285,24 @@ class _Building(concurrent.futures.Future[Built]):
         self.thread: int | None = None
 
 
-def _move(module: nn.Module, probes: list[torch.Tensor]) -> None:
-    """Have ``module`` go where the probes went, which began in host memory."""
-    casts = {dtype: probe.dtype for dtype, probe in zip(_DTYPES, probes, strict=True)}
-    device = probes[0].device
-    moved = device.type not in ("cpu", "meta")
-    if not moved and all(dtype == cast for dtype, cast in casts.items()):
+def _longer(chain: tuple[torch.dtype, ...], dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """A chain of casts and one more, without those that change no number."""
+    if len(chain) > 1 and set(chain[-2:]) <= set(_DTYPES) and torch.promote_types(*chain[-2:]) == chain[-1]:
+        chain = chain[:-1]
+    return chain if chain[-1] == dtype else (*chain, dtype)
+
+
+def _move(module: nn.Module, device: torch.device | None, casts: Mapping[torch.dtype, Sequence[torch.dtype]]) -> None:
+    """Have ``module`` go to a device that has data, and each of its tensors through dtypes."""
+    if device is not None and device.type == "meta":
+        device = None
+    if device is None and all(dtype == cast for dtype, chain in casts.items() for cast in chain):
         return
 
     def there(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device if moved else tensor.device, casts.get(tensor.dtype, tensor.dtype))
+        chain = casts.get(tensor.dtype, ())
+        tensor = tensor if device is None else tensor.to(device)
+        return functools.reduce(torch.Tensor.to, chain, tensor)
 
     with torch.no_grad():
         module._apply(there)  # type: ignore[no-untyped-call]

@@ -264,6 +264,60 @@ def test_casts_of_the_model_around_it_count_and_reach_it(runs):
     assert {parameter.dtype for parameter in module.build().parameters()} == {torch.float64}
 
 
+CHAINS = [
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.bfloat16),
+    (torch.float64, torch.bfloat16, torch.float32), (torch.bfloat16, torch.float64, torch.float16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize("when", ["before it is built", "while it is there", "and it is built again"])
+def test_what_is_cast_several_times_is_rounded_each_time(runs, chain, when):
+    filled(runs)
+    model, twin = nn.Sequential(runs()), nn.Sequential(Net()).eval().requires_grad_(False)
+    if when != "before it is built":
+        model[0].build()
+    for dtype in chain:
+        model.to(dtype)
+        twin.to(dtype)
+        if when == "and it is built again":
+            model[0].build()
+    rows = data().to(chain[-1])
+    assert_same(model(rows), twin(rows))
+    for mine, its in zip(model[0].build().parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([torch.float32], [torch.float64, torch.float32]),
+        ([torch.bfloat16, torch.float32], [torch.bfloat16, torch.float64, torch.bfloat16, torch.float32]),
+    ],
+)
+def test_casts_that_lose_nothing_have_the_same_rows(runs, first, then):
+    built, got = [], []
+    for chain in ([], first, then):
+        model = nn.Sequential(runs())
+        for dtype in chain:
+            model.to(dtype)
+        got.append(model(data()))
+        built.append(runs.built)
+    assert built == [1, 1, 0]
+    assert torch.equal(got[1], got[2])
+
+
+def test_what_was_changed_is_cast_as_it_is(runs):
+    module, twin = runs(), Net().eval().requires_grad_(False)
+    for each in (module.build(), twin):
+        each.last.weight.add_(1.0)
+        each.body = nn.Linear(WIDTH, 16).requires_grad_(False)
+    twin.body.load_state_dict(module.build().body.state_dict())
+    for dtype in (torch.float16, torch.float32):
+        nn.Sequential(module).to(dtype)
+        assert_same(module(data().to(dtype)), twin.to(dtype)(data().to(dtype)))
+
+
 def test_checkpoints_and_optimizers_see_nothing_of_it(runs):
     model = nn.Sequential(runs(), nn.Linear(4, 2))
     before = [*model.state_dict()]
