@@ -22,7 +22,7 @@ __all__ = [
     "Called",
     "add_call",
     "add_region",
-    "kept_region",
+    "kept_call",
     "name_module",
     "region_of",
     "regions_in",
@@ -177,13 +177,14 @@ class _Regions(dict[Any, Region]):
 
     Attributes
     ----------
-    calls : dict of str to object
-        What graphs call by name: it may lead to the owner, so that nothing else may hold it.
+    calls : dict
+        What graphs call, by name, and what finds their regions: it may lead to the owner, so that nothing else may
+        hold it.
     """
 
     def __init__(self, owner: Any = None) -> None:
         super().__init__()
-        self.calls: dict[str, Any] = {}
+        self.calls: dict[Any, Any] = {}
         self._owner = weakref.ref(owner) if owner is not None else None
 
     def is_of(self, owner: Any) -> bool:
@@ -229,14 +230,14 @@ def add_region(owner: Any, key: Any, region: Region) -> None:
     _held(owner)[key] = region
 
 
-def add_call(owner: Any, name: str, call: Any) -> None:
+def add_call(owner: Any, name: Any, call: Any) -> None:
     """Keep what graphs call by ``name`` with its owner."""
     _held(owner).calls[name] = call
 
 
-def kept_region(owner: Any, key: Any) -> Region | None:
-    """What ``add_region`` keeps under this key."""
-    return _held(owner).get(key)
+def kept_call(owner: Any, name: Any) -> Any:
+    """What ``add_call`` keeps under this name."""
+    return _held(owner).calls.get(name)
 
 
 def regions_in(target: Any) -> list[Region]:

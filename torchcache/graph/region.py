@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,19 +17,20 @@ from torchcache.call import Region
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import hint
 from torchcache.errors import Unreadable
+from torchcache.graph.beside import Beside
 from torchcache.graph.parts import Part
 from torchcache.graph.sizes import Rows, same_shape
-from torchcache.graph.state import ModuleState, Paths
+from torchcache.graph.state import ModuleState, Paths, Places
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
 from torchcache.logging import warn_once
 from torchcache.op import unaliased
-from torchcache.regions import add_region, kept_region, region_of
+from torchcache.regions import add_call, add_region, kept_call, region_of
 from torchcache.store.select import concatenate
 from torchcache.values.layout import dense, inverted, memory_order
 
-__all__ = ["GraphCall", "Plan", "copied", "region_for"]
+__all__ = ["GraphCall", "Plan", "copied", "regions_for"]
 
 Tensors = Sequence[torch.Tensor]
 Original = Callable[..., Sequence[torch.Tensor]]
@@ -70,12 +72,16 @@ class GraphIdentity:
         The identities of the marked calls, and the user's own names for them.
     graph : bytes
         Digest of all that is written in the graph.
+    places : Places
+        Where the marked modules hold the state.
     """
 
-    def __init__(self, parts: Sequence[tuple[Identity, str | None]], graph: bytes) -> None:
+    def __init__(self, parts: Sequence[tuple[Identity, str | None]], graph: bytes, places: Places) -> None:
         self._parts = parts
         self._graph = graph
         self._state = State()
+        self._places = places
+        self._named = all(name is not None for _, name in parts)
         self._given = threading.local()
 
     @contextlib.contextmanager
@@ -106,9 +112,13 @@ class GraphIdentity:
             When a program reads something that has no identity.
         """
         programs = self._programs_now()
-        named = all(name is not None for _, name in self._parts)
-        state = b"" if named else self._state.current((seen or self.look()).tensors)
+        # The graph of a named mark may be that of several of its parts.
+        state = (self._places.digest if self._named else self._state.current)((seen or self.look()).tensors)
         return digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
+
+    def gone(self) -> bool:
+        """Whether the state that was last named is no more."""
+        return self._places.gone() if self._named else self._state.gone
 
     def of_classes(self, given: tuple[type, ...]) -> bytes:
         """Empty: what was taken from arguments is written in the graph."""
@@ -116,7 +126,7 @@ class GraphIdentity:
 
     def steady(self) -> Steady:
         """The state as it is now, to find later whether it stayed so; the graph is given these very tensors."""
-        return Steady(self.look().tensors, all(name is not None for _, name in self._parts), None)
+        return Steady(self.look().tensors, self._named, None)
 
     # What it was answered is written in the graph.
     asks_for_gradients = asks_for_inference = False
@@ -144,6 +154,34 @@ class GraphIdentity:
         return found
 
 
+class _Original:
+    """The original of a plan, whatever state it is given.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan.
+    compile_original : callable or None
+        Compiles it before it first runs, given its module; ``None`` runs it eagerly.
+    """
+
+    def __init__(self, plan: Plan, compile_original: Callable[[fx.GraphModule], Original] | None) -> None:
+        self._module = plan.module
+        self._varies = compile_original is not None and plan.rows.fixed is None
+        self._compile = compile_original
+        self._run: Original | None = None if compile_original is not None else plan.module.forward
+
+    def __call__(self, data: Tensors, state: Tensors, numbers: Sequence[int]) -> Sequence[torch.Tensor]:
+        if self._run is None:
+            assert self._compile is not None
+            # Dynamo leaves code untraced that was made while it ran.
+            self._run = self._compile(fx.GraphModule(self._module, copied(self._module.graph), "Region"))
+        if self._varies:
+            data = [_any_number(leaf) for leaf in data]
+        with torch.no_grad():
+            return self._run(*data, *state, *numbers)
+
+
 class GraphSubject:
     """What a region that was cut out of a graph stands for. Its arguments are data tensors, then numbers.
 
@@ -151,23 +189,22 @@ class GraphSubject:
     ----------
     plan : Plan
         The region.
-    compile_original : callable or None
-        Compiles the original before it first runs, given its module; ``None`` runs it eagerly.
+    original : callable
+        Runs it, given data, state and numbers.
     """
 
     names = ()
 
-    def __init__(self, plan: Plan, compile_original: Callable[[fx.GraphModule], Original] | None) -> None:
+    def __init__(self, plan: Plan, original: Original) -> None:
         regions = [region_of(part.mark, part.module) for part in plan.parts]
         self.name = " + ".join(dict.fromkeys(region.name for region in regions))
         identities: list[Any] = [region.subject.identity for region in regions]
         names = [part.options.persistent_module_hash for part in plan.parts]
-        self.identity: Any = GraphIdentity(list(zip(identities, names, strict=True)), plan.digest)
-        self._module = plan.module
+        places = Places([part.module for part in plan.parts])
+        self.identity: Any = GraphIdentity(list(zip(identities, names, strict=True)), plan.digest, places)
         self._rows = plan.rows
         self._data = len(plan.data)
-        self._compile = compile_original
-        self._original: Original | None = None if compile_original is not None else plan.module.forward
+        self._original = original
 
     @property
     def module(self) -> nn.Module | None:
@@ -185,19 +222,9 @@ class GraphSubject:
         state = self.identity.look().tensors
         pieces = []
         for data, count in self._rows.portions(tensors):
-            outputs = self._run(data, state, numbers)
+            outputs = self._original(data, state, numbers)
             pieces.append([leaf if leaf.shape[0] == count else leaf[:count] for leaf in outputs])
         return tuple(pieces[0]) if len(pieces) == 1 else tuple(map(concatenate, zip(*pieces, strict=True)))
-
-    def _run(self, data: Tensors, state: Tensors, numbers: Sequence[int]) -> Sequence[torch.Tensor]:
-        if self._original is None:
-            assert self._compile is not None
-            # Dynamo leaves code untraced that was made while it ran.
-            self._original = self._compile(fx.GraphModule(self._module, copied(self._module.graph), "Region"))
-        if self._compile is not None and self._rows.fixed is None:
-            data = [_any_number(leaf) for leaf in data]
-        with torch.no_grad():
-            return self._original(*data, *state, *numbers)
 
 
 class GraphCall:
@@ -205,8 +232,8 @@ class GraphCall:
 
     Parameters
     ----------
-    region : Region
-        The region, shared by all graphs that hold it.
+    regions : Beside
+        The regions, shared by all graphs that hold them.
     plan : Plan
         The region as one graph holds it.
     held : ModuleState
@@ -218,8 +245,8 @@ class GraphCall:
         What the graph was traced under; ``None`` where autocast was off.
     """
 
-    def __init__(self, region: Region, plan: Plan, held: ModuleState) -> None:
-        self.region = region
+    def __init__(self, regions: Beside, plan: Plan, held: ModuleState) -> None:
+        self._regions = regions
         self._plan = plan
         self._held = held
         self._device = plan.outputs[0].device.type
@@ -234,9 +261,10 @@ class GraphCall:
         state = [*self._held.tensors(), *passed]
         if len(state) != len(self._plan.state):
             raise RuntimeError("torchcache: a compiled graph calls a marked module that is gone: compile it again")
-        identity: Any = self.region.subject.identity
+        region = self._regions.region(passed)
+        identity: Any = region.subject.identity
         with _autocast(self._device, self.autocast), identity.reading(state):
-            outputs = self.region((*data, *numbers), {})
+            outputs = region((*data, *numbers), {})
         return unaliased([*map(dense, outputs, self._orders)], [*tensors, *state])
 
     def fake(self, tensors: Tensors, numbers: Sequence[Any]) -> list[torch.Tensor]:
@@ -286,19 +314,32 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def region_for(plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None) -> Region:
-    """The region of a plan and the state at ``paths``, the same for all graphs that hold it, kept with its subjects."""
+def regions_for(
+    plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None, partial: bool
+) -> Beside:
+    """The regions of a plan and the state at ``paths``, the same for all graphs that hold it, kept with its subjects.
+
+    ``partial`` says of the first calls, too, that nothing ends the run.
+    """
     owners = [part.owner for part in plan.parts]
     key = plan.digest, paths, tuple(part.subject for part in plan.parts), plan.parts[0].options
-    region = kept_region(owners[0], key)
-    if region is None:
-        subject, options = GraphSubject(plan, compile_original), plan.parts[0].options
-        if options.padding is not None:
-            warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
-            options = options.replace({"padding": None, "padding_value": None})
-        region = Region(subject, options)
-        # Where others of these marks were in use before, in another mode or for one row, nothing ends the run.
-        region.partial = any(region_of(part.mark, part.module).partial for part in plan.parts)
+    found: Beside | None = kept_call(owners[0], key)
+    if found is None:
+        found = Beside(functools.partial(_region, plan, key, _Original(plan, compile_original), partial))
     for owner in owners:
-        add_region(owner, key, region)
+        add_call(owner, key, found)
+    return found
+
+
+def _region(plan: Plan, key: Any, original: Original, partial: bool, number: int) -> Region:
+    """The region of one state of a plan, kept with its subjects."""
+    subject, options = GraphSubject(plan, original), plan.parts[0].options
+    if options.padding is not None:
+        warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
+        options = options.replace({"padding": None, "padding_value": None})
+    region = Region(subject, options)
+    # Where others of these marks were in use before, in another mode or for one row, nothing ends the run.
+    region.partial = partial or any(region_of(part.mark, part.module).partial for part in plan.parts)
+    for part in plan.parts:
+        add_region(part.owner, (key, number), region)
     return region

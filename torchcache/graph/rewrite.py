@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import fx
 
-from torchcache.call import Region
 from torchcache.dynamo import fix_rows
 from torchcache.errors import brief
+from torchcache.graph.beside import Beside
 from torchcache.graph.cut import Cut, batch_of, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
 from torchcache.graph.fewest import reachable
 from torchcache.graph.frozen import Analysis, analyse
 from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
-from torchcache.graph.region import GraphCall, Original, Plan, region_for
+from torchcache.graph.region import GraphCall, Original, Plan, regions_for
 from torchcache.graph.sizes import Rows, Unfit
 from torchcache.graph.state import ModuleState, Paths, find_state
 from torchcache.logging import logger, warn_once
@@ -34,13 +34,13 @@ class Outcome:
 
     Parameters
     ----------
-    regions : list of Region
-        The parts that are looked up.
+    regions : list of Beside
+        The regions of the parts that are looked up.
     reasons : list of str
         Why other parts are not.
     """
 
-    regions: list[Region] = dataclasses.field(default_factory=list)
+    regions: list[Beside] = dataclasses.field(default_factory=list)
     reasons: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -85,14 +85,14 @@ def cache_regions(
         analysis, groups = Analysis(), []
     for nodes in groups:
         try:
-            region = _cache(graph, nodes, analysis, compile_original, nested)
+            regions = _cache(graph, nodes, analysis, compile_original, nested)
         except Unfit as unfit:
             outcome.reasons.append(str(unfit))
         except Exception as error:
             logger.debug("a part of a graph could not be cut out", exc_info=True)
             outcome.reasons.append(f"it cannot be cut out of its graph ({type(error).__name__}: {brief(error)})")
         else:
-            outcome.regions += [region] if region is not None else []
+            outcome.regions += [regions] if regions is not None else []
     _tell(graph, analysis, outcome)
     if outcome.regions:
         graph.lint()
@@ -106,7 +106,7 @@ def _cache(
     analysis: Analysis,
     compile_original: Callable[[fx.GraphModule], Original] | None,
     nested: bool,
-) -> Region | None:
+) -> Beside | None:
     """Put a lookup in place of ``nodes``, as far as they give rows."""
     cut = cut_region(nodes, analysis)
     if cut is None:
@@ -135,17 +135,16 @@ def _cache(
         digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.fixed),
     )
     paths = tuple(held[node] for node in inputs.state if node in held)
-    region = region_for(plan, paths, compile_original)
     # Which entries of a batch are one row's is read off the graph: should the probe find otherwise, no run ends.
-    region.partial |= max(cut.entries) > 1
-    call = GraphCall(region, plan, ModuleState(parts[0].module, paths))
+    regions = regions_for(plan, paths, compile_original, max(cut.entries) > 1)
+    call = GraphCall(regions, plan, ModuleState(parts[0].module, paths))
     name = _name(plan, paths, len(inputs.data) + len(inputs.state) - len(paths), call)
     for part in parts:
         register(part.owner, name, call)
         region_of(part.mark, part.module).partial = True
     _replace(graph, cut, anchor, analysis, (*_node_arguments(inputs, rows, held), name), plan)
     _erase(graph, nodes, inside, analysis)
-    return region
+    return regions
 
 
 def _traced(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
@@ -244,8 +243,8 @@ def _checkpoint_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
     """Log what is cached, and what else of the marks is not, and why."""
-    for region in outcome.regions:
-        logger.info("a frozen part of %s is cached", region.name)
+    for regions in outcome.regions:
+        logger.info("a frozen part of %s is cached", regions.name)
     verdicts: dict[Part, str] = {}
     for node, verdict in analysis.verdicts.items():
         part = part_of(node) if node.op != "placeholder" else None

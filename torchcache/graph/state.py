@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx, nn
 
+from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import source_of
+from torchcache.identity.state import State
 
-__all__ = ["ModuleState", "Paths", "find_state"]
+__all__ = ["ModuleState", "Paths", "Places", "find_state"]
 
 Paths = tuple[tuple[str, ...], ...]
 
@@ -63,14 +65,69 @@ class ModuleState:
         return found  # type: ignore[return-value]
 
 
+class Places:
+    """Where modules hold the state of a region: what tells it from others where the user's own name stands for both.
+
+    Parameters
+    ----------
+    modules : sequence of (nn.Module or None)
+        The modules, held weakly.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module | None]) -> None:
+        self._modules = [weakref.ref(module) for module in modules if module is not None]
+        self._given: list[int] = []
+        self._held: list[tuple[ModuleState, list[int]]] = []
+        self._text = ""
+        self._elsewhere: list[int] = []
+        self._rest = State()
+
+    def digest(self, tensors: Sequence[torch.Tensor]) -> bytes:
+        """16 bytes that name the places of ``tensors``, and the contents of those that no module holds."""
+        if [*map(id, tensors)] != self._given or self.gone():
+            self._find(tensors)
+        rest = self._rest.current([tensors[index] for index in self._elsewhere]) if self._elsewhere else b""
+        return digest_bytes(self._text.encode("utf-8", "surrogatepass") + rest)
+
+    def gone(self) -> bool:
+        """Whether there are other tensors in those places by now."""
+        try:
+            return any([*map(id, held.tensors())] != ids for held, ids in self._held)
+        except LookupError:
+            return True
+
+    def _find(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._given = [*map(id, tensors)]
+        modules = [reference() for reference in self._modules]
+        homes: dict[int, tuple[int, tuple[str, ...]]] = {}
+        for number, module in enumerate(modules):
+            for path, tensor in _named(module) if module is not None else ():
+                homes.setdefault(id(tensor), (number, path))
+        found = [homes.get(tensor) for tensor in self._given]
+        self._text = repr(found)
+        self._elsewhere = [index for index, home in enumerate(found) if home is None]
+        self._held = []
+        for number, module in enumerate(modules):
+            here = {
+                home[1]: tensor for home, tensor in zip(found, self._given, strict=True) if home and home[0] == number
+            }
+            self._held.append((ModuleState(module, tuple(here)), [*here.values()]))
+
+
+def _named(module: nn.Module) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """The tensors that a module holds, each under all of its paths."""
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            yield tuple(name.split(".")), tensor
+
+
 def find_state(nodes: Sequence[fx.Node], module: nn.Module | None) -> dict[fx.Node, tuple[str, ...]]:
     """Those of the graph's inputs ``nodes`` that ``module`` holds, with their paths in it."""
     if module is None:
         return {}
     held: dict[int, list[tuple[str, ...]]] = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        held.setdefault(id(tensor), []).append(tuple(name.split(".")))
+    for path, tensor in _named(module):
+        held.setdefault(id(tensor), []).append(path)
     found = {}
     for node in nodes:
         source = source_of(node)

@@ -80,7 +80,7 @@ class Traced:
         return outputs
 
     def _lookups(self) -> int:
-        return sum(region.counters.calls for region in self._outcome.regions)
+        return sum(regions.calls for regions in self._outcome.regions)
 
     def _compiled(self, module: nn.Module) -> Callable[..., Any]:
         """The trace for the program as it is."""
@@ -101,7 +101,7 @@ class Traced:
             if node.op not in ("placeholder", "output"):  # marks inside it have named theirs
                 node.meta.setdefault("custom", {}).setdefault(KEY, self._subject)
         found = cache_regions(graph)
-        self._outcome.regions += [region for region in found.regions if region not in self._outcome.regions]
+        self._outcome.regions += [regions for regions in found.regions if regions not in self._outcome.regions]
         self._outcome.reasons = found.reasons
         self.graphs.append(graph)
         return graph.forward

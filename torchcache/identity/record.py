@@ -73,6 +73,11 @@ class Record:
         self._away = [i for i, tensor in enumerate(tensors) if not (tensor.is_cpu or tensor.is_meta)]
         self._turns, self._spent, self._began = itertools.cycle(self._away), 0.0, time.perf_counter()
 
+    @property
+    def gone(self) -> bool:
+        """Whether any of the memory that was hashed is no more."""
+        return bool(self._gone)
+
     def suspect(self, indices: Iterable[int]) -> None:
         """Have tensors hashed again before they are next believed to be unchanged."""
         event = next(_events)

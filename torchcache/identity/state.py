@@ -44,6 +44,11 @@ class State:
         """16 bytes over dtype, shape and elements of all tensors in order; empty before the first ``update``."""
         return b"" if self._known is None else self._known[-1]
 
+    @property
+    def gone(self) -> bool:
+        """Whether memory of the tensors that were last hashed was given back."""
+        return self._known is not None and self._known[0].gone
+
     def update(self, tensors: Sequence[torch.Tensor]) -> bytes:
         """Hash every byte of ``tensors``, and remember what they are.
 

@@ -1,0 +1,124 @@
+"""One graph may serve several modules: each has rows of its own, and only what changes in it counts as a change."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from test_partly import DOORS, assert_trains_the_same, counted, nets, opened
+from torch import nn
+
+import torchcache
+
+
+class Block(nn.Module):
+    """A part in which a graph ends, so that Dynamo makes one for all blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = self.norm(x)
+        torch._dynamo.graph_break()
+        return x + nn.functional.gelu(self.linear(h))
+
+
+class Stack(nn.Module):
+    """Frozen blocks and a trainable layer."""
+
+    def __init__(self, blocks=12):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks)).requires_grad_(False)
+        self.top = nn.Linear(16, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.top(x)
+
+
+class Side(Stack):
+    """Blocks that are given the same rows."""
+
+    def __init__(self):
+        super().__init__(4)
+
+    def forward(self, x):
+        return self.top(torch.cat([block(x)[..., :4] for block in self.blocks], -1))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_blocks_that_share_a_graph_are_all_found_again(door, warnings):
+    model, twin = nets(Stack)
+    run, x = opened(door, model), torch.randn(8, 16)
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 1, 3, 4], [2, 0, 5, 6]):
+        assert_trains_the_same(run, model, twin, [x[rows]])
+        if rows == [4, 5, 6, 7]:
+            first = counted(model)
+    parts = first[1] // 8
+    assert first == (0, 8 * parts, 0) and parts >= 12
+    assert counted(model) == (8 * parts, 8 * parts, 0)
+    assert not warnings
+
+
+def _in_place(linear):
+    with torch.no_grad():
+        linear.weight.mul_(0.99)
+
+
+def _replaced(linear):
+    linear.weight = nn.Parameter(linear.weight * 0.99, requires_grad=False)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("change", [_in_place, _replaced])
+def test_a_block_that_is_updated_in_every_step_is_told_and_the_others_are_found(change, door, warnings):
+    model, twin = nets(Stack)
+    run, x = opened(door, model), torch.randn(4, 16)
+    for _ in range(12):
+        assert_trains_the_same(run, model, twin, [x])
+        change(model.blocks[11].linear)
+        change(twin.blocks[11].linear)
+    hits, misses, bypasses = counted(model)
+    steady = (hits + misses + bypasses) // 12 // 4 - 1
+    assert hits == 11 * 4 * steady
+    assert bypasses > 0 and bypasses + misses == 12 * 4 + 4 * steady
+    assert ["unmark what is updated in every step" in text for text in warnings] == [True]
+
+
+def test_states_that_are_gone_leave_no_rows_behind():
+    model, twin = nets(Side)
+    x = torch.randn(4, 16)
+    for step in range(20):
+        assert_trains_the_same(model, model, twin, [x])
+        if not step:
+            regions = len(torchcache.stats(model).regions)
+        for net in (model, twin):
+            torch.manual_seed(step)
+            net.blocks[1] = Block().requires_grad_(False)
+    stats = torchcache.stats(model)
+    assert len(stats.regions) == regions
+    rows = [region.rows_stored for region in stats.regions]
+    assert max(rows) <= 4 * 4, rows
+
+
+def test_the_weights_of_a_block_that_is_dropped_are_given_back():
+    model, _ = nets(Stack)
+    model(torch.randn(4, 16)).sum().backward()
+    gone = weakref.ref(model.blocks[3].linear.weight.untyped_storage())
+    del model.blocks[3]
+    model(torch.randn(4, 16))
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_name_for_all_of_a_mark_does_not_mix_its_blocks(tmp_path, warnings):
+    x = torch.randn(8, 16)
+    for _ in range(2):
+        model, twin = nets(Side, persistent=True, persistent_cache_dir=tmp_path, persistent_module_hash="side")
+        for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 5, 2, 6]):
+            assert_trains_the_same(model, model, twin, [x[rows]])
+        torchcache.flush()
+    assert counted(model)[1] == 0
+    assert not warnings
