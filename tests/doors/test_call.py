@@ -311,7 +311,7 @@ def test_numbers_in_an_output_are_those_of_its_rows():
 @pytest.mark.parametrize(
     ("forward", "why"),
     [
-        (lambda self, x: {"good": x * 2, "bad": x.sum(0)}, "no rows"),
+        (lambda self, x: {"good": x * 2, "bad": x.sum(0)}, "one row a sample"),
         (lambda self, x: x.sum(), "row"),
         (lambda self, x: (x * 2, len(x)), "number"),
         (lambda self, x: 3, "no tensor"),
