@@ -163,6 +163,9 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     if region.subject.identity.reads(*dynamo.pending_writes()):
         return PLAIN  # what was written does not show before the graph has run
     identity = region.subject.identity
+    if (exchange := identity.exchanges()) is not None:
+        region.note(exchange)
+        return PLAIN
     if (gradients or region.partial) and identity.trains():
         return PLAIN if module is None else PART if dynamo.names_parts() else APART
     if region.writes:

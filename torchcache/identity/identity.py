@@ -12,6 +12,7 @@ import torch
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import layout_check
 from torchcache.errors import Unreadable
+from torchcache.identity.exchange import ADVICE
 from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
@@ -77,8 +78,16 @@ class Identity:
         return program
 
     def look(self) -> Seen:
-        """The program and the tensors that it can reach, as they are now."""
+        """The program and the tensors that it can reach, as they are now.
+
+        Raises
+        ------
+        Bypass
+            When other processes must run it at the same time, by whatever name.
+        """
         program = self.program()
+        if program.exchange:
+            raise Unreadable(program.exchange, ADVICE)
         return Seen(program.tensors, program)
 
     def of_classes(self, given: tuple[type, ...]) -> bytes:
@@ -92,6 +101,11 @@ class Identity:
                 self._given.clear()
             self._given[given] = program, state
         return self._digest(program, state)
+
+    def exchanges(self) -> Unreadable | None:
+        """Why other processes must run it at the same time; ``None`` where they need not."""
+        found = self.program().exchange
+        return Unreadable(found, ADVICE) if found else None
 
     def trains(self) -> bool:
         """Whether the program reads anything that is trainable, or may, where it cannot be read."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torchcache.digest.cpu import digest_bytes
+from torchcache.errors import Unreadable
 from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.outside import Outside
 from torchcache.identity.state import State
@@ -76,6 +77,10 @@ class LaterIdentity(Identity):
     def of_classes(self, given: tuple[type, ...]) -> bytes:
         """Empty: the name says nothing of them, and what would take anything from them may not be there."""
         return b""
+
+    def exchanges(self) -> Unreadable | None:
+        """As for ``Identity``; ``None`` while it is not there."""
+        return super().exchanges() if self.there() is not None else None
 
     def trains(self) -> bool:
         """Whether it reads anything that is trainable."""

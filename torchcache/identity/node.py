@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torchcache.identity.homes import home_of, is_installed, is_named, module_of
 from torchcache.identity.reads import Reads
 
 __all__ = ["Check", "Node", "Space", "home_around", "is_own", "owner_of", "sentence"]
+
+# FSDP names what it keeps in a module otherwise in each process.
+_UUID = re.compile(r"_?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclasses.dataclass(slots=True)
@@ -140,7 +144,7 @@ class Node:
             if node.label.startswith("the "):
                 break
             node = node.parent
-        return "".join(reversed(labels)).lstrip(".")
+        return _UUID.sub("", "".join(reversed(labels)).lstrip("."))
 
 
 def home_around(node: Node | None) -> str:

@@ -15,6 +15,7 @@ from torchcache.dynamo import Stamps
 from torchcache.identity.callables import Torch
 from torchcache.identity.containers import Place
 from torchcache.identity.encode import encode
+from torchcache.identity.exchange import exchange
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
 from torchcache.identity.modules import GROUPS, GlobalHooks
 from torchcache.identity.node import Check, Node, Space
@@ -51,6 +52,8 @@ class Program:
         Every tensor that the program can reach by name, in a stable order: parameters, buffers, and any other.
     asks_for_gradients, asks_for_inference : bool
         Whether its code asks whether gradients are recorded, and whether inference mode is on.
+    exchange : str
+        Why other processes must run it at the same time; empty where they need not.
     problem : str or None
         Why there can be no identity: what the code reads and torchcache cannot compare, with its path and its type.
     """
@@ -59,6 +62,7 @@ class Program:
         module, function = subject if isinstance(subject, tuple) else (None, subject)
         self.where = where
         self.digest = bytes(16)
+        self.exchange = exchange(module.named_modules(), module) if module is not None else ""
         self.problem: str | None = None
         self.asks_for_gradients = self.asks_for_inference = False
         self._places: list[Place] = []
@@ -74,6 +78,9 @@ class Program:
                 reach = Reach(frozenset(reach.written))
                 reach.from_subject(module, function, given)
             self.problem = reach.problem or None
+            if module is None:
+                nodes = [node for node in reach.nodes.values() if node.kind == "module"]
+                self.exchange = exchange([(node.path(), node.value) for node in nodes], None)
             self.asks_for_gradients = id(torch.is_grad_enabled) in reach.nodes
             self.asks_for_inference = not reach.nodes.keys().isdisjoint(_ASK_FOR_INFERENCE)
             self.asks_for_inference |= "is_inference" in reach.names
