@@ -52,13 +52,14 @@ class Side(Stack):
 def test_blocks_that_share_a_graph_are_all_found_again(door, warnings):
     model, twin = nets(Stack)
     run, x = opened(door, model), torch.randn(8, 16)
-    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 1, 3, 4], [2, 0, 5, 6]):
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 1, 3, 4], [2, 0, 5, 6], [5, 1]):
         assert_trains_the_same(run, model, twin, [x[rows]])
         if rows == [4, 5, 6, 7]:
             first = counted(model)
     parts = first[1] // 8
-    assert first == (0, 8 * parts, 0) and parts >= 12
-    assert counted(model) == (8 * parts, 8 * parts, 0)
+    assert parts >= 12
+    assert first == (0, 8 * parts, 0)
+    assert counted(model) == (10 * parts, 8 * parts, 0)
     assert not warnings
 
 
@@ -83,7 +84,8 @@ def test_a_block_that_is_updated_in_every_step_is_told_and_the_others_are_found(
     hits, misses, bypasses = counted(model)
     steady = (hits + misses + bypasses) // 12 // 4 - 1
     assert hits == 11 * 4 * steady
-    assert bypasses > 0 and bypasses + misses == 12 * 4 + 4 * steady
+    assert bypasses > 0
+    assert bypasses + misses == 12 * 4 + 4 * steady
     assert ["unmark what is updated in every step" in text for text in warnings] == [True]
 
 
@@ -117,7 +119,7 @@ def test_a_name_for_all_of_a_mark_does_not_mix_its_blocks(tmp_path, warnings):
     x = torch.randn(8, 16)
     for _ in range(2):
         model, twin = nets(Side, persistent=True, persistent_cache_dir=tmp_path, persistent_module_hash="side")
-        for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 5, 2, 6]):
+        for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 5]):
             assert_trains_the_same(model, model, twin, [x[rows]])
         torchcache.flush()
     assert counted(model)[1] == 0

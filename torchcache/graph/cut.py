@@ -14,7 +14,7 @@ from torchcache.graph.fewest import fewest, is_cheap, operator_name, reachable
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
 
-__all__ = ["Cut", "batch_of", "cut_region", "writers_of"]
+__all__ = ["Cut", "batch_of", "cut_region", "dims_along", "writers_of"]
 
 # Operators that may make the first dimensions of a tensor one, in their order.
 MERGING = frozenset({"view", "reshape", "flatten", "repeat_interleave"})
@@ -138,14 +138,21 @@ def _leaves_apart(node: fx.Node, analysis: Analysis) -> bool:
         return (
             first is ... or isinstance(first, slice) or (isinstance(first, fx.Node) and first not in analysis.varying)
         )
+    if name not in ALONG:
+        return True
+    tensor = tensor_of(node.all_input_nodes[0])
+    return tensor is not None and all(isinstance(dim, int) and dim % tensor.ndim for dim in dims_along(node))
+
+
+def dims_along(node: fx.Node) -> Sequence[Any]:
+    """The dimensions along which an operator reads, as they are given; none of one that is not in ``ALONG``."""
+    name = operator_name(node)
     place = ALONG.get(name)
     if place is None:
-        return True
+        return ()
     given = node.kwargs.get("dim", node.kwargs.get("dims", node.args[place] if len(node.args) > place else None))
     given = 1 if given is None and name == "normalize" else given
-    tensor = tensor_of(node.all_input_nodes[0])
-    dims = given if isinstance(given, (tuple, list)) else [given]
-    return tensor is not None and all(isinstance(dim, int) and dim % tensor.ndim for dim in dims)
+    return given if isinstance(given, (tuple, list)) else [given]
 
 
 def _entries(node: fx.Node, batch: Any) -> int:

@@ -85,14 +85,19 @@ class GraphIdentity:
         self._given = threading.local()
 
     @contextlib.contextmanager
-    def reading(self, state: Tensors) -> Iterator[None]:
-        """Calls within this block, on this thread, read ``state``."""
-        before = self.look().tensors
-        self._given.state = list(state)
+    def reading(self, state: Tensors, least: int) -> Iterator[None]:
+        """Calls within this block, on this thread, read ``state`` and run no fewer than ``least`` rows at a time."""
+        before = self.look().tensors, self.least
+        self._given.state, self._given.least = list(state), least
         try:
             yield
         finally:
-            self._given.state = before
+            self._given.state, self._given.least = before
+
+    @property
+    def least(self) -> int:
+        """The fewest rows that a call on this thread runs at a time."""
+        return getattr(self._given, "least", 2)
 
     def look(self) -> Seen:
         """The state that a call on this thread reads."""
@@ -221,7 +226,7 @@ class GraphSubject:
         tensors, numbers = args[: self._data], args[self._data :]
         state = self.identity.look().tensors
         pieces = []
-        for data, count in self._rows.portions(tensors):
+        for data, count in self._rows.portions(tensors, self.identity.least):
             outputs = self._original(data, state, numbers)
             pieces.append([leaf if leaf.shape[0] == count else leaf[:count] for leaf in outputs])
         return tuple(pieces[0]) if len(pieces) == 1 else tuple(map(concatenate, zip(*pieces, strict=True)))
@@ -263,7 +268,7 @@ class GraphCall:
             raise RuntimeError("torchcache: a compiled graph calls a marked module that is gone: compile it again")
         region = self._regions.region(passed)
         identity: Any = region.subject.identity
-        with _autocast(self._device, self.autocast), identity.reading(state):
+        with _autocast(self._device, self.autocast), identity.reading(state, self._plan.rows.least):
             outputs = region((*data, *numbers), {})
         return unaliased([*map(dense, outputs, self._orders)], [*tensors, *state])
 

@@ -16,6 +16,7 @@ from torchcache.graph.cut import Cut, batch_of, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
 from torchcache.graph.fewest import reachable
 from torchcache.graph.frozen import Analysis, analyse
+from torchcache.graph.general import generalised
 from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
 from torchcache.graph.region import GraphCall, Original, Plan, regions_for
@@ -125,6 +126,12 @@ def _cache(
         batch_of(dict.fromkeys(cut.nodes), cut.outputs, analysis),
     )
     original = extract(cut, analysis, inputs, rows)
+    if rows.fixed:
+        others = (*_traced(inputs.state), *_traced(inputs.sizes))
+        general = generalised(original, _traced(inputs.data), others, rows.first, rows.fixed)
+        if general is not None:
+            original = general
+            rows.free()
     plan = Plan(
         module=original,
         data=_traced(inputs.data),
@@ -135,8 +142,9 @@ def _cache(
         digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.fixed),
     )
     paths = tuple(held[node] for node in inputs.state if node in held)
-    # Which entries of a batch are one row's is read off the graph: should the probe find otherwise, no run ends.
-    regions = regions_for(plan, paths, compile_original, max(cut.entries) > 1)
+    # Which entries of a batch are one row's, and that a graph for one row is one for any, is read off the graph: should
+    # the probe find otherwise, no run ends.
+    regions = regions_for(plan, paths, compile_original, max(cut.entries) > 1 or rows.least == 1)
     call = GraphCall(regions, plan, ModuleState(parts[0].module, paths))
     name = _name(plan, paths, len(inputs.data) + len(inputs.state) - len(paths), call)
     for part in parts:

@@ -20,7 +20,8 @@ class Unfit(Exception):  # noqa: N818 - an outcome of the pass, which no user se
 class Rows:
     """The rows that a part of a graph was traced with.
 
-    Traced with a symbol for them it runs any number; traced with a fixed number it runs that many.
+    Traced with a symbol for them it runs any number; traced with a fixed number it runs that many, unless it is found
+    to be one for any.
 
     Parameters
     ----------
@@ -37,6 +38,8 @@ class Rows:
         The first data input that has rows.
     fixed : int or None
         The number of rows, where it is no symbol.
+    least : int
+        The fewest that can be run: no graph with a symbol is traced for one row.
     counts : list of (int or None)
         For each size, the data input of which it is the number of rows, or of entries where those have none.
 
@@ -55,6 +58,7 @@ class Rows:
         count = hint(tensors[self.first].shape[0])
         self._long = [tensor.ndim > 0 and hint(tensor.shape[0]) == count for tensor in tensors]
         self.fixed = int(batch) if batch.is_Integer else None
+        self.least = 2
         # Sizes that happened to be equal get one symbol: where other dimensions have it too, it does not mean rows.
         others = {
             symbol for tensor in tensors for size in tensor.shape[1:] for symbol in expression_of(size).free_symbols
@@ -71,14 +75,17 @@ class Rows:
         if self.fixed is None and any(e != batch and batch in e.free_symbols for e in expressions):
             raise Unfit("a number in it is computed from the number of rows")
 
-    def portions(self, tensors: Sequence[torch.Tensor]) -> list[tuple[list[torch.Tensor], int]]:
+    def free(self) -> None:
+        """Have any number be run."""
+        self.least, self.fixed = min(self.fixed or 2, 2), None
+
+    def portions(self, tensors: Sequence[torch.Tensor], least: int) -> list[tuple[list[torch.Tensor], int]]:
         """``tensors`` in portions of rows that can be run, each with how many of its rows count.
 
-        A portion is filled up with copies of its last row where fewer cannot be run: no graph with a symbol is traced
-        for one row.
+        A portion is filled up with copies of its last row where there are fewer than ``least``.
         """
         count = tensors[self.first].shape[0]
-        run = max(count, 2) if self.fixed is None else self.fixed
+        run = max(count, least) if self.fixed is None else self.fixed
         if count == run:
             return [(list(tensors), count)]
         portions = []
