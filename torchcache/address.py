@@ -9,8 +9,6 @@ import urllib.parse
 
 from torchcache.logging import warn_once
 
-__all__ = ["Address", "check_remote", "default_remote", "is_address"]
-
 _SCHEMES = ("redis", "rediss", "unix")
 
 

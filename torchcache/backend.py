@@ -15,8 +15,6 @@ from torchcache.errors import TorchcacheError
 from torchcache.graph.frozen import is_number
 from torchcache.graph.rewrite import cache_regions
 
-__all__ = ["torchcache_backend"]
-
 
 @takes_rows
 def torchcache_backend(

@@ -24,9 +24,6 @@ from torchcache.lazy.use import loaded
 from torchcache.values.layout import Lie
 from torchcache.values.take import Taken, take_arguments
 
-__all__ = ["Batch", "Given", "Later", "Subject", "lacks", "number_named", "take"]
-
-
 # Items of a group of arguments that are looked at to count rows.
 MOST_ARGUMENTS = 16
 

@@ -54,8 +54,6 @@ from torchcache.usefulness import Usefulness
 from torchcache.values.merge import assemble
 from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["Region"]
-
 Tensors = list[torch.Tensor]
 
 _requires_grad = operator.attrgetter("requires_grad")

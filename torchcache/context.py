@@ -16,25 +16,6 @@ import torch
 from torchcache import dynamo
 from torchcache.errors import SampleKeyError
 
-__all__ = [
-    "ASKED",
-    "bypass",
-    "bypassed",
-    "computing",
-    "current_explainer",
-    "current_ids",
-    "current_watcher",
-    "explaining",
-    "ids_given",
-    "inside_region",
-    "normal_tensors",
-    "number_of_call",
-    "sample_keys",
-    "some_ids",
-    "was_there",
-    "watching_lookups",
-]
-
 # The reason of calls that the caller wants computed.
 ASKED = "torchcache.bypass() is in force"
 

@@ -7,8 +7,6 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-__all__ = ["Counters", "History", "Point", "Reasons"]
-
 # Reasons that are told apart, and of those that differ in numbers alone.
 MOST_REASONS, MOST_ALIKE = 64, 3
 _NUMBERS = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")

@@ -25,8 +25,6 @@ from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import region_of
 from torchcache.usefulness import note_call
 
-__all__ = ["door"]
-
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 LOOKUP, APART, PART, OWN, PLAIN = "lookup", "apart", "part", "own", "plain"
 

@@ -17,26 +17,18 @@ from torch import fx, nn
 from torch._C._dynamo import eval_frame
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, fake_tensor_tls, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import fake_tensor_tls, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchcache import forks
-
-__all__ = [
-    "ENTER_AUTOCAST", "EXIT_AUTOCAST", "OPAQUE_TAGS", "OPERATORS", "FakeTensor", "FakeTensorMode", "Stamps",
-    "TorchDispatchMode", "backend_named", "compile_with", "constant", "custom_operator", "default_device",
-    "expression_of", "fake_state", "fix_rows", "guard", "has_global_hooks", "hint", "hints", "inductor", "is_fake",
-    "is_ours", "is_scripted", "is_traced", "is_watched", "is_whole", "is_wrapped", "keep_effects", "keeps_parametrized",
-    "layout_check", "leave_graph", "names_parts", "no_mode", "no_torch_function", "nonstrict", "origin_of",
-    "outside_dispatch", "passes_structures", "pending_writes", "retrace", "retrace_later", "source_of", "stands_for",
-    "storage_of", "symbolic_sizes", "takes_rows", "traced_shapes", "tracing_failed", "untraced", "vary", "vary_rows",
-    "written",
-]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 

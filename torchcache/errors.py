@@ -6,24 +6,6 @@ from collections.abc import Callable
 
 from torchcache.printable import printable
 
-__all__ = [
-    "NEEDED",
-    "ArgumentError",
-    "Bypass",
-    "FingerprintError",
-    "MarkError",
-    "NoDirectoryError",
-    "OutputError",
-    "RowwiseError",
-    "SampleKeyError",
-    "StoreDamagedError",
-    "StoreError",
-    "StoreVersionError",
-    "TorchcacheError",
-    "brief",
-    "described",
-]
-
 _LONGEST = 200
 
 

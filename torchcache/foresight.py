@@ -19,8 +19,6 @@ from torchcache.store.slab import ABSENT
 from torchcache.store.tiers import Tiers
 from torchcache.values.layout import Lie, lie_of
 
-__all__ = ["Foresight"]
-
 
 class _Region(Protocol):
     subject: Subject

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["generation", "without_forks"]
-
 # Longer than the store waits for any lock.
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.001

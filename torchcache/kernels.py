@@ -9,8 +9,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["is_registered_in_python", "kernels", "registrations"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Operator, dispatch key and function, by the library that registered them.

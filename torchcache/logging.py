@@ -11,8 +11,6 @@ from typing import Any
 
 from torchcache.printable import printable
 
-__all__ = ["configure", "inform_once", "logger", "warn_once"]
-
 DEFAULT_LEVEL = "WARN"
 DEFAULT_FORMAT = "[torchcache] - %(asctime)s - %(name)s - %(levelname)s - %(message)s"
 DEFAULT_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"

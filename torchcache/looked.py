@@ -11,8 +11,6 @@ from torchcache.checks.compare import Rounding
 from torchcache.store.found import Found
 from torchcache.store.precision import Loss
 
-__all__ = ["Looked"]
-
 
 @dataclasses.dataclass
 class Looked:

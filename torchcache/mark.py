@@ -15,8 +15,6 @@ from torch import nn
 from torchcache.options import NAMES, CacheOptions
 from torchcache.switching import FORMER
 
-__all__ = ["OWN", "Mark", "and_then", "original_of", "own_name"]
-
 # Where a mark keeps what the instance itself had under a name.
 OWN = "_torchcache_own_"
 

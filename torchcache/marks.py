@@ -21,8 +21,6 @@ from torchcache.options import CacheOptions
 from torchcache.stand_in import Deferred
 from torchcache.usefulness import forget_mark, note_call, note_mark
 
-__all__ = ["cached", "deferred", "mark", "mark_of", "marked_modules", "marks_of", "torchcache", "unmark"]
-
 T = TypeVar("T", bound=Callable[..., Any])
 M = TypeVar("M")
 

@@ -9,8 +9,6 @@ from torch import nn
 
 from torchcache.logging import warn_once
 
-__all__ = ["differs_in_training", "is_frozen", "settle", "train", "trained"]
-
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from torchcache.logging import warn_once
 
-__all__ = ["warn_of_namesake"]
-
 # The one module that the other package has and this one has not.
 _THEIRS = os.path.join("torchcache", "torchcache.py")
 

@@ -34,8 +34,6 @@ from torchcache.returned import looks_so, not_passed
 from torchcache.unreal import Unreal
 from torchcache.values.layout import dense, inverted, memory_order
 
-__all__ = ["LOOKUP", "NOTHING", "RECORDING", "Call", "opaque", "register", "subject_name", "subject_of", "unaliased"]
-
 Leaves = Sequence[Any]
 
 

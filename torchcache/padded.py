@@ -12,8 +12,6 @@ import torch
 from torchcache.errors import Bypass
 from torchcache.values.take import Taken
 
-__all__ = ["GRAIN", "Blanks", "PaddedBatch", "counted", "length_of", "spread"]
-
 # Rows are as long as the next multiple of this, or of a power of two near an eighth of what is real: of few lengths
 # there are many rows each, which are looked up and computed together.
 GRAIN = 8

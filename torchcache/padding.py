@@ -32,8 +32,6 @@ from torchcache.padded import GRAIN, Blanks, PaddedBatch, counted, length_of, sp
 from torchcache.store.precision import EXACT, Loss
 from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["Padding"]
-
 # Proofs and refusals that are remembered.
 MOST = 1024
 # In so many kinds of calls real positions depended on the padding: all calls of that form are computed.

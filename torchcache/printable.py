@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
-
 
 def printable(text: str) -> str:
     """``text`` with a question mark for all that is no visible sign: control and bidirectional characters, newlines.

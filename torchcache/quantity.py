@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["seconds_text", "share_text", "size_text"]
-
 
 def size_text(count: float) -> str:
     """Bytes in powers of ten: ``999 B``, ``1.5 MB``."""

@@ -18,17 +18,6 @@ from torchcache.options import CacheOptions
 from torchcache.stand_in import Deferred
 from torchcache.usefulness import note_call
 
-__all__ = [
-    "Called",
-    "add_call",
-    "add_region",
-    "kept_call",
-    "name_module",
-    "region_of",
-    "regions_in",
-    "regions_of",
-]
-
 
 class Called:
     """What is called: a marked function, or a marked method of one module.

@@ -17,8 +17,6 @@ from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.catalogue import Region
 from torchcache.store.disk import DiskTier
 
-__all__ = ["RowSpeed", "Speed", "measure"]
-
 ROWS = {"feature vector, 3 KB": (768,), "token features, 605 KB": (197, 768)}
 BATCH = 64
 BUDGET_BYTES = 40 * 1024 * 1024

@@ -24,8 +24,6 @@ from torchcache.identity.state import State
 from torchcache.logging import logger, warn_once
 from torchcache.mark import original_of
 
-__all__ = ["Built", "Deferred"]
-
 # It is let go after so many calls at least, and so many times as long as it takes to build.
 FEWEST_CALLS, LONGER = 16, 10
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Coming", "beside", "bring_behind", "follow", "has_streams", "pinned", "send", "send_ahead"]
-
 Words = npt.NDArray[np.int64]
 
 

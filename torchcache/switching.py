@@ -7,8 +7,6 @@ from typing import Any
 
 from torchcache.logging import warn_once
 
-__all__ = ["FORMER", "translated"]
-
 # What has no effect here, and why none is needed.
 _WITHOUT_EFFECT = {
     "subsample_count": "every byte of an input is hashed",

@@ -13,8 +13,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["THREADED_ROW", "in_parts", "yield_to_training"]
-
 # Rows shorter than this are done faster by one thread than handed to several.
 THREADED_ROW = 16 * 1024
 # What a thread takes at a time.

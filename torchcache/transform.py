@@ -14,8 +14,6 @@ from torchcache.regions import name_module, regions_in
 from torchcache.store.connect import check_version
 from torchcache.usefulness import note_mark
 
-__all__ = ["graphs", "transform"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -22,8 +22,6 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.written import Written
 from torchcache.mark import Mark
 
-__all__ = ["Unreal"]
-
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

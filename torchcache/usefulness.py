@@ -16,8 +16,6 @@ from torchcache.counters import Counters
 from torchcache.identity.turnover import Turnover
 from torchcache.logging import logger
 
-__all__ = ["Usefulness", "forget_mark", "note_call", "note_mark", "tell"]
-
 # Calls after which a region without a hit is told of; then four times as many, and so on.
 FIRST_LOOK = 8
 # A region that was called less often is not judged.

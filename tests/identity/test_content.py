@@ -10,7 +10,8 @@ from states import known
 from torch import Tensor, nn
 
 from torchcache.errors import Bypass
-from torchcache.identity.state import State, content_digest
+from torchcache.identity.content import content_digest
+from torchcache.identity.state import State
 
 KINDS = {
     "scalar": torch.tensor(1.5),

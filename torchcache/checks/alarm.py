@@ -11,8 +11,6 @@ from torchcache.checks.compare import Rounding, difference
 from torchcache.counters import Counters
 from torchcache.store.precision import EXACT, Loss
 
-__all__ = ["ANOTHER", "DEFERRED", "MIXED", "STALE", "Alarm", "Otherwise", "Recomputation", "inspect"]
-
 # What an alarm means, for people.
 _AGAIN = "; its rows are computed again, and kept in memory only"
 STALE = "its program or its weights changed in a way that cannot be seen" + _AGAIN

@@ -9,8 +9,6 @@ import torch
 from torchcache.errors import Bypass
 from torchcache.identity.content import contents_of, versions
 
-__all__ = ["ArgumentWritten", "Arguments"]
-
 
 class ArgumentWritten(Bypass):
     """The original writes to its arguments, whichever of these have rows."""

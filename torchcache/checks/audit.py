@@ -6,8 +6,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-__all__ = ["Schedule", "choose"]
-
 # The first calls of a form are looked at whatever it costs, and those with more rows: most mistakes show at once.
 FIRST_CALLS = 4
 MOST_FORMS = 1024

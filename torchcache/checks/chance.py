@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Generators", "generators_kept"]
-
 
 class Generators:
     """The state of every generator that an original could draw from: Python's, NumPy's, torch's on each device."""

@@ -13,8 +13,6 @@ from torchcache.dynamo import TorchDispatchMode
 from torchcache.store.precision import EXACT, Loss
 from torchcache.store.select import element_bytes
 
-__all__ = ["FLOOR", "LARGEST_ROUNDING", "Narrowest", "Rounding", "difference", "identical", "nearly"]
-
 # The largest difference between batch sizes that counts as rounding, as a share of the row's largest magnitude.
 LARGEST_ROUNDING = {8: 1e-6, 4: 2e-3, 2: 5e-2, 1: 0.3}
 # Differences up to here are never an alarm: another processor, another number of threads.

@@ -18,8 +18,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchcache.errors import RowwiseError
 
-__all__ = ["Run", "find_culprit", "mixing", "unstable"]
-
 Same = Callable[[torch.Tensor, torch.Tensor], bool]
 
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep

@@ -15,8 +15,6 @@ from torchcache.lazy.use import loaded
 from torchcache.store.select import select_rows
 from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["Original", "modes_agree"]
-
 # Of a probe's batches the one that is compared with most others of its size.
 THIRD = 3
 

@@ -22,16 +22,14 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
 from torchcache.identity.containers import Difference
+from torchcache.identity.content import content_digest
 from torchcache.identity.key import call_fingerprint
-from torchcache.identity.state import content_digest
 from torchcache.identity.written import Written, written_text
 from torchcache.options import CacheOptions
 from torchcache.store.select import select_rows
 from torchcache.store.tiers import Tiers
 from torchcache.values.layout import lie_of
 from torchcache.values.take import Taken, take_arguments, take_outputs
-
-__all__ = ["SETUP_CALLS", "Learning"]
 
 # A module may set itself up in its first calls; one that changes in so many keeps state.
 SETUP_CALLS = 3

@@ -8,8 +8,6 @@ from torchcache.errors import Bypass
 from torchcache.logging import warn_once
 from torchcache.values.take import take_arguments
 
-__all__ = ["Novelty"]
-
 # So many calls in a row are told of.
 TOLD = 32
 MOST = 4096

@@ -20,8 +20,6 @@ from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, is_alone, place_of
 from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["CHANGED", "OTHERWISE", "Form", "Plan", "precision_of"]
-
 OTHERWISE = (
     "the structure of its output, or a number in it, differs between calls",
     "mark a part that returns the same structure for all rows",

@@ -21,8 +21,6 @@ from torchcache.store.select import concatenate, select_rows
 from torchcache.values.layout import laid, lie_of
 from torchcache.values.take import Taken
 
-__all__ = ["Learnt", "Original", "Roles", "Unproven", "learn", "rows_of", "select"]
-
 Tensors = Sequence[torch.Tensor]
 Original = Callable[[Tensors], Taken]
 # For each tensor argument the dimension of its rows; ``None`` where all rows share it.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torchcache.errors import Bypass
 
-__all__ = ["Rest"]
-
 # Calls that are computed without a look; more with every time.
 SHORTEST, LONGEST = 32, 4096
 # So many looks at what cannot be read come before it: a first call may set a module up.

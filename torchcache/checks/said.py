@@ -12,8 +12,6 @@ from torchcache.dynamo import TorchDispatchMode
 from torchcache.errors import Bypass
 from torchcache.values.take import Taken
 
-__all__ = ["check_said"]
-
 # Methods of tensors that give what they hold to Python.
 _READS = frozenset(
     "item tolist numpy __array__ __dlpack__ __bool__ __int__ __float__ __complex__ __index__ __contains__".split()

@@ -29,8 +29,6 @@ from torchcache.store.tiers import Tiers
 from torchcache.values.layout import Layout, lie_of, place_of
 from torchcache.values.take import Taken, take_outputs
 
-__all__ = ["Stored", "keep", "stored"]
-
 # Bytes of a note, and of the rows of a batch that one may claim where memory is kept small.
 LONGEST = 1 << 16
 LARGEST = 1 << 30

@@ -13,8 +13,6 @@ from torchcache.cli.screen import Screen
 from torchcache.options import absolute, default_cache_dir
 from torchcache.store.server import Server
 
-__all__ = ["Command", "Run", "add_directory", "add_place", "directory_of", "place", "server_of", "why_directory"]
-
 Run = Callable[[argparse.Namespace, Screen], int]
 
 

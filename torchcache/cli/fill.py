@@ -24,8 +24,6 @@ from torchcache.quantity import seconds_text, size_text
 from torchcache.regions import regions_in
 from torchcache.transform import transform
 
-__all__ = ["COMMANDS"]
-
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="package.module:function that returns the model")

@@ -17,8 +17,6 @@ from torchcache.store.records import Records
 from torchcache.store.survey import Holding, Stats, survey, survey_calls
 from torchcache.store.verify import Verdict, verify
 
-__all__ = ["COMMANDS"]
-
 
 def _info(arguments: argparse.Namespace, screen: Screen) -> int:
     server = server_of(arguments)

@@ -22,8 +22,6 @@ from torchcache.store.connect import check_version
 from torchcache.store.place import Place, examine
 from torchcache.version import __version__
 
-__all__ = ["COMMANDS"]
-
 LITTLE_SPACE = 10_000_000_000
 PACKAGES = ("diskcache", "zstandard", "xxhash", "numpy", "rich", "platformdirs")
 

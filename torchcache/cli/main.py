@@ -19,8 +19,6 @@ from torchcache.logging import logger
 from torchcache.printable import printable
 from torchcache.version import __version__
 
-__all__ = ["COMMANDS", "main"]
-
 COMMANDS: tuple[Command, ...] = (
     *look.COMMANDS,
     *remove.COMMANDS,

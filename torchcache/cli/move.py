@@ -21,8 +21,6 @@ from torchcache.store.server import Server, ServerDeposit
 from torchcache.store.survey import find_region, survey
 from torchcache.store.transfer import export_region, import_region
 
-__all__ = ["COMMANDS"]
-
 
 def _export(arguments: argparse.Namespace, screen: Screen) -> int:
     with Records(absolute(arguments.directory)) as records:

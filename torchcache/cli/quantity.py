@@ -8,8 +8,6 @@ import math
 import re
 import time
 
-__all__ = ["age", "ago", "date", "size"]
-
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _NAMES = {"s": "second", "m": "minute", "h": "hour", "d": "day"}

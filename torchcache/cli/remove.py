@@ -18,8 +18,6 @@ from torchcache.store.records import Records
 from torchcache.store.server import Server
 from torchcache.store.survey import Holding, find_region, survey
 
-__all__ = ["COMMANDS"]
-
 
 def _clear(arguments: argparse.Namespace, screen: Screen) -> int:
     server = server_of(arguments)

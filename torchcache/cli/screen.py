@@ -17,8 +17,6 @@ from rich.text import Text
 from torchcache.printable import printable
 from torchcache.reports.table import Cell, shown
 
-__all__ = ["Screen"]
-
 # Of a table: nobody reads more, and thousands take seconds to lay out.
 MOST_ROWS = 500
 

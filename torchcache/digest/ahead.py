@@ -21,8 +21,6 @@ from torchcache.logging import logger
 from torchcache.store.found import Found
 from torchcache.streams import beside, has_streams
 
-__all__ = ["Ahead", "Routes", "learn", "prepared"]
-
 Prepare = Callable[[Sequence[torch.Tensor]], Found | None]
 Routes = weakref.WeakKeyDictionary[Any, tuple[list[int], Prepare]]
 

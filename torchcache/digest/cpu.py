@@ -12,8 +12,6 @@ import xxhash
 
 from torchcache.threads import THREADED_ROW, in_parts
 
-__all__ = ["digest_bytes", "hashed", "host_rows"]
-
 
 def digest_bytes(data: bytes, algorithm: str = "xxh3_128") -> bytes:
     """The digest of ``data``, 16 bytes; with the algorithm of the rows' digests where ``data`` comes with them."""

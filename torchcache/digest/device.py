@@ -12,8 +12,6 @@ from torchcache.logging import logger
 from torchcache.store.select import element_bytes
 from torchcache.streams import Coming
 
-__all__ = ["OnTheWay", "digests_on_device"]
-
 
 class OnTheWay:
     """The digests of a batch's rows, which its device computes while the host goes on.

@@ -8,8 +8,6 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 
 from torchcache.digest.lanes import CONSTANTS, LANES, STEPS
 
-__all__ = ["in_kernel"]
-
 # Of a row with many chunks, as many are added at a time.
 PARTS = 64
 

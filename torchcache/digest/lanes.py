@@ -19,8 +19,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-__all__ = ["CONSTANTS", "LANES", "STEPS", "in_operators"]
-
 LANES, STEPS = 128, 32
 # Of each half: the two factors, what is added where lanes start, what their ends are changed by. The digits of pi after
 # the point, in words of 64 bits of which the first and the last bit are set.

@@ -14,8 +14,6 @@ from torchcache.digest.device import OnTheWay
 from torchcache.lazy.use import digests_of, loaded
 from torchcache.store.blob import row_bytes
 
-__all__ = ["LARGE_ROW", "Early", "Started", "digest_rows", "digest_tensor"]
-
 # Of several inputs, one whose rows have so many bytes counts by its own digest: who knows that needs no data.
 LARGE_ROW = 1024
 # Kinds of calls that are remembered.

@@ -10,8 +10,6 @@ import torch
 
 from torchcache.call import Region
 
-__all__ = ["Beside"]
-
 # States that have regions of their own; further ones take over those of others.
 MOST = 256
 

@@ -14,8 +14,6 @@ from torchcache.graph.fewest import fewest, is_cheap, operator_name, reachable
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
 
-__all__ = ["Cut", "batch_of", "cut_region", "dims_along", "writers_of"]
-
 # Operators that may make the first dimensions of a tensor one, in their order.
 MERGING = frozenset({"view", "reshape", "flatten", "repeat_interleave"})
 # Operators along one dimension that leave its size as it is, with the place of that dimension among their arguments.

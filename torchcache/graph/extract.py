@@ -15,8 +15,6 @@ from torchcache.graph.cut import Cut
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.sizes import Rows, Unfit
 
-__all__ = ["Inputs", "extract", "graph_digest", "inputs_of"]
-
 
 @dataclasses.dataclass
 class Inputs:

@@ -16,8 +16,6 @@ from torch import fx
 from torchcache.dynamo import hint, storage_of
 from torchcache.graph.frozen import Analysis, tensor_of
 
-__all__ = ["fewest", "is_cheap", "operator_name", "reachable"]
-
 # Operators that only look at, compare or rearrange what there is; as their names are without underscores at the ends.
 CHEAP = frozenset(
     """

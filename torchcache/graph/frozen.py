@@ -25,8 +25,6 @@ from torchcache.mark import Mark
 from torchcache.op import RECORDING, subject_of
 from torchcache.regions import region_of
 
-__all__ = ["Analysis", "Verdict", "analyse", "is_context_node", "is_number", "tensor_of"]
-
 _PROBABILITIES = ("dropout_p", "p", "dropout")
 _TRAINING = ("training", "train", "use_input_stats")
 

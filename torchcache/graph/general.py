@@ -15,8 +15,6 @@ from torchcache.dynamo import ENTER_AUTOCAST, EXIT_AUTOCAST, hint
 from torchcache.graph.cut import dims_along
 from torchcache.graph.fewest import operator_name
 
-__all__ = ["generalised"]
-
 # Another number of rows: no size in a graph is a multiple of it by chance. Nothing but shapes is computed with it.
 OTHER = 1_000_003
 # Operators that take the sizes of what they make, and where among their arguments.

@@ -13,8 +13,6 @@ from torchcache.graph.frozen import Analysis, tensor_of
 from torchcache.graph.parts import Part, part_of
 from torchcache.options import CacheOptions
 
-__all__ = ["partition"]
-
 
 class _Group:
     """A region in the making.

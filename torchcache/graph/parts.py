@@ -11,8 +11,6 @@ from torchcache.mark import Mark
 from torchcache.op import subject_name, subject_of
 from torchcache.options import CacheOptions
 
-__all__ = ["KEY", "Part", "part_of", "parts_of"]
-
 # Under this name an annotation says which marked call a node was traced in.
 KEY = "torchcache"
 

@@ -30,8 +30,6 @@ from torchcache.regions import add_call, add_region, kept_call, region_of
 from torchcache.store.select import concatenate
 from torchcache.values.layout import dense, inverted, memory_order
 
-__all__ = ["GraphCall", "Plan", "copied", "regions_for"]
-
 Tensors = Sequence[torch.Tensor]
 Original = Callable[..., Sequence[torch.Tensor]]
 

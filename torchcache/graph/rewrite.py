@@ -26,8 +26,6 @@ from torchcache.logging import logger, warn_once
 from torchcache.op import LOOKUP, register
 from torchcache.regions import region_of
 
-__all__ = ["Outcome", "cache_regions"]
-
 
 @dataclasses.dataclass
 class Outcome:

@@ -10,8 +10,6 @@ import torch
 from torchcache.dynamo import expression_of, hint, origin_of
 from torchcache.store.select import select_rows
 
-__all__ = ["Rows", "Unfit", "same_shape"]
-
 
 class Unfit(Exception):  # noqa: N818 - an outcome of the pass, which no user sees raised
     """A part of a graph cannot be cached; its text says why."""

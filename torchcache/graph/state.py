@@ -13,8 +13,6 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import source_of
 from torchcache.identity.state import State
 
-__all__ = ["ModuleState", "Paths", "Places", "find_state"]
-
 Paths = tuple[tuple[str, ...], ...]
 
 _STEP = re.compile(r"_(modules|parameters|buffers)\['([^']+)'\]")

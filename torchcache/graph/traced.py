@@ -17,8 +17,6 @@ from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 
-__all__ = ["Traced", "traced_in"]
-
 # A mark whose program changes more often than this is not traced for each change.
 MOST_PROGRAMS = 8
 

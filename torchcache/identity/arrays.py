@@ -13,8 +13,6 @@ from torchcache.identity.memory import elements_at
 from torchcache.identity.node import Check, Node
 from torchcache.identity.objects import own_state, state_of
 
-__all__ = ["describe_array", "describe_buffer", "describe_view"]
-
 # Arrays up to this many bytes are compared whole each time; larger ones are part of the state, as weights are.
 WHOLE_ARRAY = 64 * 1024
 

@@ -12,8 +12,6 @@ from torchcache.forks import without_forks
 from torchcache.identity.record import Record
 from torchcache.threads import yield_to_training
 
-__all__ = ["check_in_background", "keep_checking"]
-
 # The thread's share of a core, and how long it sleeps between two checks and while there is nothing to check.
 SHARE = 0.0045
 NAP_SECONDS = 0.05

@@ -10,8 +10,6 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Instruction", "argument_bytes", "constant_bytes", "instructions", "key_of", "varname"]
-
 _NAMES = frozenset(dis.hasname)
 _CONSTANTS = frozenset(dis.hasconst)
 _LOCALS = frozenset(dis.haslocal)

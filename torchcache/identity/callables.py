@@ -30,8 +30,6 @@ from torchcache.identity.reads import Chain
 from torchcache.identity.switches import add_answer, switches_of
 from torchcache.kernels import kernels, registrations
 
-__all__ = ["CONSTRUCTORS", "DISPLAYED", "MISSING", "Torch", "describe_code", "is_implied", "resolve", "simplify"]
-
 MISSING = object()
 
 # Special methods that run when a class is called, and those that no operator runs.

@@ -13,8 +13,6 @@ import torch
 
 from torchcache.identity.watch import same
 
-__all__ = ["Containers", "Difference", "Place", "names_of", "version_of"]
-
 # The methods of the first that a class extends are called: those of the class itself may do anything.
 KINDS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, tuple)
 # Containers in each other, and items in all. Of a container with more the length is compared.

@@ -20,19 +20,6 @@ from torchcache.store.select import concatenate
 from torchcache.threads import in_parts
 from torchcache.values.layout import memory_order
 
-__all__ = [
-    "BLOCK_BYTES",
-    "Content",
-    "block_digests",
-    "content_digest",
-    "contents_of",
-    "joined_digest",
-    "plain_tensors",
-    "readable",
-    "start_content",
-    "versions",
-]
-
 # Content is hashed in blocks of this size, by several threads where there are several of both.
 BLOCK_BYTES = 1 << 20
 # Tensors that a device hashes at once have so many bytes: launches cost more than a copy.

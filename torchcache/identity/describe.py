@@ -14,8 +14,6 @@ from torchcache.identity.node import Node
 from torchcache.identity.switches import Switch, describe_switch
 from torchcache.identity.values import describe_value
 
-__all__ = ["describe"]
-
 
 def describe(value: Any) -> Node:
     """The node of an object that is no atom."""

@@ -13,8 +13,6 @@ from torchcache.identity.node import Node
 from torchcache.identity.reach import Reach
 from torchcache.identity.values import ATOMS
 
-__all__ = ["encode"]
-
 _END = b"end;"
 
 # Sets within sets whose members are told apart by all that they hold. Further inside, their heads tell them apart:

@@ -11,8 +11,6 @@ from torchcache.identity.homes import beneath_class, module_of
 from torchcache.identity.node import Node, Space
 from torchcache.identity.objects import ignored
 
-__all__ = ["OwnEntries", "describe_items", "has_items"]
-
 # Larger ones are tables of words and the like, which are read as a whole at once.
 MOST_ITEMS = 1024
 

@@ -12,8 +12,6 @@ from torchcache.identity.homes import beneath, home_of, is_named
 from torchcache.identity.reader import reads_of
 from torchcache.identity.reads import Reads
 
-__all__ = ["is_environment", "named_variables", "variables_of"]
-
 _ITSELF = [os.environ, os.getenv, *(getattr(os, name) for name in ("environb", "getenvb") if hasattr(os, name))]
 # Calls within the library that are followed.
 MOST = 8

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-__all__ = ["ADVICE", "exchange"]
-
 ADVICE = "shard the marked module as a whole, or leave it unsharded"
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from torchcache.identity.reads import ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named, watched
 from torchcache.identity.symbols import UNKNOWN, Symbol, Value, chains
 
-__all__ = ["Found"]
-
 
 @dataclasses.dataclass
 class Found:

@@ -10,21 +10,6 @@ import sysconfig
 import types
 from typing import Any
 
-__all__ = [
-    "beneath",
-    "beneath_class",
-    "file_digest",
-    "home_of",
-    "is_class",
-    "is_foreign",
-    "is_installed",
-    "is_named",
-    "looks_inside",
-    "module_of",
-    "named_class",
-    "version_of",
-]
-
 # Too large to read, and versioned with care. Patches of them are read all the same.
 _NAMED = frozenset({"torch", "numpy", "torchcache", "builtins"})
 

@@ -18,9 +18,6 @@ from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
 
-__all__ = ["Identity", "Seen"]
-
-
 # Combinations of classes of arguments that are known at a time.
 MOST_GIVEN = 64
 

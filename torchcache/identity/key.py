@@ -16,8 +16,6 @@ from torchcache.identity.numeric import NumericMode
 from torchcache.options import CacheOptions, cache_dtype_text
 from torchcache.store.blob import FORMAT_VERSION
 
-__all__ = ["call_fingerprint", "layout_fingerprint"]
-
 
 def call_fingerprint(
     who: bytes,

@@ -12,8 +12,6 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
 
-__all__ = ["LaterIdentity"]
-
 
 class There(Protocol):
     """What was built."""

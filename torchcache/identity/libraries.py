@@ -10,8 +10,6 @@ from torchcache.identity.homes import version_of
 from torchcache.identity.node import Check, Node
 from torchcache.kernels import is_registered_in_python, kernels
 
-__all__ = ["describe_configuration", "describe_operator", "describe_ufunc"]
-
 
 def describe_ufunc(value: Any) -> Node:
     """A function over NumPy arrays, by its name; one that a user made may run any code."""

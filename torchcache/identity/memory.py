@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ITEM_SIZES", "elements_at", "row_major_bytes"]
-
 _TYPES = {np.dtype(name).itemsize: np.dtype(name).str for name in ("u1", "u2", "u4", "u8", "c16")}
 
 # Bytes that an element may have.

@@ -14,18 +14,6 @@ from torchcache.identity.homes import beneath_class, is_class, named_class
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
 
-__all__ = [
-    "CONTAINERS",
-    "GROUPS",
-    "KEPT",
-    "TREE",
-    "TREE_HOMES",
-    "GlobalHooks",
-    "describe_module",
-    "describe_tensor",
-    "is_module_class",
-]
-
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 # What every module keeps for itself: described apart below, or without a say in what forward computes.

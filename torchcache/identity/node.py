@@ -10,8 +10,6 @@ from typing import Any
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
 from torchcache.identity.reads import Reads
 
-__all__ = ["Check", "Node", "Space", "home_around", "is_own", "owner_of", "sentence"]
-
 # FSDP names what it keeps in a module otherwise in each process.
 _UUID = re.compile(r"_?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 

@@ -11,8 +11,6 @@ import torch
 
 from torchcache import dynamo
 
-__all__ = ["NumericMode", "autocasts"]
-
 # Switches of float32 precision, by backend and operation.
 _PRECISIONS = {
     "cpu": ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),

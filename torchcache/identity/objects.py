@@ -16,21 +16,6 @@ from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
 from torchcache.mark import OWN, own_name
 
-__all__ = [
-    "ABSENT",
-    "NOTES",
-    "beneath_mark",
-    "hidden",
-    "ignored",
-    "is_noted",
-    "member_space",
-    "members_of",
-    "names_of_class",
-    "own_state",
-    "slots_of",
-    "state_of",
-]
-
 ABSENT = object()
 
 # What tools of the ecosystem note on objects of their own, without a say in what is computed.

@@ -14,8 +14,6 @@ from torchcache.errors import Bypass
 from torchcache.identity.content import plain_tensors
 from torchcache.identity.record import Record
 
-__all__ = ["suspect_after_steps"]
-
 _records: dict[int, weakref.ref[Record]] = {}
 
 

@@ -13,8 +13,6 @@ from torchcache.identity.containers import Containers, Difference, Place, versio
 from torchcache.identity.objects import ABSENT, ignored, members_of, slots_of
 from torchcache.identity.watch import same
 
-__all__ = ["Outside"]
-
 _CELL = (("cell_contents", types.CellType.cell_contents),)
 
 

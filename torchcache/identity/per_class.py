@@ -7,8 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["once_per_class"]
-
 T = TypeVar("T")
 
 

@@ -24,9 +24,6 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.reach import Reach
 from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
 
-__all__ = ["Program", "reads"]
-
-
 _ASK_FOR_INFERENCE = frozenset({id(torch.is_inference_mode_enabled), id(torch.is_inference)})
 
 

@@ -31,8 +31,6 @@ from torchcache.identity.objects import ignored, member_space
 from torchcache.identity.reads import STREAMS, Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
 from torchcache.identity.values import ATOMS
 
-__all__ = ["Reach"]
-
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
 

@@ -36,8 +36,6 @@ from torchcache.identity.symbols import (
     use_of,
 )
 
-__all__ = ["reads_of"]
-
 # By these, variables are found under names that only the running code knows.
 _SHOWS = frozenset({"locals", "vars", "dir"})
 

@@ -13,28 +13,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "DISPLAYS",
-    "ENVIRONMENT",
-    "GETTERS",
-    "LOOKUPS",
-    "MUTATORS",
-    "READERS",
-    "READERS_OF_GLOBALS",
-    "SCOPES",
-    "STREAMS",
-    "WHOLES",
-    "Chain",
-    "Reads",
-    "closed_over",
-    "holds_readers",
-    "is_reader",
-    "is_reader_of_scopes",
-    "modules_named",
-    "watched",
-]
-
-
 # Calls that read all of their first argument; True where they read all that is within it, too.
 READERS = {
     "vars": False, "dir": False, "str": False, "repr": False, "ascii": False, "format": False, "print": False,

@@ -16,8 +16,6 @@ from torchcache.identity.content import Content, block_digests, start_content, v
 from torchcache.identity.memory import elements_at, row_major_bytes
 from torchcache.identity.samples import samples_of
 
-__all__ = ["Record"]
-
 _dtype = operator.attrgetter("dtype")
 _shape = operator.attrgetter("shape")
 _events = itertools.count()

@@ -14,8 +14,6 @@ import xxhash
 from torchcache.identity.memory import elements_at, row_major_bytes
 from torchcache.streams import Coming
 
-__all__ = ["Samples", "samples_of"]
-
 # Tensors up to this many elements are compared whole.
 WHOLE = 2048
 # In larger ones, a call looks at one element in each of as many equal parts: no run of 1/16 of all escapes.

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from torchcache.identity.background import check_in_background, keep_checking
-from torchcache.identity.content import content_digest, contents_of, joined_digest, plain_tensors, readable
+from torchcache.identity.content import contents_of, joined_digest, plain_tensors, readable
 from torchcache.identity.optimizers import suspect_after_steps
 from torchcache.identity.record import Record
-
-__all__ = ["State", "content_digest"]
 
 
 class State:

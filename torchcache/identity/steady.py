@@ -11,8 +11,6 @@ import torch
 from torchcache.dynamo import Stamps
 from torchcache.identity.content import versions
 
-__all__ = ["Steady"]
-
 
 class Steady:
     """Tensors as they are before something computes with them, and the dicts in which modules keep them.

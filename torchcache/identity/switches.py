@@ -9,8 +9,6 @@ import torch
 
 from torchcache.identity.node import Check, Node, Space
 
-__all__ = ["Switch", "add_answer", "describe_switch", "switches_of"]
-
 # Functions without arguments. Those that are left out are in every call's numeric mode, or say what a machine has.
 _NAMES = {
     torch: "get_num_threads get_num_interop_threads is_anomaly_enabled is_anomaly_check_nan_enabled initial_seed "

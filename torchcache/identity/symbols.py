@@ -9,21 +9,6 @@ from typing import Any
 from torchcache.identity.bytecode import Instruction, instructions
 from torchcache.identity.reads import Chain, closed_over
 
-__all__ = [
-    "NOTHING",
-    "UNKNOWN",
-    "Symbol",
-    "Value",
-    "bare",
-    "chains",
-    "is_modulo",
-    "items_of",
-    "joined",
-    "mutated",
-    "rebound",
-    "use_of",
-]
-
 # A local variable, one of a function around, an attribute of anything, a global chain, a constant: what a value on
 # the stack may come from. A lookup is a method of the environment. Behind what is watched is the number of its load.
 Symbol = tuple[Any, ...]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torchcache.errors import Restless
 
-__all__ = ["Turnover"]
-
 # Identities whose rows and plans are kept: weights may be swapped back and forth.
 KEPT = 4
 # Identities in a row of which no row was served.

@@ -37,8 +37,6 @@ from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, hidden, member_space, members_of, own_state, state_of
 from torchcache.identity.per_class import once_per_class
 
-__all__ = ["ATOMS", "describe_value"]
-
 # Items of a container that may be names of environment variables.
 MOST_TEXTS = 64
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented)})

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 from torchcache.dynamo import Stamps
 from torchcache.identity.objects import ABSENT
 
-__all__ = ["Namespace", "Watch", "same"]
-
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
 
 # A dict that is written to in so many looks, while nothing that is read in it changes, is looked into each time.

@@ -11,8 +11,6 @@ from torchcache.reports.stats import stats
 from torchcache.reports.summary import summary
 from torchcache.store.writer import flush
 
-__all__ = ["Epochs", "show_summary"]
-
 # Characters of a line where standard error is a file.
 LOG_WIDTH = 140
 

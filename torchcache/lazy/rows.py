@@ -14,8 +14,6 @@ import torch
 from torchcache import dynamo
 from torchcache.context import inside_region
 
-__all__ = ["Foresee", "Held", "Kind", "Row", "Rows", "Source", "held_of"]
-
 
 class Kind(NamedTuple):
     """What one leaf of a sample is, without its content."""

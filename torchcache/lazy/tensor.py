@@ -13,8 +13,6 @@ from torch.utils import _pytree as pytree
 from torchcache import dynamo
 from torchcache.lazy.rows import Held, Kind, Row
 
-__all__ = ["STAYS", "LazyTensor", "take_whole"]
-
 
 class LazyTensor(torch.Tensor):
     """A tensor whose data is loaded when something uses it.

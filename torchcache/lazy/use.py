@@ -15,19 +15,6 @@ from torchcache.lazy.rows import Foresee, Held, Kind, Row, Rows, Source
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.logging import warn_once
 
-__all__ = [
-    "digests_of",
-    "lazy_rows",
-    "loaded",
-    "one_row",
-    "reduced",
-    "register",
-    "stack_rows",
-    "stand_in",
-    "tell",
-    "unloaded_rows",
-]
-
 _MEANT = (graph, stays)  # their operators are registered when they are imported
 _PLAIN = torch.empty(0)
 

@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from torchcache.loading.samples import Sample, describe, name_of, small_values
 
-__all__ = ["Block", "ByIndex"]
-
 # Apart from the generators that training draws from.
 _random = random.Random()
 _DIGEST = np.dtype("V16")

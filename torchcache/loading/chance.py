@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Chance"]
-
 # Objects that are looked through for generators, at most, and entries of one container.
 MOST = 20_000
 ENTRIES = 64

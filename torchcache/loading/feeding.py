@@ -11,8 +11,6 @@ from torch import nn
 
 from torchcache.errors import ArgumentError
 
-__all__ = ["Feeder", "as_given", "moved"]
-
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 

@@ -21,9 +21,6 @@ from torchcache.loading.chance import Chance
 from torchcache.loading.samples import Sample, alike, build, kept_index, name_of, take_sample
 from torchcache.loading.together import together
 
-__all__ = ["Arrived", "ChangedError", "Fetcher", "Learnt", "Taken", "Task", "is_default", "load_rows", "pinned"]
-
-
 # A sample taken apart, and its large tensors.
 Taken = tuple["Sample | None", "list[torch.Tensor]"]
 

@@ -18,8 +18,6 @@ from torchcache.loading.remembered import Remembered
 from torchcache.options import CacheOptions
 from torchcache.reports.stats import LoaderStats
 
-__all__ = ["DataLoader"]
-
 
 class DataLoader(data.DataLoader[Any]):
     """PyTorch's ``DataLoader``, that loads a sample only where something other than a cached model looks at it.

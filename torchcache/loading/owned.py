@@ -16,8 +16,6 @@ from torchcache.lazy.tensor import LazyTensor
 from torchcache.loading.fetch import is_default
 from torchcache.loading.loader import DataLoader
 
-__all__ = ["gives_new_memory", "mapped", "owned"]
-
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device})
 _CONTAINERS = frozenset({list, tuple, dict, collections.OrderedDict, collections.defaultdict})
 _PASSES = (data.DataLoader.__iter__, DataLoader.__iter__)

@@ -29,8 +29,6 @@ from torchcache.store.blob import row_bytes
 from torchcache.store.catalogue import Region
 from torchcache.store.note import note_bytes, note_entries
 
-__all__ = ["SAMPLES", "Pages"]
-
 # Samples of a page, and its bytes at most; a sample that alone has more is not kept.
 SAMPLES = 1024
 LONGEST = 1024 * 1024

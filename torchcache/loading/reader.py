@@ -15,8 +15,6 @@ from torch.utils import data
 from torchcache import dynamo
 from torchcache.loading.fetch import Fetcher, Taken
 
-__all__ = ["Reader", "Surroundings", "Workers", "as_it_is", "initialised"]
-
 
 class Workers(NamedTuple):
     """What a loader says of its workers: how many, how long to wait for one, and how they begin."""

@@ -23,8 +23,6 @@ from torchcache.loading.uses import Uses
 from torchcache.logging import logger, warn_once
 from torchcache.options import CacheOptions
 
-__all__ = ["Remembered"]
-
 # Samples that take less to load, in seconds, are not worth remembering.
 CHEAP = 20e-6
 # After so many changes in a row, of samples or of what the data set's code reads, nothing is remembered any more.

@@ -15,20 +15,6 @@ from torchcache.digest.rows import LARGE_ROW, digest_tensor
 from torchcache.errors import Bypass
 from torchcache.lazy.rows import Kind
 
-__all__ = [
-    "Sample",
-    "alike",
-    "build",
-    "describe",
-    "differ",
-    "kept_index",
-    "kinds_of",
-    "name_of",
-    "places",
-    "small_values",
-    "take_sample",
-]
-
 # Structures are nested tuples: a container's class, the names of its parts, and the parts; or a place.
 _LARGE, _SMALL = "large", "small"
 Structure = tuple[Any, ...]

@@ -9,8 +9,6 @@ from torchcache.errors import Bypass
 from torchcache.identity.program import Program
 from torchcache.identity.state import State
 
-__all__ = ["Subject"]
-
 # A comparison that takes more seconds than this, as one of a list of a million files does, is made within this share of
 # the time. Others are made whenever somebody asks.
 LONG = 0.005

@@ -13,8 +13,6 @@ from torchcache.lazy.use import lazy_rows
 from torchcache.loading.by_index import Block
 from torchcache.loading.samples import build, kinds_of, small_values
 
-__all__ = ["is_simple", "rows_of", "together"]
-
 
 class _Place(int):
     """Stands in a sample where a leaf is: large tensors first, then small values."""

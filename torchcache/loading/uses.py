@@ -9,8 +9,6 @@ from typing import Any
 
 from torchcache.lazy.rows import Foresee
 
-__all__ = ["Uses"]
-
 # So many batches in a row of which something other than a region read a tensor: it is loaded from then on.
 READ_OFTEN = 3
 # So many batches in a row that were read when it was too late to load them ahead: the rest of the pass is.

@@ -19,8 +19,6 @@ from torchcache.looked import Looked
 from torchcache.regions import regions_in
 from torchcache.reports.table import Table, Tabular
 
-__all__ = ["Audit", "RegionAudit", "audit"]
-
 
 @dataclasses.dataclass(frozen=True)
 class RegionAudit:

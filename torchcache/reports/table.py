@@ -15,8 +15,6 @@ from rich.text import Text
 
 from torchcache.printable import printable
 
-__all__ = ["Cell", "Table", "Tabular", "shown"]
-
 # A text, or the lines of one.
 Cell = str | Sequence[str]
 

@@ -9,8 +9,6 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["OWNER", "Access", "allowed"]
-
 OWNER = 0o700
 _GROUP = 0o770
 

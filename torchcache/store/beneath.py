@@ -12,8 +12,6 @@ from torchcache.store.remote import remote_tier
 from torchcache.store.tier import Blob, Guarded, Tier
 from torchcache.store.writer import flush, sender, writer
 
-__all__ = ["Beneath", "Source"]
-
 # A tier, and what it had of what was asked for.
 Source = tuple[Tier, dict[bytes, Blob]]
 Entries = list[tuple[bytes, bytes]]

@@ -40,18 +40,6 @@ from torchcache.store.file import SCATTERS, BlobFile, BlobFileError
 from torchcache.store.select import INDEXABLE, element_bytes, select_rows
 from torchcache.threads import THREADED_ROW, in_parts
 
-__all__ = [
-    "CHECKSUM_SIZE",
-    "CODES",
-    "FORMAT_VERSION",
-    "MAGIC",
-    "BlobError",
-    "Codec",
-    "RowSpec",
-    "row_bytes",
-    "storable",
-]
-
 FORMAT_VERSION = 1
 MAGIC = b"TCB" + bytes([FORMAT_VERSION])
 COMPRESSED, SHUFFLED = 1, 2

@@ -16,8 +16,6 @@ import diskcache
 from torchcache.store.access import Access
 from torchcache.store.file import BlobFile
 
-__all__ = ["BINARY", "RAW", "BlobDisk"]
-
 _FILENAME = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 # How diskcache says that a value is bytes in the database, or in a file.
 RAW, BINARY = 1, 2

@@ -12,8 +12,6 @@ from typing import Any
 
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 
-__all__ = ["CONNECTIONS", "Limits"]
-
 # What the protocol adds to the values of an answer, and a greeting is long.
 SLACK_BYTES = 64 * 1024
 

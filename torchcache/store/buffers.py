@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["Buffers"]
-
 # Allocators keep shorter ones themselves.
 SHORTEST = 1024 * 1024
 # A buffer serves tensors down to this share of its length.

@@ -24,8 +24,6 @@ from torchcache.store.access import Access
 from torchcache.store.gate import read_file
 from torchcache.version import __version__
 
-__all__ = ["FOLDER", "Catalogue", "Region", "is_tag", "last_used"]
-
 FOLDER = "regions"
 LARGEST = 64 * 1024
 MOST = 100_000

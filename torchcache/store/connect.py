@@ -44,8 +44,6 @@ from torchcache.store.gate import (
 )
 from torchcache.store.in_use import FOLDER as IN_USE
 
-__all__ = ["MARKER", "MIN_FILE_SIZE", "PAGE_SIZE", "ROWS", "Rows", "check_version", "connect", "is_locked", "marker"]
-
 MARKER = "torchcache.json"
 ROWS = f"rows-{FORMAT_VERSION}"
 # Values from this size on are files: SQLite reads smaller ones faster, and larger ones bloat its log.

@@ -11,8 +11,6 @@ from typing import Any
 from torchcache.forks import without_forks
 from torchcache.store.gate import Connection
 
-__all__ = ["Connected"]
-
 
 class Connected(abc.ABC):
     """What asks a database by connections of its own.

@@ -22,8 +22,6 @@ from torchcache.store.pause import Pause
 from torchcache.store.reader import Reader
 from torchcache.store.tier import Blob
 
-__all__ = ["KEYS_PER_QUERY", "LOCK_SECONDS", "SELECT", "SELECT_WITHOUT_VALUES", "Database", "Row"]
-
 KEYS_PER_QUERY = 500
 LOCK_SECONDS = 10.0
 

@@ -13,8 +13,6 @@ from torchcache.store.connect import check_version
 from torchcache.store.disk import DiskTier
 from torchcache.store.records import UNKNOWN, Records
 
-__all__ = ["Deposit", "DirectoryDeposit", "merge", "rows_of"]
-
 PIECE_BYTES = 32 * 1024 * 1024
 
 

@@ -24,8 +24,6 @@ from torchcache.store.reader import Reader
 from torchcache.store.room import Room, cost, portions
 from torchcache.store.tier import Blob, Tier
 
-__all__ = ["DiskTier", "Places", "disk_tier"]
-
 # A portion is stored in so many parts, if room is made for each.
 PARTS = 4
 

@@ -9,8 +9,6 @@ from typing import BinaryIO
 
 from torchcache.store.gate import open_regular
 
-__all__ = ["SCATTERS", "BlobFile", "BlobFileError", "check_whole", "is_plausible"]
-
 SCATTERS = hasattr(os, "preadv")
 # What claims to be longer than this may be so many times as long as what is there of it.
 CLAIMED_BYTES = 256 * 1024

@@ -9,8 +9,6 @@ import torch
 
 from torchcache.store.slab import ABSENT
 
-__all__ = ["Found"]
-
 
 @dataclasses.dataclass
 class Found:

@@ -20,24 +20,6 @@ from torchcache.errors import StoreDamagedError, StoreError
 from torchcache.quantity import size_text
 from torchcache.store.access import OWNER, allowed
 
-__all__ = [
-    "DATABASE",
-    "JOURNAL",
-    "LOG",
-    "SCHEMA",
-    "SIDES",
-    "Connection",
-    "ForeignDatabaseError",
-    "LongLogError",
-    "check_names",
-    "is_log_long",
-    "is_over_budget",
-    "open_database",
-    "open_regular",
-    "read_file",
-    "schema_of",
-]
-
 DATABASE = "cache.db"
 LOG = f"{DATABASE}-wal"
 SIDES = (LOG, f"{DATABASE}-shm")

@@ -17,8 +17,6 @@ import zstandard
 from torchcache.store.blob import CHECKSUM_SIZE, BlobError, RowSpec, dtype_of_code, unpack_head
 from torchcache.store.file import is_plausible
 
-__all__ = ["HEAD_BYTES", "LARGEST_ROW", "Header", "check_blob", "read_header"]
-
 # A larger row than any network puts out for one sample; what claims to be one is not read.
 LARGEST_ROW = 2**31
 HEAD_BYTES = 16

@@ -27,7 +27,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FOLDER", "InUse"]
 
 FOLDER = "in-use"
 # Identities of one region that stay in use: the last ones, as where weights are swapped to and fro.

@@ -16,8 +16,6 @@ from torchcache.store.reuse import Reuse
 from torchcache.store.select import select_rows
 from torchcache.store.slab import Lease, Slab
 
-__all__ = ["MemoryTier"]
-
 Tensors = Sequence[torch.Tensor]
 
 # Rows give way a share of a slab at a time, and after a look in vain that share is refused before the next.

@@ -21,8 +21,6 @@ from torchcache.store.select import place_rows, select_rows
 from torchcache.store.slab import ABSENT
 from torchcache.streams import follow, send
 
-__all__ = ["Near"]
-
 # Slots that the first rows of a kind are given.
 FIRST_SLOTS = 1024
 # How often a device is asked how much of its memory is free, in seconds.

@@ -11,8 +11,6 @@ import torch
 from torchcache.store.blob import Codec, RowSpec, row_bytes
 from torchcache.store.header import read_header
 
-__all__ = ["note_bytes", "note_entries"]
-
 
 def note_entries(key: bytes, note: bytes, level: int | None) -> list[tuple[bytes, bytes]]:
     """What is written for ``note``, which is not empty: its key, and its blob."""

@@ -30,11 +30,6 @@ from torchcache.store.blob import CHECKSUM_SIZE, CODES, MAGIC, BlobError
 from torchcache.store.header import Header, read_header
 from torchcache.store.tier import Blob
 
-__all__ = [
-    "CALL", "DIGEST", "LONGEST_PACK", "MARK", "Pack", "digests_in", "head_size", "header_in", "is_pack", "join",
-    "most_rows", "packed", "rows_in", "rows_of",
-]  # fmt: skip
-
 MARK = b"\0pack\0\0\1"
 # A longer row takes at most a tenth more for its name.
 LONGEST_ROW = 3000

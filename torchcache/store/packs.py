@@ -27,8 +27,6 @@ from torchcache.store.pack import (
 )
 from torchcache.store.tier import Blob
 
-__all__ = ["Packs"]
-
 # Calls whose packs are known; who asks for one more has those of all others looked for anew.
 MOST_CALLS = 256
 MOST_PACKS = 1_000_000

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["Pause"]
-
 FIRST_SECONDS = 30.0
 LONGEST_SECONDS = 1800.0
 

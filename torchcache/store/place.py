@@ -23,7 +23,6 @@ from torchcache.store.in_use import FOLDER as IN_USE
 with contextlib.suppress(ImportError):  # Windows has no such groups
     import grp
 
-__all__ = ["Place", "examine"]
 
 MOUNTS = "/proc/self/mountinfo"
 NETWORK = frozenset(

@@ -16,8 +16,6 @@ import torch
 from torchcache.options import SCALED, CacheOptions
 from torchcache.store.blob import RowSpec
 
-__all__ = ["EXACT", "Loss", "Precision"]
-
 
 class Loss(NamedTuple):
     """How far a stored leaf may be from what it was, at the most.

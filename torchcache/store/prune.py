@@ -12,8 +12,6 @@ from torchcache.store.records import BATCH, Entry, Records
 from torchcache.store.room import ROW_OVERHEAD
 from torchcache.store.survey import Holding, survey
 
-__all__ = ["Removal", "clear", "discard_database", "prune"]
-
 ROUNDS = 4
 
 

@@ -10,8 +10,6 @@ from torchcache.store.blob_disk import BlobDisk
 from torchcache.store.connections import Connected
 from torchcache.store.gate import Connection, open_database
 
-__all__ = ["Reader"]
-
 # The second takes no locks and leaves the log out: where SQLite cannot make the log's index, nothing else opens. What
 # another process changes meanwhile may look damaged to it, which checksums tell.
 _WAYS = ("ro", "ro&immutable=1")

@@ -26,8 +26,6 @@ from torchcache.store.gate import DATABASE, Connection, check_names, is_over_bud
 from torchcache.store.header import LARGEST_ROW, Header, check_blob, read_header
 from torchcache.store.pack import Pack, header_in, is_pack, rows_in
 
-__all__ = ["BATCH", "LENGTH", "TAG", "UNKNOWN", "Entry", "Records", "is_cache"]
-
 BATCH = 500
 UNKNOWN = "unknown"
 START_ANEW = "torchcache clear makes it a new, empty directory"

@@ -25,21 +25,6 @@ if TYPE_CHECKING:
 
     Client: TypeAlias = "Redis | RedisCluster"
 
-__all__ = [
-    "FRAME_BYTES",
-    "PIECE_BYTES",
-    "PREFIX",
-    "RemoteTier",
-    "connect",
-    "lengths_of",
-    "pieces",
-    "record_name",
-    "remote_tier",
-    "row_name",
-    "scan",
-    "servers_of",
-    "values_of",
-]
 
 # One command asks for so many bytes and so many rows at the most: what a server does for others waits no longer.
 PIECE_BYTES = 8 * 1024 * 1024

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Reuse"]
-
 # Entries of the table of rows that there was no room for: one per so many bytes of the budget, within bounds.
 BYTES_PER_ENTRY = 512
 FEWEST, MOST = 1 << 14, 1 << 20

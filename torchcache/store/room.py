@@ -15,8 +15,6 @@ from torchcache.store.connect import MIN_FILE_SIZE, PAGE_SIZE, Rows
 from torchcache.store.in_use import InUse
 from torchcache.store.pause import Pause
 
-__all__ = ["ROW_OVERHEAD", "Room", "cost", "portions"]
-
 # What one row costs in the database beside its blob: key, columns and index entries.
 ROW_OVERHEAD = 160
 # Of pages that one transaction adds to the log. A row writes its own, and one of each of two indices.

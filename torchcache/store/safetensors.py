@@ -24,8 +24,6 @@ from torchcache.store.file import check_whole
 from torchcache.store.gate import open_regular
 from torchcache.store.header import LARGEST_ROW
 
-__all__ = ["Reader", "Tensor", "Writer"]
-
 LARGEST_HEADER = 8_000_000
 # More dimensions than NumPy takes on all its versions.
 LARGEST_RANK = 30

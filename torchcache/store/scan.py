@@ -15,8 +15,6 @@ import numpy.typing as npt
 from torchcache.logging import logger
 from torchcache.threads import yield_to_training
 
-__all__ = ["Scan"]
-
 # Rows read ahead for each row that is asked for: a run on a small part of a large cache reads little for nothing.
 AHEAD = 4
 CHUNK_ROWS = 512

@@ -10,8 +10,6 @@ import torch
 
 from torchcache.streams import send
 
-__all__ = ["INDEXABLE", "concatenate", "element_bytes", "place_rows", "select_rows"]
-
 Rows = Sequence[int] | npt.NDArray[np.int64]
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -32,8 +32,6 @@ from torchcache.store.remote import (
 from torchcache.store.survey import SAMPLE, Group, Holding, Info, Stats, leaf_texts
 from torchcache.store.verify import Verdict
 
-__all__ = ["Server", "ServerDeposit"]
-
 # Each question may take so many of the address's time limits: people wait longer than training does.
 PATIENCE = 30
 HEAD_BYTES = 4096

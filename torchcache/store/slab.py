@@ -19,8 +19,6 @@ from torchcache.store.reuse import Reuse
 from torchcache.store.select import place_rows, select_rows
 from torchcache.streams import pinned
 
-__all__ = ["ABSENT", "Lease", "Slab"]
-
 ABSENT = -1
 # Python's mmap module has no name for it.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0

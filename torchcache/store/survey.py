@@ -18,8 +18,6 @@ from torchcache.store.gate import LOG
 from torchcache.store.pack import MARK, rows_in
 from torchcache.store.records import LENGTH, TAG, UNKNOWN, Records
 
-__all__ = ["Group", "Holding", "Info", "Stats", "find_region", "survey", "survey_calls"]
-
 # Rows whose headers are read: of one region, and of all.
 SAMPLE, MOST_SAMPLES = 200, 20_000
 HOUR, DAY = 3600, 86400

@@ -13,8 +13,6 @@ from torchcache.store.catalogue import Region
 from torchcache.store.file import BlobFile
 from torchcache.store.pause import Pause
 
-__all__ = ["Blob", "Guarded", "Tier"]
-
 Blob = bytes | BlobFile
 
 T = TypeVar("T")

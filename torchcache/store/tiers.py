@@ -28,8 +28,6 @@ from torchcache.store.tier import Blob
 from torchcache.store.writer import receiver
 from torchcache.streams import bring_behind, has_streams, send
 
-__all__ = ["Tiers"]
-
 DIGEST_SIZE = 16
 
 

@@ -26,8 +26,6 @@ from torchcache.store.records import TAG, Records
 from torchcache.store.safetensors import Reader, Tensor, Writer
 from torchcache.store.survey import leaf_texts
 
-__all__ = ["Exported", "export_region", "import_region"]
-
 DIGESTS = "digests"
 PIECE_BYTES = 32 * 1024 * 1024
 # A row up to this length may come from any blob.

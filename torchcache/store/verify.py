@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from torchcache.errors import StoreError
 from torchcache.store.records import BATCH, Entry, Records
 
-__all__ = ["Verdict", "verify"]
-
 # A file is written before its entry: only one older than this has certainly lost its entry.
 GRACE_SECONDS = 60.0
 

@@ -13,8 +13,6 @@ from torchcache.errors import described
 from torchcache.logging import logger, warn_once
 from torchcache.threads import yield_to_training
 
-__all__ = ["Writer", "flush", "receiver", "sender", "writer"]
-
 QUEUE_BYTES = 256 * 1024 * 1024
 # What is on its way from a device is held there, too.
 ON_DEVICE_BYTES = 64 * 1024 * 1024

@@ -15,23 +15,6 @@ import torch
 
 from torchcache.errors import Bypass
 
-__all__ = [
-    "ATOMS",
-    "DEEPEST",
-    "LARGEST_ARRAY",
-    "MADE_BY_CODE",
-    "array_bytes",
-    "class_bytes",
-    "classes_within",
-    "constant_bytes",
-    "framed",
-    "is_constant",
-    "not_understood",
-    "part_bytes",
-    "too_deep",
-    "type_name",
-]
-
 # An array is read in every call.
 LARGEST_ARRAY = 1 << 20
 # How deep values may be nested.

@@ -22,7 +22,6 @@ from torchcache.values.constants import (
 )
 from torchcache.values.objects import Opened, open_object
 
-__all__ = ["KEEP_NO_CACHE", "open_container"]
 KEEP_NO_CACHE = "call it with use_cache=False, or set config.use_cache = False"
 
 

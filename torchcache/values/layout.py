@@ -13,8 +13,6 @@ from torchcache.errors import Bypass
 from torchcache.store.buffers import Buffers
 from torchcache.store.select import element_bytes
 
-__all__ = ["Layout", "Lie", "dense", "inverted", "is_alone", "laid", "lie_of", "memory_order", "place_of"]
-
 # How a tensor with rows lies in memory: nothing where its dimensions lie in their order without gaps, their order where
 # they lie without gaps, else their order and strides; for one row alone these, and a mark.
 Lie = tuple[tuple[int, ...], ...]

@@ -13,8 +13,6 @@ from torchcache.store.select import place_rows, select_rows
 from torchcache.store.slab import ABSENT
 from torchcache.values.layout import Layout
 
-__all__ = ["assemble"]
-
 
 def assemble(
     precision: Precision,

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 from torchcache.errors import Bypass
 from torchcache.values.constants import MADE_BY_CODE, class_bytes, part_bytes, type_name
 
-__all__ = ["Opened", "open_object"]
-
 # Types written in C whose content is known.
 ROOTS: tuple[Any, ...] = (OrderedDict, dict, tuple, object)
 POINTER = tuple.__itemsize__

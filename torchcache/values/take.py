@@ -27,8 +27,6 @@ from torchcache.values.constants import (
 from torchcache.values.containers import KEEP_NO_CACHE, open_container
 from torchcache.values.tensors import TENSORS, check_tensor
 
-__all__ = ["Taken", "take_arguments", "take_outputs"]
-
 # Values in one call: above, they are data and belong into tensors.
 MOST_VALUES = 100_000
 Path = tuple[Any, ...]

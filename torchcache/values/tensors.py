@@ -8,8 +8,6 @@ from torchcache.dynamo import is_wrapped
 from torchcache.errors import Bypass
 from torchcache.lazy.tensor import LazyTensor
 
-__all__ = ["TENSORS", "check_tensor"]
-
 # By exact type, as a subclass may compute anything: what stands for it in a key.
 TENSORS: dict[type, bytes] = {torch.Tensor: b"T", torch.nn.Parameter: b"P", LazyTensor: b"T"}
 # Attributes that compilers and torchcache leave on tensors.
