@@ -13,7 +13,7 @@ from torchcache.store.precision import EXACT, Loss
 
 # What an alarm means, for people.
 _AGAIN = "; its rows are computed again, and kept in memory only"
-STALE = "its program or its weights changed in a way that cannot be seen" + _AGAIN
+STALE = "its program or its weights changed in a way that cannot be seen, or rows now depend on others" + _AGAIN
 DEFERRED = "what was built is not what its rows came from, here and before it was built: name it otherwise" + _AGAIN
 MIXED = "its rows depend on each other or on chance; it is computed from now on"
 
