@@ -126,3 +126,24 @@ def test_what_is_something_else_for_one_row_is_that(door, part, sizes):
             # Of several rows that depend on each other this is said.
             with contextlib.suppress(*[torchcache.RowwiseError] * (size > 1)):
                 assert_trains_the_same(run, model, twin, [batch])
+
+
+class Spread(Net):
+    """Takes one row only."""
+
+    def __init__(self):
+        super().__init__()
+        self.many = nn.Parameter(torch.randn(5, 6), requires_grad=False)
+
+    def forward(self, x):
+        return self.top(torch.tanh(self.body(x) + self.many).mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_takes_one_row_only_is_found_again_and_nothing_is_said(door, capfd):
+    model, twin = nets(Spread)
+    run, x = opened(door, model), torch.randn(6, 6)
+    for batch in [*x.split(1), *x.split(1)]:
+        assert_trains_the_same(run, model, twin, [batch])
+    assert counted(model)[0] == 6
+    assert "failed" not in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def generalised(
         size = graph.call_method("size", (inputs[first], 0))
     walk = _Walk(size, fixed)
     try:
-        with dynamo.no_mode(), dynamo.FakeTensorMode(), torch.no_grad(), walk:
+        with _unheard(), dynamo.no_mode(), dynamo.FakeTensorMode(), torch.no_grad(), walk:
             for place, (node, value) in enumerate(zip(inputs, [*data, *others], strict=True)):
                 walk.give(node, value, place < len(data))
             for node in graph.nodes:
@@ -63,6 +64,17 @@ def generalised(
     if not size.users:
         graph.erase_node(size)
     return fx.GraphModule({}, graph, "Region")
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Have torch log no error of an operator that does not run on tensors without data: here it is an answer."""
+    log = logging.getLogger(dynamo.FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Walk(contextlib.ExitStack):
