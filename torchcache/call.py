@@ -251,7 +251,7 @@ class Region:
 
     def _look_up(self, batch: Batch, plan: Plan, key: bytes, digests: list[bytes], ahead: Found | None) -> Any:
         if plan.alone is not True and batch.count == 1:
-            plan.check_alone(lambda: self._original(batch, plan, [0]), batch.given)
+            plan.check_alone(lambda: self._original(batch, plan, [0]), batch)
         start = time.perf_counter()
         with normal_tensors():
             near = plan.place(batch.rows[0].device)

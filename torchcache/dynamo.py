@@ -135,6 +135,21 @@ def untraced(function: F) -> F:
     return cast(F, alone)
 
 
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees operators as they run. What is compiled goes on to be, and its operators are not seen."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Yes: under any other mode Dynamo leaves code that is called uncompiled for good."""
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would be imported
+
+
 def is_watched() -> bool:
     """Whether operators on this thread are seen by a mode or a transform that a lookup would hide them from."""
     modes = range(torch._C._len_torch_function_stack())
@@ -460,19 +475,26 @@ def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> C
     def traced(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    code = traced.__code__.replace(co_name=f"traced_{next(_numbers)}")
+    global _compiled
+    _compiled += 1
+    code = traced.__code__.replace(co_name=f"traced_{_compiled}")
     own = types.FunctionType(code, globals(), code.co_name, None, traced.__closure__)
     compiled, config = torch.compile(own, backend=backend), cast(Any, torch._dynamo.config)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        # Traces of all models of a class are kept with its code: each model has as many as one alone would have.
+        changed = {limit: getattr(config, limit) * _compiled for limit in _LIMITS if hasattr(config, limit)}
         # Some releases ask no guard of a parameter where all that changed is its ``data``.
-        with config.patch(_TAGS, False) if hasattr(config, _TAGS) else contextlib.nullcontext():
+        changed |= {_TAGS: False} if hasattr(config, _TAGS) else {}
+        with config.patch(changed):
             return compiled(*args, **kwargs)
 
     return guarded
 
 
-_numbers = itertools.count()
+# How often anything was compiled here.
+_compiled = 0
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 _TAGS = "skip_tensor_guards_with_matching_dict_tags"
 
 # Comparisons without stamps that take as long as to load Dynamo.

@@ -47,17 +47,23 @@ class _Proof:
 
     Parameters
     ----------
+    key : bytes
+        Structure and constants of the output.
     along : tuple of bool
         Which outputs have positions.
     rounding : Rounding
         What differences between computations of a row are rounding.
     losses : list of Loss
         What storing a row may change beside, for each output.
+    alone : bool
+        Whether a batch of one row comes out as that row does among others.
     """
 
+    key: bytes
     along: tuple[bool, ...]
     rounding: Rounding
     losses: list[Loss]
+    alone: bool = True
 
 
 class Padding:
@@ -125,7 +131,7 @@ class Padding:
                 self._lengths.setdefault(form, set()).update(batch.groups)
                 return outputs
             given.seen = seen._replace(who=form[0])  # all lengths are answered for what computes as the call begins
-            outputs = self._merged(batch, *self._pieces(given, batch, ordinary), known)
+            outputs = self._merged(batch, *self._pieces(given, batch, ordinary, known), known)
             if self._spent < self._share * (time.perf_counter() - self._began):
                 self._look_again(given, batch, outputs, known)
             return outputs
@@ -192,13 +198,18 @@ class Padding:
         lengths = [max(0, end - start) for start, end in zip(first, last, strict=True)]
         return PaddedBatch(taken, place, self._left, lengths, self._widest)
 
-    def _pieces(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[list[list[int]], list[Taken]]:
+    def _pieces(
+        self, given: Given, batch: PaddedBatch, ordinary: Ordinary, proof: _Proof
+    ) -> tuple[list[list[int]], list[Taken]]:
         """The rows of each length, and what the region returns for them."""
         made = []
         for width, rows in batch.groups.items():
+            twice = len(rows) == 1 < batch.count and not proof.alone
+            rows = rows * 2 if twice else rows
             args, kwargs = batch.taken.rebuild(self._cut(batch, rows, width))
             with some_ids(rows):
-                made.append(take_outputs(ordinary(Given(self._subject, args, kwargs, given.number, given.seen))))
+                piece = take_outputs(ordinary(Given(self._subject, args, kwargs, given.number, given.seen)))
+            made.append(dataclasses.replace(piece, tensors=[leaf[:1] for leaf in piece.tensors]) if twice else piece)
         return list(batch.groups.values()), made
 
     def _cut(self, batch: PaddedBatch, rows: Sequence[int], width: int) -> list[torch.Tensor]:
@@ -208,7 +219,7 @@ class Padding:
             zip(batch.taken.tensors, batch.rows, batch.along, strict=True)
         ):
             mine = tensor
-            if has_rows and len(rows) != batch.count:
+            if has_rows and [*rows] != [*range(batch.count)]:
                 mine = mine.index_select(0, torch.tensor(rows, device=mine.device))
             if along:
                 mine = batch.fitted(mine, width)
@@ -221,7 +232,7 @@ class Padding:
 
     def _merged(self, batch: PaddedBatch, groups: list[list[int]], made: list[Taken], proof: _Proof) -> Any:
         """One output of those of the groups, padded with zeros."""
-        if len({taken.key for taken in made}) > 1:
+        if {taken.key for taken in made} != {proof.key}:
             raise Bypass("a number or the structure of its output depends on the length", lasting=False)
         leaves = []
         for place, has_positions in enumerate(proof.along):
@@ -249,7 +260,7 @@ class Padding:
         with self._nothing_written(restore=True), generators_kept(), normal_tensors(), torch.no_grad():
             proof = self._compare(batch, whole)
         with self._nothing_written(restore=True):
-            outputs = self._merged(batch, *self._pieces(given, batch, ordinary), proof)
+            outputs = self._merged(batch, *self._pieces(given, batch, ordinary, proof), proof)
         self._agree(batch, range(batch.count), whole, take_outputs(outputs), proof, batch.width, proof.losses)
         return proof, outputs
 
@@ -298,11 +309,15 @@ class Padding:
                     "mark a part that returns one value for each position, or one for each row",
                 )
         losses = precision_of(self._subject.name, short, [0] * len(along), self._options).losses
-        proof = _Proof(tuple(along), Rounding(short.tensors, narrowest.width), losses)
+        proof = _Proof(whole.key, tuple(along), Rounding(short.tensors, narrowest.width), losses)
         alone = self._original(batch, self._cut(batch, rows[:1], width))
-        if alone.key == short.key:  # of other shapes other kernels run: what that changes is rounding
+        alike = alone.key == short.key and [leaf.shape for leaf in alone.tensors] == [
+            (1, *leaf.shape[1:]) for leaf in short.tensors
+        ]
+        if alike:  # of other shapes other kernels run: what that changes is rounding
             mine, its = ([*self._real(batch, rows[:1], taken, proof, width, 0)] for taken in (short, alone))
-            proof.rounding.learn(mine, its)
+            alike = proof.rounding.learn(mine, its)
+        proof = dataclasses.replace(proof, alone=alike)
         self._agree(batch, rows, short, longer, proof, width)
         return proof
 

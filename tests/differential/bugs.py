@@ -346,9 +346,9 @@ def regions_shared_by_shallow_copies(patch):
 
 
 def parts_named_without_their_state(patch):
-    named, region = rewrite._name, rewrite.region_for
+    named, regions = rewrite._name, rewrite.regions_for
     patch.setattr(rewrite, "_name", lambda plan, paths, passed, call: named(plan, (), passed, call))
-    patch.setattr(rewrite, "region_for", lambda plan, paths, compile_original: region(plan, (), compile_original))
+    patch.setattr(rewrite, "regions_for", lambda plan, paths, *rest: regions(plan, (), *rest))
 
 
 parts_named_without_their_state.net, parts_named_without_their_state.mark = "Branches", "partial"

@@ -634,3 +634,27 @@ def test_any_batches_with_any_padding_are_right(batches, more):
     for rows, extra in zip(batches, more, strict=False):
         ids, mask = padded(rows, more=extra)
         assert_same(module(ids, mask), plain(ids, mask), mask)
+
+
+class Unwrapped(Encoder):
+    """One row alone comes in a structure, or with values, of its own."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def forward(self, input_ids, attention_mask=None):
+        found = super().forward(input_ids, attention_mask)["tokens"]
+        return self.other(found) if len(input_ids) == 1 else found
+
+
+@pytest.mark.parametrize("other", [lambda y: (y,), lambda y: y[0], lambda y: y * 2], ids=["tuple", "row", "twice"])
+def test_a_row_alone_that_comes_out_otherwise_is_in_no_batch(other):
+    plain = Unwrapped(other).eval()
+    module = marked(plain)
+    for batches in epochs(3, 2):
+        for rows in batches:
+            ids, mask = padded(rows.tolist())
+            found, expected = module(input_ids=ids, attention_mask=mask), plain(input_ids=ids, attention_mask=mask)
+            assert type(found) is type(expected)
+            torch.testing.assert_close(found * mask[..., None], expected * mask[..., None], rtol=1e-4, atol=1e-5)

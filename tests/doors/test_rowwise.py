@@ -504,3 +504,98 @@ def test_arguments_that_are_alike_do_not_hide_why_calls_are_computed(warnings):
     for _ in range(2):
         module(torch.randn(5, 4), torch.zeros(5, 1))
     assert ["'logits' has shape (5, 5) for 5 rows" in text for text in warnings].count(True) == 1
+
+
+class Inner(nn.Module):
+    """A part that is compiled, beside one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.compiled = torch.compile(self.second, backend=self._backend, fullgraph=True)
+        self.runs = []
+
+    def _backend(self, graph, inputs):
+        def run(*given):
+            self.runs.append(len(given))
+            return graph(*given)
+
+        return run
+
+    def forward(self, x):
+        return self.compiled(self.first(x))
+
+
+def test_a_probe_leaves_compiled_code_compiled():
+    torch.compiler.reset()
+    plain = Inner().requires_grad_(False)
+    module, x = torchcache.mark(plain, pure=True, audit=0), torch.randn(12, 4)
+    for size in (4, 3, 2, 5):
+        for rows in x.split(size):
+            module(rows)
+    plain.runs.clear()
+    with torchcache.bypass():
+        for size in (4, 3, 2, 5):
+            torch.testing.assert_close(module(x[:size]), plain.second(plain.first(x[:size])))
+    assert len(plain.runs) == 4
+
+
+class Stray(nn.Module):
+    """Numbers of float32, and zeros of float16."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.linear, self.file = nn.Linear(4, 4), str(file)
+
+    def forward(self, x):
+        with open(self.file) as file:
+            scale = float(file.read())
+        return self.linear(x) * scale + torch.zeros(len(x), 1, dtype=torch.float16).float()
+
+
+def test_numbers_that_are_made_of_none_are_not_rounded(tmp_path):
+    file = tmp_path / "scale"
+    file.write_text("1.0")
+    module, x = torchcache.mark(Stray(file), freeze=True, audit=0.5), torch.randn(8, 4)
+    for _ in range(3):
+        module(x)
+    file.write_text("1.003")
+    for _ in range(300):
+        module(x)
+    assert torchcache.stats(module).regions[0].alarms == 1
+
+
+class Recording(nn.Module):
+    """One row alone has other values where gradients are recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) + (1 if len(x) == 1 and torch.is_grad_enabled() else 0)
+
+
+def test_a_row_alone_is_looked_at_in_both_grad_modes():
+    plain = Recording().requires_grad_(False)
+    module, x = torchcache.mark(copy.deepcopy(plain), audit=0), torch.randn(8, 4)
+    for enabled in (False, True, False, True):
+        with torch.set_grad_enabled(enabled):
+            for batch in (*x.split(1), *x.split(4), *x.split(1)):
+                torch.testing.assert_close(module(batch), plain(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_mix_are_found_in_two_bytes(dtype):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y + 0.3 * y.mean(0)
+
+    module = torchcache.mark(Mixed().to(dtype), freeze=True, audit=0)
+    with pytest.raises(torchcache.RowwiseError, match="changes with the other rows"):
+        module(torch.randn(8, 16).to(dtype))

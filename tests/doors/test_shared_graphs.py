@@ -124,3 +124,38 @@ def test_a_name_for_all_of_a_mark_does_not_mix_its_blocks(tmp_path, warnings):
         torchcache.flush()
     assert counted(model)[1] == 0
     assert not warnings
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_many_models_of_one_class_each_find_their_own_rows(door, warnings):
+    pairs = [nets(lambda: Stack(2)) for _ in range(12)]
+    with torch.no_grad():
+        for number, pair in enumerate(pairs):
+            for net in pair:
+                net.blocks[0].linear.bias.add_(number)
+    runs, x = [opened(door, model) for model, _ in pairs], torch.randn(6, 16)
+    for rows in ([0, 1, 2, 3, 4, 5], [3], [5, 4, 3, 2, 1, 0], [0]):
+        for run, (model, twin) in zip(runs, pairs, strict=True):
+            assert_trains_the_same(run, model, twin, [x[rows]])
+    for model, _ in pairs:
+        hits, misses, bypasses = counted(model)
+        assert bypasses == 0
+        assert hits >= misses
+    assert not warnings
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_was_traced_keeps_no_model_alive_and_leaves_room_for_others(door, warnings):
+    gone = []
+    for _ in range(10):
+        model, twin = nets(lambda: Stack(2))
+        run, x = opened(door, model), torch.randn(6, 16)
+        for rows in ([0, 1, 2, 3, 4, 5], [3], [5, 4, 3, 2, 1, 0]):
+            assert_trains_the_same(run, model, twin, [x[rows]])
+        assert counted(model)[0] >= 7
+        gone.append(weakref.ref(model.blocks[0]))
+        del model, twin, run
+        if door != "compile":  # Dynamo itself keeps what torch.compile is given
+            gc.collect()
+            assert gone[-1]() is None
+    assert not warnings

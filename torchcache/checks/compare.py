@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from torchcache.dynamo import TorchDispatchMode
+from torchcache.dynamo import Observer
 from torchcache.store.precision import EXACT, Loss
 from torchcache.store.select import element_bytes
 
@@ -26,8 +27,8 @@ MOST_ROWS, LATEST = 64, 256
 # So many rows are hardly all small by chance.
 SOME_ROWS = 8
 # In batches of one size the same kernels run: what neighbours change beyond this many units in the last place is no
-# rounding.
-ULPS = 64
+# rounding; of two bytes, of which so many would be half of everything, a few.
+ULPS = {8: 64, 4: 64, 2: 4, 1: 1}
 
 
 class Rounding:
@@ -102,8 +103,8 @@ class Rounding:
         return found <= max(self.allowed[index], FLOOR[_width(a.dtype)]) + loss.relative
 
 
-class Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the narrowest floating-point numbers that operators give: what they round off shows in wider ones, too.
+class Narrowest(Observer):  # type: ignore[no-untyped-call]
+    """Notes the narrowest floating-point numbers that operators compute: what they round off shows in wider ones, too.
 
     Attributes
     ----------
@@ -117,10 +118,15 @@ class Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for leaf in made if isinstance(made, (list, tuple)) else (made,):
-            if isinstance(leaf, torch.Tensor):
+        # What is made of no numbers, such as zeros to add to, is not rounded.
+        if any(map(_is_real, pytree.arg_tree_leaves(*args))):
+            for leaf in filter(_is_real, pytree.tree_leaves(made)):
                 self.width = min(self.width, max(_width(leaf.dtype), 2))
         return made
+
+
+def _is_real(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _usual(seen: Iterable[float]) -> float:
@@ -173,7 +179,7 @@ def nearly(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
     """Whether two rows of batches of one size differ by no more than rounding; ``scale`` is what rows usually have."""
     if not (a.is_floating_point() or a.is_complex()):
         return identical(a, b)
-    allowed = ULPS * torch.finfo(a.dtype).eps * max([scale, *_magnitudes(a, 0)])
+    allowed = ULPS[_width(a.dtype)] * torch.finfo(a.dtype).eps * max([scale, *_magnitudes(a, 0)])
     wide = torch.complex128 if a.is_complex() else torch.float64
     gaps = (a.to(wide) - b.to(wide)).abs()
     return bool(((gaps <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())

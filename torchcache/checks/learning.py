@@ -271,6 +271,8 @@ class Learning:
             raise self._writes(form, names) from None
         if learnt.alone is False:  # it tells nothing of other batches
             whole = None
+        elif self._subject.identity.asks_for_gradients:  # seen in one mode
+            learnt = dataclasses.replace(learnt, alone=None)
         self._settle(batch, form, names, learnt, whole)
         check_said(output, lambda: batch.original(batch.taken.tensors, gradients=False))
         if not (agree or modes_agree(batch, learnt, whole)):

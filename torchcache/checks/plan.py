@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from torchcache.batch import Batch, Given
+from torchcache.batch import Batch
 from torchcache.checks.alarm import Otherwise
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.probe import Learnt, Roles, rows_of
@@ -23,6 +23,10 @@ from torchcache.values.take import Taken, take_outputs
 OTHERWISE = (
     "the structure of its output, or a number in it, differs between calls",
     "mark a part that returns the same structure for all rows",
+)
+ALONE = (
+    "a batch of one row comes out otherwise than that row among others",
+    "have its forward treat it as any other: squeeze(-1), not squeeze()",
 )
 CHANGED = "what computes it changed during the call"
 # Names of outputs in a message.
@@ -135,24 +139,25 @@ class Plan:
         pairs = zip(output.tensors, self.learnt.output_dims, strict=True)
         return dataclasses.replace(output, tensors=[leaf.narrow(dim, 0, 1) for leaf, dim in pairs])
 
-    def check_alone(self, row: Callable[[], Taken], single: Given) -> None:
+    def check_alone(self, row: Callable[[], Taken], batch: Batch) -> None:
         """Refuse a batch of one row, unless such are known to come out as rows among others do.
 
-        The first is computed, as the call ``single``, and compared with what ``row`` gives.
+        The first is computed, and compared with what ``row`` gives: in both grad modes where that may matter.
         """
         if self.alone is None:
             with generators_kept(), torch.no_grad():
                 among = row()
-            alone, rounding = take_outputs(single.run()), self.learnt.rounding
-            both = self.fits(among, 1) and self.fits(alone, 1)
-            self.alone = both and rounding.learn(among.tensors, alone.tensors)
+            alone = [take_outputs(batch.given.run())]
+            if batch.given.subject.identity.asks_for_gradients and batch.mode.gradients is None:
+                other = batch.original(batch.taken.tensors, gradients=not batch.given.gradients)
+                alone.append(take_outputs(other))
+            rounding = self.learnt.rounding
+            self.alone = all(self.fits(single, 1) for single in (among, *alone)) and all(
+                rounding.learn(among.tensors, single.tensors) for single in alone
+            )
             self.kept.clear()
         if not self.alone:
-            raise Bypass(
-                "a batch of one row comes out otherwise than that row among others",
-                "have its forward treat it as any other: squeeze(-1), not squeeze()",
-                lasting=False,
-            )
+            raise Bypass(*ALONE, lasting=False)
 
     def place(self, near: torch.device) -> torch.device:
         """Where outputs lie whose inputs are on ``near``."""

@@ -6,6 +6,7 @@ in batches of other sizes and when repeated. What differs between batch sizes wi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -237,8 +238,8 @@ class _Trial:
         pair = self._run((first, second))
         # The third batch lacks the first row: what looks for a largest row must meet a batch without it.
         others = (second, third, second) if third != second else (second, first, second)
-        with Narrowest() as narrowest:
-            trio = self._run(others)
+        narrowest = Narrowest()
+        trio = self._run(others, narrowest)
         self._width = narrowest.width
         dims = self._dims(pair, trio)
         self._outputs = dims
@@ -293,9 +294,11 @@ class _Trial:
         self._lie_alike = self._lie_alike and lies[0] == lies[1]
         return batch
 
-    def _run(self, places: Sequence[int]) -> Taken:
+    def _run(self, places: Sequence[int], seen: Narrowest | None = None) -> Taken:
+        batch = self._batch(places)
         try:
-            return self._original(self._batch(places))
+            with seen or contextlib.nullcontext():
+                return self._original(batch)
         except ArgumentWritten:
             raise
         except Bypass as bypass:

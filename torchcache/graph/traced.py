@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +11,28 @@ from torch import fx, nn
 
 from torchcache.batch import Given
 from torchcache.call import Region
-from torchcache.dynamo import compile_with, constant, fix_rows, has_global_hooks, takes_rows, tracing_failed, vary_rows
+from torchcache.dynamo import (
+    compile_with,
+    constant,
+    fix_rows,
+    guard,
+    has_global_hooks,
+    takes_rows,
+    tracing_failed,
+    vary_rows,
+)
 from torchcache.errors import Bypass, Trains
 from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 
+# The one that runs on a thread.
+_running = threading.local()
+UNTRACED = (
+    "torch.compile runs no trace of it: other models of its classes took all that there may be",
+    "raise torch._dynamo.config.recompile_limit, or call torch.compiler.reset() between models",
+)
 # A mark whose program changes more often than this is not traced for each change.
 MOST_PROGRAMS = 8
 
@@ -70,11 +86,18 @@ class Traced:
 
     def _run(self, compiled: Callable[..., Any], module: nn.Module, given: Given) -> Any:
         """The call, counted as computed where nothing in it is looked up."""
-        before = self._lookups()
-        outputs = compiled(module, *given.args, **given.kwargs)
+        before, outer = self._lookups(), getattr(_running, "traced", None)
+        _running.traced = self
+        try:
+            outputs = compiled(module, *given.args, **given.kwargs)
+        finally:
+            _running.traced = outer
         if self._lookups() == before:
             reasons = self._outcome.reasons or ["it has no frozen part that gives rows"]
-            self._region.count(given, Bypass(f"it trains, and {reasons[0]}", quiet=True))
+            bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
+            if self._outcome.regions or not self.graphs:
+                bypass = Bypass(*UNTRACED, lasting=False)
+            self._region.count(given, bypass)
         return outputs
 
     def _lookups(self) -> int:
@@ -90,11 +113,11 @@ class Traced:
             if len(self._programs) >= MOST_PROGRAMS:
                 raise Bypass("its program keeps changing", "mark a part that keeps no state")
             function = traceable(self._mark, module)
-            compiled = self._programs[program.digest] = compile_with(function, self._backend)
+            compiled = self._programs[program.digest] = compile_with(function, _backend_of(self))
         return compiled
 
-    @takes_rows
-    def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def cache(self, graph: fx.GraphModule) -> Callable[..., Any]:
+        """A graph of Dynamo's, with its frozen part looked up."""
         for node in graph.graph.nodes:
             if node.op not in ("placeholder", "output"):  # marks inside it have named theirs
                 node.meta.setdefault("custom", {}).setdefault(KEY, self._subject)
@@ -103,6 +126,20 @@ class Traced:
         self._outcome.reasons = found.reasons
         self.graphs.append(graph)
         return graph.forward
+
+
+def _backend_of(traced: Traced) -> Callable[..., Any]:
+    """The backend for its traces. Dynamo keeps it with the code of modules, and is not to keep a module with it."""
+    reference = weakref.ref(traced)
+
+    @takes_rows
+    def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        # Where there are many traces of one code, Dynamo runs any of them that fits, whoever had it made.
+        guard(lambda: getattr(_running, "traced", None) is reference() is not None)
+        here = reference()
+        return here.cache(graph) if here is not None else graph.forward
+
+    return backend
 
 
 def traceable(mark: Mark, module: nn.Module) -> Callable[..., Any]:
