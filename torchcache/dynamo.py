@@ -479,11 +479,11 @@ def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> C
     _compiled += 1
     code = traced.__code__.replace(co_name=f"traced_{_compiled}")
     own = types.FunctionType(code, globals(), code.co_name, None, traced.__closure__)
-    compiled, config = torch.compile(own, backend=backend), cast(Any, torch._dynamo.config)
+    compiled, config = torch.compile(own, backend=backend, **_ISOLATED), cast(Any, torch._dynamo.config)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        # Traces of all models of a class are kept with its code: each model has as many as one alone would have.
-        changed = {limit: getattr(config, limit) * _compiled for limit in _LIMITS if hasattr(config, limit)}
+        # Traces of all models of a class count with its code: each model has as many as one alone would have.
+        changed = {limit: getattr(config, limit) * _compiled for limit in _SHARED if hasattr(config, limit)}
         # Some releases ask no guard of a parameter where all that changed is its ``data``.
         changed |= {_TAGS: False} if hasattr(config, _TAGS) else {}
         with config.patch(changed):
@@ -494,7 +494,11 @@ def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> C
 
 # How often anything was compiled here.
 _compiled = 0
-_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+# Newer releases of torch keep and count the traces of each apart, but for one limit to all of them.
+_ISOLATED: dict[str, Any] = {
+    name: True for name in ("isolate_recompiles",) if name in inspect.signature(torch.compile).parameters
+}
+_SHARED = ("accumulated_recompile_limit",) if _ISOLATED else ("recompile_limit", "accumulated_recompile_limit")
 _TAGS = "skip_tensor_guards_with_matching_dict_tags"
 
 # Comparisons without stamps that take as long as to load Dynamo.

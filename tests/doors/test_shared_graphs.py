@@ -159,3 +159,20 @@ def test_what_was_traced_keeps_no_model_alive_and_leaves_room_for_others(door, w
             gc.collect()
             assert gone[-1]() is None
     assert not warnings
+
+
+class Hidden(Stack):
+    """A forward that Dynamo leaves alone."""
+
+    @torch._dynamo.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_what_dynamo_runs_no_trace_of_is_told(warnings):
+    model, twin = nets(lambda: Hidden(2))
+    run, x = opened("eager", model), torch.randn(6, 16)
+    for _ in range(3):
+        assert_trains_the_same(run, model, twin, [x])
+    (said,) = warnings
+    assert "Dynamo runs no trace of it" in said

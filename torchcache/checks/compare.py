@@ -119,13 +119,14 @@ class Narrowest(Observer):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         # What is made of no numbers, such as zeros to add to, is not rounded.
-        if any(map(_is_real, pytree.arg_tree_leaves(*args))):
-            for leaf in filter(_is_real, pytree.tree_leaves(made)):
+        if any(map(_rounds, pytree.arg_tree_leaves(*args))):
+            for leaf in filter(_rounds, pytree.tree_leaves(made)):
                 self.width = min(self.width, max(_width(leaf.dtype), 2))
         return made
 
 
-def _is_real(leaf: Any) -> bool:
+def _rounds(leaf: Any) -> bool:
+    """Whether a value is a tensor of numbers that are rounded."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
@@ -144,7 +145,7 @@ def _width(dtype: torch.dtype) -> int:
 def _magnitudes(leaf: torch.Tensor, dim: int) -> list[float]:
     """The largest finite magnitude in each of the first rows, which lie along ``dim``; 0 for integers."""
     rows = leaf.movedim(dim, 0)[:MOST_ROWS]
-    if not (leaf.is_floating_point() or leaf.is_complex()) or not leaf.numel():
+    if not _rounds(leaf) or not leaf.numel():
         return [0.0] * rows.shape[0]
     rows = rows.reshape(rows.shape[0], -1).to(torch.complex128 if leaf.is_complex() else torch.float64).abs()
     found: list[float] = torch.nan_to_num(rows, posinf=0.0).amax(1).tolist()
@@ -157,7 +158,7 @@ def _relative(a: torch.Tensor, b: torch.Tensor, scale: float, without: float = 0
         return math.inf
     if not a.numel() or identical(a, b):
         return 0.0
-    if not (a.is_floating_point() or a.is_complex()):
+    if not _rounds(a):
         return 0.0 if float((a != b).float().mean()) <= FLIPPED and a.numel() > 1 else math.inf
     absolute, share = difference(a, b)
     if math.isnan(share):
@@ -177,7 +178,7 @@ def _bytes(leaf: torch.Tensor) -> torch.Tensor:
 
 def nearly(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
     """Whether two rows of batches of one size differ by no more than rounding; ``scale`` is what rows usually have."""
-    if not (a.is_floating_point() or a.is_complex()):
+    if not _rounds(a):
         return identical(a, b)
     allowed = ULPS[_width(a.dtype)] * torch.finfo(a.dtype).eps * max([scale, *_magnitudes(a, 0)])
     wide = torch.complex128 if a.is_complex() else torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,11 +28,9 @@ from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 
-# The one that runs on a thread.
-_running = threading.local()
 UNTRACED = (
-    "torch.compile runs no trace of it: other models of its classes took all that there may be",
-    "raise torch._dynamo.config.recompile_limit, or call torch.compiler.reset() between models",
+    "Dynamo runs no trace of it: it leaves its code alone, or models of its classes took all traces that there may be",
+    "call torch.compiler.reset() between models, or mark a part that Dynamo traces",
 )
 # A mark whose program changes more often than this is not traced for each change.
 MOST_PROGRAMS = 8
@@ -86,18 +85,16 @@ class Traced:
 
     def _run(self, compiled: Callable[..., Any], module: nn.Module, given: Given) -> Any:
         """The call, counted as computed where nothing in it is looked up."""
-        before, outer = self._lookups(), getattr(_running, "traced", None)
-        _running.traced = self
+        before, outer = self._lookups(), _running.call
+        call = _running.call = _Call(self)
         try:
             outputs = compiled(module, *given.args, **given.kwargs)
         finally:
-            _running.traced = outer
+            _running.call = outer
         if self._lookups() == before:
             reasons = self._outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
-            if self._outcome.regions or not self.graphs:
-                bypass = Bypass(*UNTRACED, lasting=False)
-            self._region.count(given, bypass)
+            self._region.count(given, bypass if call.graphs else Bypass(*UNTRACED))
         return outputs
 
     def _lookups(self) -> int:
@@ -125,7 +122,30 @@ class Traced:
         self._outcome.regions += [regions for regions in found.regions if regions not in self._outcome.regions]
         self._outcome.reasons = found.reasons
         self.graphs.append(graph)
-        return graph.forward
+
+        def run(*args: Any) -> Any:
+            if _running.call is not None:
+                _running.call.graphs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call that runs, and how many of its graphs ran so far."""
+
+    traced: Traced
+    graphs: int = 0
+
+
+class _Running(threading.local):
+    """The call that runs on a thread."""
+
+    call: _Call | None = None
+
+
+_running = _Running()
 
 
 def _backend_of(traced: Traced) -> Callable[..., Any]:
@@ -135,7 +155,7 @@ def _backend_of(traced: Traced) -> Callable[..., Any]:
     @takes_rows
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         # Where there are many traces of one code, Dynamo runs any of them that fits, whoever had it made.
-        guard(lambda: getattr(_running, "traced", None) is reference() is not None)
+        guard(lambda: _running.call is not None and _running.call.traced is reference())
         here = reference()
         return here.cache(graph) if here is not None else graph.forward
 
