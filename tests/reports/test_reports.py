@@ -152,3 +152,13 @@ def test_no_picture_without_steps_or_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(torchcache.TorchcacheError, match="pip install matplotlib"):
         torchcache.plot(train(model(), 1))
+
+
+@pytest.mark.parametrize("report", [torchcache.stats, torchcache.summary])
+def test_each_region_has_a_line_of_its_own_below_the_table(report):
+    pair = nn.ModuleList(torchcache.mark(nn.Linear(4, 4)) for _ in range(2))
+    for part in pair:
+        part(DATA)
+    notes = [f"{place} (Linear): 60 rows not cached: it trains weight, bias" for place in range(2)]
+    assert str(report(pair)).splitlines()[-2:] == notes
+    assert "<br>".join(notes) in report(pair)._repr_html_()

@@ -96,17 +96,17 @@ class Audit(Tabular):
             )
             for region in self.regions
         ]
-        return Table(f"torchcache audit: {'ok' if self.ok else 'WRONG ROWS'}", columns, rows, self._note())
+        return Table(f"torchcache audit: {'ok' if self.ok else 'WRONG ROWS'}", columns, rows, self._notes())
 
-    def _note(self) -> str:
+    def _notes(self) -> list[str]:
         if not self.regions:
-            return "nothing was looked up: torchcache.explain(model, batch) tells why"
+            return ["nothing was looked up: torchcache.explain(model, batch) tells why"]
         caught = [region.name for region in self.regions if region.alarms]
         if caught:
-            return f"rows of {', '.join(caught)} were found to be wrong and dropped: see torchcache.stats(model)"
+            return [f"rows of {', '.join(caught)} were found to be wrong and dropped: see torchcache.stats(model)"]
         if not any(region.recomputed for region in self.regions):
-            return "no row was served by the cache, so nothing was compared: call it again with the same inputs"
-        return ""
+            return ["no row was served by the cache, so nothing was compared: call it again with the same inputs"]
+        return []
 
 
 def _positions(rows: tuple[int, ...]) -> str:

@@ -146,8 +146,8 @@ class LoaderExplanation(Tabular):
 
     def table(self) -> Table:
         """One row a leaf."""
-        note = "" if self.leaves else "no sample was loaded yet"
-        return Table(f"samples of {self.name}", ("leaf", "what it is", "in later epochs"), self.leaves, note)
+        notes = [] if self.leaves else ["no sample was loaded yet"]
+        return Table(f"samples of {self.name}", ("leaf", "what it is", "in later epochs"), self.leaves, notes)
 
 
 @overload

@@ -213,7 +213,7 @@ class Stats(Tabular):
             for region in self.regions
         ]
         columns = ("region", *counts, "memory", "disk", *error, *times)
-        return Table("torchcache", columns, rows, "\n".join(note for region in self.regions for note in region.notes()))
+        return Table("torchcache", columns, rows, [note for region in self.regions for note in region.notes()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +241,8 @@ class LoaderStats(Tabular):
     def table(self) -> Table:
         """One row."""
         row = (self.name, *(f"{count:,}" for count in (self.samples, self.loaded, self.skipped)))
-        note = f"all samples are loaded in every epoch: {self.reason}" if self.reason else ""
-        return Table("torchcache", ("data set", "remembered", "loaded", "skipped"), [row], note)
+        notes = [f"all samples are loaded in every epoch: {self.reason}"] if self.reason else []
+        return Table("torchcache", ("data set", "remembered", "loaded", "skipped"), [row], notes)
 
 
 @overload

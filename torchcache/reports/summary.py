@@ -54,7 +54,7 @@ class Summary(Tabular):
             )
             for region in self.regions
         ]
-        return Table("torchcache", (*columns, *error), rows, "\n".join(self._notes()))
+        return Table("torchcache", (*columns, *error), rows, self._notes())
 
     def _notes(self) -> list[str]:
         return [self._account(), *self._unloaded(), *(note for region in self.regions for note in region.notes())]

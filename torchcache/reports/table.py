@@ -31,19 +31,19 @@ class Table:
         Names.
     rows : sequence of sequence of str
         One text a column.
-    note : str
-        Below the table.
+    notes : sequence of str
+        Lines below the table.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    note: str = ""
+    notes: Sequence[str] = ()
 
     def rich(self) -> RichTable:
         """For terminals."""
-        note = shown(self.note) if self.note else None
-        table = RichTable(title=shown(self.title), caption=note, caption_justify="left", box=SIMPLE_HEAD)
+        notes = shown(self.notes) if self.notes else None
+        table = RichTable(title=shown(self.title), caption=notes, caption_justify="left", box=SIMPLE_HEAD)
         for position, name in enumerate(self.columns):
             table.add_column(shown(name), justify="right" if position else "left", overflow="fold")
         for row in self.rows:
@@ -55,7 +55,7 @@ class Table:
         first, *names = self.columns
         cells = zip(*(row[1:] for row in self.rows), strict=True)
         rows = [(name, *values) for name, values in zip(names, cells, strict=True)]
-        return Table(self.title, (first, *(row[0] for row in self.rows)), rows, self.note)
+        return Table(self.title, (first, *(row[0] for row in self.rows)), rows, self.notes)
 
     def html(self) -> str:
         """For notebooks: in the colours of the page, light or dark."""
@@ -75,7 +75,7 @@ class Table:
         return (
             f'<div style="overflow-x:auto"><table style="{whole}"><caption style="{caption}">{_escaped(self.title)}'
             f"</caption><thead>{line('th', self.columns)}</thead><tbody>{body}</tbody></table>"
-            f"<div>{_escaped(self.note)}</div></div>"
+            f"<div>{'<br>'.join(map(_escaped, self.notes))}</div></div>"
         )
 
 
