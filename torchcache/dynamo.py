@@ -540,28 +540,28 @@ class Stamps:
 
     Parameters
     ----------
-    dicts : sequence of dict
-        Plain dicts.
-    objects : sequence of object
-        Anything.
+    dicts, objects : sequence
+        Plain dicts, and anything.
+    owner : object, optional
+        Another object, which is watched together with its dict, and not kept.
     """
 
-    def __init__(self, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any]) -> None:
+    def __init__(self, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any], owner: Any = None) -> None:
         guards = _guards()
-        manager = guards.GuardManagerType.GUARD_MANAGER
         self._watched, self._generation = [*dicts, *objects], forks.generation
         root: Any = guards.RootGuardManager()
-        for place, value in enumerate(self._watched):
-            item = root.list_getitem_manager(place, "", value, manager)
-            if place < len(dicts):
-                _add(item.add_dict_version_guard, value, [""])
-            else:
+        own = [] if owner is None else [owner, vars(owner)]
+        for place, value in enumerate([*self._watched, *own]):
+            item = root.list_getitem_manager(place, "", value, guards.GuardManagerType.GUARD_MANAGER)
+            if len(dicts) <= place <= len(self._watched):
                 _add(item.add_type_match_guard, id(type(value)), [""])
+            else:
+                _add(item.add_dict_version_guard, value, [""])
         self._check = root.check
 
     @classmethod
     def take(
-        cls, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any] = (), *, attributes: bool = True
+        cls, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any] = (), *, owner: Any = None, attributes: bool = True
     ) -> Stamps | None:
         """Stamps, where they can be had: ``None`` until Dynamo is loaded, as it is by optimizers, or it pays to.
 
@@ -570,13 +570,14 @@ class Stamps:
         if "torch._dynamo.guards" not in sys.modules and (not attributes or next(_without) < MOST_WITHOUT):
             return None
         try:
-            return cls(dicts, objects) if not attributes or _seen_by_stamps() else None
+            return cls(dicts, objects, owner) if not attributes or _seen_by_stamps() else None
         except Exception:  # another release of torch, or an object that will not tell its class
             return None
 
-    def hold(self) -> bool:
-        """Whether all versions and classes are what they were, as far as this process can tell."""
-        return self._generation == forks.generation and bool(self._check(self._watched))
+    def hold(self, owner: Any = None) -> bool:
+        """Whether all versions and classes are what they were, ``owner``'s too, as far as this process can tell."""
+        watched = self._watched if owner is None else [*self._watched, owner, vars(owner)]
+        return self._generation == forks.generation and bool(self._check(watched))
 
 
 @functools.cache

@@ -38,7 +38,14 @@ class Called:
         self.identity = self._identity(mark.options_for(module))
 
     def _identity(self, options: CacheOptions) -> Identity:
-        return Identity(self._subject, self.name, options.persistent_module_hash, options.pure)
+        mark, reference = self.mark, self._module
+
+        def subject() -> Any:
+            module = reference() if reference is not None else None
+            original = mark.original(module)
+            return original if module is None else (module, original)
+
+        return Identity(subject, self.name, options.persistent_module_hash, options.pure)
 
     def rename(self) -> None:
         """Take the name that the module has by its path."""
@@ -75,11 +82,6 @@ class Called:
         original = self.mark.original(module)
         return original(*args, **kwargs) if module is None else original(module, *args, **kwargs)
 
-    def _subject(self) -> Any:
-        module = self.marked
-        original = self.mark.original(module)
-        return original if module is None else (module, original)
-
 
 class CalledLater(Called):
     """What is called, where it is built when it is needed first.
@@ -95,18 +97,20 @@ class CalledLater(Called):
     identity: LaterIdentity
 
     def _identity(self, options: CacheOptions) -> LaterIdentity:
+        output, reference = self.mark.output, self._module
+
         def name() -> str:
-            stands = self._stands()
+            stands = _stands(reference)
             return f"{stands.called}\0{stands.casts}"
 
-        return LaterIdentity(
-            self._subject, self.name, name, options.pure, self.mark.output, lambda: self._stands().there
-        )
+        def subject() -> Any:
+            module, function = _stands(reference).bring().subject
+            return module, and_then(function, output)
+
+        return LaterIdentity(subject, self.name, name, options.pure, output, lambda: _stands(reference).there)
 
     def _stands(self) -> Deferred:
-        marked = self.marked
-        assert isinstance(marked, Deferred)
-        return marked
+        return _stands(self._module)
 
     @property
     def deferred(self) -> CalledLater:
@@ -156,9 +160,11 @@ class CalledLater(Called):
                 built.accept()
         return outputs
 
-    def _subject(self) -> Any:
-        module, function = self._stands().bring().subject
-        return module, and_then(function, self.mark.output)
+
+def _stands(reference: weakref.ReferenceType[nn.Module] | None) -> Deferred:
+    stands = reference() if reference is not None else None
+    assert isinstance(stands, Deferred)
+    return stands
 
 
 class _Regions(dict[Any, Region]):

@@ -6,6 +6,7 @@ import enum
 import functools
 import gc
 import operator
+import os
 import weakref
 
 import pytest
@@ -458,21 +459,38 @@ def test_outputs_do_not_alias_what_is_stored():
         got.zero_()
 
 
+@pytest.fixture
+def no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "partly trained"])
 @pytest.mark.parametrize("door", ["eager", "transform", "compile"])
-def test_modules_and_their_rows_are_freed(door):
-    module = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), freeze=True)
-    model = nn.Sequential(module)
+def test_modules_and_their_rows_are_freed_as_soon_as_nobody_has_them(door, trains, tmp_path, no_garbage_collection):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    module[1].requires_grad_(trains)
+    torchcache.mark(module, persistent=True, persistent_cache_dir=tmp_path)
+    model = nn.Sequential(module, nn.Linear(4, 2))
     if door == "compile":
-        run = torch.compile(model, backend="eager")
+        run = torch.compile(model, backend="torchcache")
     else:
         run = torchcache.transform(model) if door == "transform" else model
-    for _ in range(2):
-        run(torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        run(x).sum().backward()
+    torchcache.flush()
+    assert torchcache.stats(run).hits
     gone = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
+    gone += [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
     torch._dynamo.reset()
     del module, model, run
-    gc.collect()
     assert not any(reference() is not None for reference in gone)
+    if os.path.isdir("/proc/self/fd"):
+        files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert not [file for file in files if file.startswith(str(tmp_path))]
 
 
 def test_stats_prints_a_table_and_takes_only_models():

@@ -398,7 +398,8 @@ def test_a_local_of_a_thread_counts_as_it_is_in_this_thread():
     for local in (LOCAL, OWN):
         local.role = 1.0
         scope = source("def forward(self, x): return x + HELD.role", HELD=local)
-        program = read(module_of(scope["forward"]))
+        module = module_of(scope["forward"])
+        program = read(module)
         assert program.unchanged()
         seen = []
 
@@ -419,7 +420,8 @@ def test_a_context_variable_counts_by_its_value():
     def forward(self, x):
         return x + CONTEXT.get()
 
-    program = read(module_of(forward))
+    module = module_of(forward)
+    program = read(module)
     token = CONTEXT.set(-1.0)
     assert not program.unchanged()
     assert read(module_of(forward)).digest != program.digest
@@ -431,7 +433,8 @@ def test_an_environment_variable_counts_where_it_is_named(monkeypatch):
     def forward(self, x):
         return x if os.environ.get("NET_MODE") == "a" else os.getenv("NET_OTHER")
 
-    program = read(module_of(forward))
+    module = module_of(forward)
+    program = read(module)
     monkeypatch.setenv("UNRELATED", "1")
     assert program.unchanged()
     assert read(module_of(forward)).digest == program.digest

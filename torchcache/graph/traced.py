@@ -49,18 +49,24 @@ class Traced:
     module : nn.Module
         The marked module, which it does not keep alive.
     region : Region
-        Its region.
+        Its region, which owns this.
     """
 
     def __init__(self, mark: Mark, module: nn.Module, region: Region) -> None:
         self.graphs: list[fx.GraphModule] = []
         self._mark = mark
         self._module = weakref.ref(module)
-        self._region = region
+        self._owner = weakref.ref(region)
         self._subject = subject_name(mark, module)
         self._programs: dict[bytes, Callable[..., Any]] = {}
         self._failed: Bypass | None = None
         self._outcome = Outcome()
+
+    @property
+    def _region(self) -> Region:
+        region = self._owner()
+        assert region is not None
+        return region
 
     def __call__(self, given: Given, trains: Trains) -> Any:
         """What the original returns; computed for ``trains`` where nothing in it is frozen."""

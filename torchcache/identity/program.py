@@ -22,7 +22,7 @@ from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, beneath_mark, member_space
 from torchcache.identity.outside import Outside
 from torchcache.identity.reach import Reach
-from torchcache.identity.watch import Namespace, Watch, beneath_proxy, same
+from torchcache.identity.watch import Watch, beneath_proxy, same
 
 _ASK_FOR_INFERENCE = frozenset({id(torch.is_inference_mode_enabled), id(torch.is_inference)})
 
@@ -33,7 +33,8 @@ class Program:
     Parameters
     ----------
     subject : tuple of (nn.Module, callable), or callable
-        The module and the function that takes it first; or a function alone.
+        The module, which owns the program and is not kept alive, and the function that takes it first; or a function
+        alone.
     where : str
         Its path, for people.
     pure : bool
@@ -86,7 +87,7 @@ class Program:
             self._containers = [(node.value, node.path) for node in reach.nodes.values() if node.kind == "group"]
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, [*given] or roots)
-            self._watch = _watch(reach)
+            self._watch = _watch(reach, module)
             if "grad" in reach.names:
                 self._read_gradients()
         except Exception as error:
@@ -147,8 +148,9 @@ def _places(reach: Reach, module: Any) -> list[Place]:
     return list(found.values())
 
 
-def _watch(reach: Reach) -> Watch:
-    watch = Watch()
+def _watch(reach: Reach, module: Any) -> Watch:
+    """What is to be compared later. It and the nodes do not keep the module alive, which owns the program."""
+    watch = Watch(module)
     for node in reach.nodes.values():
         for check in node.checks:
             _add(watch, node, check, _often(node))
@@ -159,8 +161,11 @@ def _watch(reach: Reach) -> Watch:
             _add_groups(watch, node)
     for mapping, names in reach.bindings.values():
         read = {name: mapping.get(name, ABSENT) for name in sorted(names)}
-        watch.namespaces.append(Namespace(mapping, read, _bound(mapping, read), closed=False))
+        watch.namespace(mapping, read, _bound(read), closed=False)
     watch.seal()
+    root = reach.node_of(module)
+    if root is not None:
+        root.release()
     return watch
 
 
@@ -170,10 +175,10 @@ def _add_groups(watch: Watch, node: Node) -> None:
     groups = {name: members.get(name) for name in GROUPS}
     path = node.path
 
-    def differs() -> list[str]:
+    def differs(members: Mapping[Any, Any]) -> list[str]:
         return [f"{path()}.{name}".lstrip(".") for name, group in groups.items() if members.get(name) is not group]
 
-    watch.namespaces.append(Namespace(members, groups, differs, closed=False))
+    watch.namespace(members, groups, differs, closed=False)
     watch.holders += [group for group in groups.values() if type(group) is dict and group]
 
 
@@ -201,7 +206,7 @@ def _add(watch: Watch, node: Node, check: Check, often: bool) -> None:
         watch.alive(owner)
     elif kind == "mapping" and (type(owner) is dict or (type(owner) is OrderedDict and not owner)):
         items = list(owner.items())
-        watch.namespaces.append(Namespace(owner, dict(items), _ordered(owner, items, node)))
+        watch.namespace(owner, dict(items), _ordered(items, node))
     elif kind == "mapping":
         watch.content(owner, _items, node.path)
     elif kind == "foreign" and check.read is not None:
@@ -215,11 +220,11 @@ def _add_foreign(watch: Watch, node: Node, owner: Any, foreign: Callable[[Any], 
     live, known = beneath_proxy(vars(owner)), foreign(owner)
     held = dict(live)
 
-    def differs() -> list[str]:
+    def differs(_: Mapping[Any, Any]) -> list[str]:
         return [] if same(foreign(owner), known) else [node.path() or f"{getattr(owner, '__name__', 'torch')}"]
 
     if type(live) is dict:
-        watch.namespaces.append(Namespace(live, held, differs))
+        watch.namespace(live, held, differs)
 
 
 def _items(mapping: dict[Any, Any]) -> tuple[Any, ...]:
@@ -229,23 +234,24 @@ def _items(mapping: dict[Any, Any]) -> tuple[Any, ...]:
     return tuple(chain.from_iterable((name, dict.__getitem__(mapping, name)) for name in OrderedDict.__iter__(mapping)))
 
 
-def _ordered(mapping: dict[Any, Any], items: list[tuple[Any, Any]], node: Node) -> Callable[[], list[str]]:
-    def differs() -> list[str]:
+def _ordered(items: list[tuple[Any, Any]], node: Node) -> Callable[[Mapping[Any, Any]], list[str]]:
+    def differs(mapping: Mapping[Any, Any]) -> list[str]:
         return [] if same(tuple(mapping.items()), tuple(items)) else [node.path()]
 
     return differs
 
 
-def _bound(mapping: Mapping[str, Any], read: Mapping[str, Any]) -> Callable[[], list[str]]:
-    return lambda: [f"the global {name}" for name, value in read.items() if not same(mapping.get(name, ABSENT), value)]
+def _bound(read: Mapping[str, Any]) -> Callable[[Mapping[Any, Any]], list[str]]:
+    return lambda mapping: [
+        f"the global {name}" for name, value in read.items() if not same(mapping.get(name, ABSENT), value)
+    ]
 
 
 def _add_space(watch: Watch, reach: Reach, node: Node, space: Space) -> None:
     """Watch the entries of a namespace that are read, and those that would be if they were there."""
     chosen = {name: space.held[name] for name in space.held if name in space.chosen}
 
-    def differs() -> list[str]:
-        live = space.live if space.fetch is None else space.fetch()
+    def differs(live: Mapping[str, Any]) -> list[str]:
         now = member_space(space.kind, live, space.leave).held
         found = [name for name, value in chosen.items() if not same(now.get(name, ABSENT), value)]
         found += [name for name in now if name not in space.held and reach.wanted(node, space, name)]
@@ -259,12 +265,12 @@ def _add_space(watch: Watch, reach: Reach, node: Node, space: Space) -> None:
         return [f"{path}.{name}" if path else name for name in found]
 
     if space.fetch is not None:
-        watch.content(space, lambda _: tuple(differs()), lambda: node.path())
+        watch.content(space.fetch, lambda fetch: tuple(differs(fetch())), node.path)
         return
     live = beneath_proxy(space.live) if isinstance(space.live, types.MappingProxyType) else space.live
     if type(live) is dict:
         keys = [beneath_mark(live, name) for name in chosen]
         read = {key: live.get(key, ABSENT) for key in keys}
-        watch.namespaces.append(Namespace(live, read, differs))
+        watch.namespace(live, read, differs)
     else:
-        watch.content(space, lambda _: tuple(differs()), lambda: node.path())
+        watch.content(live, lambda live: tuple(differs(live)), node.path)

@@ -48,6 +48,7 @@ class Reach:
         self.names: set[str] = {"__call__"}
         self.problem = ""
         self.own_forward: Node | None = None
+        self._kind: type | None = None
         self._without = without
         self._todo: list[Node] = []
         self._waiting: dict[str, list[tuple[Node, Space, str]]] = {}
@@ -67,7 +68,7 @@ class Reach:
             self._tables = OwnEntries(module)
             node = self._reach(module, root, "")
             if getattr(simplify(function), "__name__", "forward") != "forward":
-                self.own_forward = node
+                self.own_forward, self._kind = node, type(module)
             owner = self.nodes.get(id(beneath_class(type(module))))
         self._run()
         self._reach(function, owner or root, "" if owner is None else f"the method {getattr(function, '__name__', '')}")
@@ -216,8 +217,7 @@ class Reach:
 
     def _calls_forward(self, node: Node) -> bool:
         """Whether instances of this class are called as modules, not only by a method that is marked."""
-        root = self.own_forward
-        return root is None or node.value not in type(root.value).__mro__
+        return self._kind is None or node.value not in self._kind.__mro__
 
     def _choose(self, node: Node, space: Space, name: str) -> None:
         space.chosen.add(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, cycle, repeat
 from typing import Any, NamedTuple
@@ -37,12 +38,12 @@ class Namespace:
 
     Attributes
     ----------
-    live : dict
-        The dict itself.
+    live : dict or None
+        The dict itself; ``None`` for that of the watch's owner.
     read : dict
         The entries that were read; ``ABSENT`` for one that was looked for.
     differs : callable
-        Names of what differs, found at leisure.
+        Names of what differs in the dict, found at leisure.
     closed : bool
         Whether a new name in it may matter.
     alarms : int
@@ -51,26 +52,31 @@ class Namespace:
         All names in it, where new ones may matter.
     """
 
-    live: dict[Any, Any]
+    live: dict[Any, Any] | None
     read: dict[Any, Any]
-    differs: Callable[[], list[str]]
+    differs: Callable[[dict[Any, Any]], list[str]]
     closed: bool = True
     alarms: int = 0
     keys: list[Any] = dataclasses.field(default_factory=list)
 
-    def intact(self) -> bool:
+    def intact(self, live: dict[Any, Any]) -> bool:
         """Whether the entries are the very same, in the same order where a new one may matter."""
-        if self.closed and list(self.live) != self.keys:
+        if self.closed and list(live) != self.keys:
             return False
-        return all(self.live.get(name, ABSENT) is value for name, value in self.read.items())
+        return all(live.get(name, ABSENT) is value for name, value in self.read.items())
 
 
 class _Laid(NamedTuple):
-    """Dicts and entries side by side, as the passes take them; another thread may lay them out anew meanwhile."""
+    """Dicts and entries side by side, as the passes take them; another thread may lay them out anew meanwhile.
+
+    The owner's dict comes first, as often as ``own_open`` and ``own_scopes`` say, and is not kept.
+    """
 
     dicts: list[dict[Any, Any]]
+    own_open: int
     open: list[dict[Any, Any]]
     keys: list[list[Any]]
+    own_scopes: int
     scopes: list[dict[Any, Any]]
     names: list[Any]
     values: list[Any]
@@ -81,9 +87,18 @@ class Watch:
 
     All passes run in C. Dicts that were not written to are not looked into; those that are written to in every call,
     beside what is read in them, are compared by the entries that are read.
+
+    Parameters
+    ----------
+    owner : object or None
+        One of the objects that are watched, which may own the watch: neither it nor its ``__dict__`` is kept alive, so
+        that both go as soon as nobody else needs them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Any = None) -> None:
+        self._owner = weakref.ref(owner) if owner is not None else None
+        self._owner_kind = type(owner)
+        self._owner_label: Callable[[], str] = str
         self.namespaces: list[Namespace] = []
         self.contents: list[tuple[Any, Callable[[Any], Any], Any, Callable[[], str]]] = []
         self.holders: list[dict[Any, Any]] = []
@@ -103,7 +118,7 @@ class Watch:
         self._flat: list[Any] = []
         self._group_labels: list[Callable[[], str]] = []
         self._references: list[Callable[[], Any]] = []
-        self._laid = _Laid([], [], [], [], [], [])
+        self._laid = _Laid([], 0, [], [], 0, [], [], [])
         self._stamped: tuple[_Laid, Stamps] | None = None
         self._quiet: list[Namespace] = []
         self._empty: list[Namespace] = []
@@ -115,6 +130,9 @@ class Watch:
 
     def kind(self, value: Any, label: Callable[[], str]) -> None:
         """Watch the class of an object."""
+        if self._owns(value):
+            self._owner_label = label
+            return
         self._objects.append(value)
         self._kinds.append(type(value))
         self._kind_labels.append(label)
@@ -122,6 +140,9 @@ class Watch:
     def attribute(self, owner: Any, name: str, label: Callable[[], str], often: bool = True) -> None:
         """Watch one attribute; in turns where it is one of many that hardly ever change."""
         value = getattr(owner, name, ABSENT)
+        if self._owns(owner):
+            self.content(owner, lambda owner: getattr(owner, name, ABSENT), label)
+            return
         if not often:
             self._slow.append((owner, name, value, label))
             return
@@ -142,12 +163,41 @@ class Watch:
 
     def content(self, owner: Any, read: Callable[[Any], Any], label: Callable[[], str]) -> None:
         """Watch what ``read`` returns for ``owner``."""
-        self.contents.append((owner, read, read(owner), label))
+        known = read(owner)
+        if self._owns(owner):
+            self.contents.append((self._owner, lambda reference: read(reference()), known, label))
+        else:
+            self.contents.append((owner, read, known, label))
+
+    def namespace(
+        self,
+        live: dict[Any, Any],
+        read: dict[Any, Any],
+        differs: Callable[[dict[Any, Any]], list[str]],
+        closed: bool = True,
+    ) -> None:
+        """Watch entries of a dict; see ``Namespace``."""
+        own = self._owner is not None and live is self._own
+        self.namespaces.append(Namespace(None if own else live, read, differs, closed))
+
+    def _owns(self, value: Any) -> bool:
+        return self._owner is not None and value is self._owner()
+
+    @property
+    def _own(self) -> dict[Any, Any]:
+        """The dict of the owner, who is there as long as anybody asks."""
+        return vars(self._owner()) if self._owner is not None else {}
+
+    def _live(self, space: Namespace) -> dict[Any, Any]:
+        return self._own if space.live is None else space.live
+
+    def _stamp(self, dicts: Sequence[dict[Any, Any]], objects: Sequence[Any] = ()) -> Stamps | None:
+        return Stamps.take(dicts, objects, owner=self._owner() if self._owner is not None else None)
 
     def seal(self) -> None:
         """No more is to be watched."""
         for space in self.namespaces:
-            (self._empty if space.closed and not space.live else self._quiet).append(space)
+            (self._empty if space.closed and space.live == {} else self._quiet).append(space)
         firsts = range(0, len(self._slow), _A_TURN)
         self._turns = cycle([tuple(zip(*self._slow[first : first + _A_TURN], strict=True))[:3] for first in firsts])
         self._sizes, self._flat = list(map(len, self._items)), list(chain.from_iterable(self._items))
@@ -155,17 +205,22 @@ class Watch:
 
     def _lay_out(self) -> None:
         self._bare = [space.live for space in self._empty]
+        self._quiet = sorted(self._quiet, key=lambda space: space.live is not None)
         for space in self._quiet:
-            space.keys = list(space.live) if space.closed else []
+            space.keys = list(self._live(space)) if space.closed else []
         closed = [space for space in self._quiet if space.closed]
-        pairs = [(space.live, name, value) for space in self._quiet for name, value in space.read.items()]
+        read = [(space.live, name, value) for space in self._quiet for name, value in space.read.items()]
+        scopes = [live for live, _, _ in read if live is not None]
+        opened = [space.live for space in closed if space.live is not None]
         self._laid = _Laid(
-            [space.live for space in self._quiet],
-            [space.live for space in closed],
+            [space.live for space in self._quiet if space.live is not None],
+            len(closed) - len(opened),
+            opened,
             [space.keys for space in closed],
-            [live for live, _, _ in pairs],
-            [name for _, name, _ in pairs],
-            [value for _, _, value in pairs],
+            len(read) - len(scopes),
+            scopes,
+            [name for _, name, _ in read],
+            [value for _, _, value in read],
         )
 
     def stamps(self) -> Stamps | None:
@@ -185,7 +240,7 @@ class Watch:
             return False
 
     def _others(self) -> bool:
-        if self._loud and any(space.differs() for space in self._loud):
+        if self._loud and any(space.differs(self._live(space)) for space in self._loud):
             return False
         if any(self._bare) and not self._filled():
             return False
@@ -204,7 +259,7 @@ class Watch:
         self._quiet.extend(filled)
         self._single = []
         self._lay_out()  # taken first: what changes from here on shows the next time
-        return not any(space.differs() for space in filled)
+        return not any(space.differs(self._live(space)) for space in filled)
 
     def _attributes(self) -> bool:
         now = list(map(getattr, self._owners, self._names, repeat(ABSENT)))
@@ -232,20 +287,22 @@ class Watch:
     def _spaces(self) -> bool:
         laid, stamped = self._laid, self._stamped
         known = stamped[1] if stamped is not None and stamped[0] is laid else None
-        if known is not None and known.hold():
+        owner = self._owner() if self._owner is not None else None
+        if known is not None and known.hold(owner):
             self._rewritten = 0
             return True
-        stamps = Stamps.take(laid.dicts, self._objects)  # taken first: what changes from here on shows the next time
-        if not all(map(operator.is_, map(type, self._objects), self._kinds)):
+        stamps = self._stamp(laid.dicts, self._objects)  # taken first: what changes from here on shows the next time
+        if type(owner) is not self._owner_kind or not all(map(operator.is_, map(type, self._objects), self._kinds)):
             return False
+        scopes, opened = [self._own] * laid.own_scopes + laid.scopes, [self._own] * laid.own_open + laid.open
         if not (
-            all(map(operator.is_, map(dict.get, laid.scopes, laid.names, repeat(ABSENT)), laid.values))
-            and all(map(operator.eq, map(list, laid.open), laid.keys))
+            all(map(operator.is_, map(dict.get, scopes, laid.names, repeat(ABSENT)), laid.values))
+            and all(map(operator.eq, map(list, opened), laid.keys))
         ):
             if not self._look_closely():
                 return False
             laid = self._laid
-            stamps = Stamps.take(laid.dicts, self._objects)
+            stamps = self._stamp(laid.dicts, self._objects)
         elif known is not None:
             self._find_rewritten()
         self._stamped = (laid, stamps) if stamps is not None else None
@@ -255,11 +312,12 @@ class Watch:
         """Compare dict by dict; those that are written to beside what is read are set apart."""
         loud = []
         for space in self._quiet:
-            if space.intact():
+            live = self._live(space)
+            if space.intact(live):
                 continue
-            if space.differs():
+            if space.differs(live):
                 return False
-            space.read = {name: space.live.get(name, ABSENT) for name in space.read}
+            space.read = {name: live.get(name, ABSENT) for name in space.read}
             space.alarms += 1
             if space.alarms >= _ALARMS:
                 loud.append(space)
@@ -270,17 +328,20 @@ class Watch:
         """Find dicts that are written to in every call with what they held already."""
         self._rewritten += 1
         if self._rewritten >= _ALARMS:
+            owner = self._owner() if self._owner is not None else None
             if self._single:
                 loud = [
                     space
                     for space, stamp in zip(self._quiet, self._single, strict=True)
-                    if stamp is not None and not stamp.hold()
+                    if stamp is not None and not stamp.hold(owner)
                 ]
                 self._single = []
                 self._rewritten = 0
                 self._set_apart(loud)
             else:
-                self._single = [Stamps.take([space.live]) for space in self._quiet]
+                self._single = [
+                    self._stamp([]) if space.live is None else Stamps.take([space.live]) for space in self._quiet
+                ]
 
     def _set_apart(self, loud: Sequence[Namespace]) -> None:
         if loud:
@@ -294,8 +355,10 @@ class Watch:
         for value, kind, label in zip(self._objects, self._kinds, self._kind_labels, strict=True):
             if type(value) is not kind:
                 yield label()
+        if self._owner is not None and type(self._owner()) is not self._owner_kind:
+            yield self._owner_label()
         for space in self.namespaces:
-            yield from space.differs()
+            yield from space.differs(self._live(space))
         everything = chain(zip(self._owners, self._names, self._values, self._labels, strict=True), self._slow)
         for owner, name, known, label in everything:
             if not same(getattr(owner, name, ABSENT), known):

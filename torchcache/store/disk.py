@@ -46,7 +46,7 @@ class DiskTier(Database, Tier):
         self.catalogue = Catalogue(directory, self.access)
         self.in_use = InUse(self.catalogue, self.access)
         self._room = Room(self.catalogue, self.in_use, evicts)
-        self._packs = Packs(self)
+        self._packs = Packs(weakref.proxy(self))  # closed as soon as nobody has it, not when garbage is collected
 
     @property
     def full(self) -> bool:
