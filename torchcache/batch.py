@@ -127,6 +127,10 @@ class Given:
                 raise
         return self._outputs[0]
 
+    def release(self) -> None:
+        """Forget the error: its traceback leads back here, and would keep the batch until garbage is collected."""
+        self.error = None
+
     def build(self) -> None:
         """Have what computes be there, before anybody looks at what it writes."""
         deferred = self.subject.deferred

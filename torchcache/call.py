@@ -163,6 +163,7 @@ class Region:
             return self.compute(given, Bypass(str(error)))
         except Exception as error:
             if error is given.error:  # the original failed on the caller's own arguments
+                given.release()
                 raise
             logger.debug("the lookup of %s failed", self.name, exc_info=True)
             failure = Bypass(f"its lookup failed ({described(error)})", "please report it")
@@ -171,7 +172,10 @@ class Region:
     def compute(self, given: Given, bypass: Bypass) -> Any:
         """The original on the whole batch, not stored; counted, and said the first time."""
         self.count(given, bypass)
-        return given.run()
+        try:
+            return given.run()
+        finally:
+            given.release()
 
     def count(self, given: Given, bypass: Bypass) -> None:
         """Count a call that is computed and not stored, and say so the first time."""

@@ -1,5 +1,6 @@
 """What a call may be given and may return, and that a row served is the row computed."""
 
+import contextlib
 import copy
 import dataclasses
 import enum
@@ -491,6 +492,30 @@ def test_modules_and_their_rows_are_freed_as_soon_as_nobody_has_them(door, train
     if os.path.isdir("/proc/self/fd"):
         files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
         assert not [file for file in files if file.startswith(str(tmp_path))]
+
+
+def writing(self, x):
+    self.calls = getattr(self, "calls", 0) + 1
+    return self[0](x) * self.calls
+
+
+def failing(self, x):
+    if len(x) == 3:
+        raise RuntimeError("out of memory")
+    return self[0](x)
+
+
+@pytest.mark.parametrize("forward", [writing, failing, lambda self, x: self[0](x - x.mean(0))])
+def test_what_is_computed_or_fails_keeps_neither_a_module_nor_a_batch(forward, no_garbage_collection):
+    kind = type("Net", (nn.Sequential,), {"forward": forward})
+    module = torchcache.mark(kind(nn.Linear(4, 4)), freeze=True)
+    batch = torch.randn(5, 4)
+    for x in (batch, batch, batch[:3]):
+        with contextlib.suppress(RuntimeError, torchcache.RowwiseError):
+            module(x)
+    gone = [weakref.ref(batch), weakref.ref(module), weakref.ref(module[0].weight)]
+    del module, batch, x
+    assert [reference() for reference in gone] == [None, None, None]
 
 
 def test_stats_prints_a_table_and_takes_only_models():

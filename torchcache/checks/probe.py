@@ -126,7 +126,10 @@ def learn(
             raise Bypass(first.reason, first.advice, lasting=False) from None  # rows that differ may tell
     if first is None and not all(tensor.numel() for tensor in tensors):
         raise Bypass("the batch is empty", lasting=False, quiet=True)
-    raise first if first is not None else _without_rows(tensors, whole, batch_dim)
+    try:
+        raise first if first is not None else _without_rows(tensors, whole, batch_dim)
+    finally:
+        del first  # its traceback leads here, and would keep the batch until garbage is collected
 
 
 def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[Roles]:
