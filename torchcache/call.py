@@ -85,7 +85,7 @@ class Region:
     traces : int
         How often a call in a graph returned another form of output than it did when it was traced.
     partial : bool
-        Whether its frozen part is looked up, whatever the mode; of such a part, whether another was before it.
+        Whether its frozen part is looked up, whatever the mode, or it is such a part: what no user chose ends no run.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -160,7 +160,7 @@ class Region:
         except TorchcacheError as error:
             if not (self.counters.calls or self.partial):
                 raise
-            return self.compute(given, Bypass(str(error)))
+            return self.compute(given, Bypass(str(error).removeprefix(f"{self.name} cannot be cached: ")))
         except Exception as error:
             if error is given.error:  # the original failed on the caller's own arguments
                 given.release()

@@ -602,3 +602,80 @@ def test_rows_that_are_enlarged_are_found_in_batches_of_other_sizes(door, mode):
     for rows in (8, 5, 3, 8):
         assert_trains_the_same(run, model, twin, [x[:rows]])
     assert counted(run)[1] == 8
+
+
+class Graph(nn.Module):
+    """Nodes and edges: each batch has two numbers of rows."""
+
+    def __init__(self, messages):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8).requires_grad_(False), nn.Linear(8, 2)
+        self.messages = messages
+
+    def forward(self, nodes, edges, weights):
+        return self.head(self.messages(self.body(nodes), edges, weights))
+
+
+def to_nodes(hidden, edges, weights):
+    return torch.zeros_like(hidden).index_add_(0, edges[1], weights[:, :1] * hidden.index_select(0, edges[0]))
+
+
+def to_edges(hidden, edges, weights):
+    return hidden[edges[0]] * weights[:, :1]
+
+
+def to_classes(hidden, edges, weights):
+    return weights.new_zeros(8).index_add_(0, hidden.argmax(-1)[edges[0]], weights.sum(1))[None]
+
+
+def to_clusters(hidden, edges, weights):
+    found = hidden.argmax(-1, keepdim=True)[edges[0]]
+    return weights.new_zeros(8, 8).scatter_add_(0, found.expand(-1, 8), weights.abs())
+
+
+@pytest.mark.parametrize(
+    "sizes", [((6, 10), (7, 12), (9, 5), (6, 6)), ((6, 1), (1, 6), (6, 3)), ((1, 1), (6, 1), (1, 5))]
+)
+@pytest.mark.parametrize("messages", [to_nodes, to_edges, to_classes, to_clusters])
+@pytest.mark.parametrize("door", DOORS)
+def test_two_numbers_of_rows_are_told_apart(door, messages, sizes):
+    model = Graph(messages)
+    twin = copy.deepcopy(model)
+    run = opened(door, torchcache.mark(model))
+    for _ in range(3):
+        for nodes, edges in sizes:
+            batch = torch.randn(nodes, 4), torch.randint(nodes, (2, edges)), torch.randn(edges, 8)
+            torch.testing.assert_close(run(*batch), twin(*batch))
+
+
+class Listed(Net):
+    """Takes images one by one: these may have as many channels as there are images."""
+
+    def forward(self, images):
+        return super().forward(torch.stack(images).mean((1, 2)))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_looks_like_rows_and_is_none_ends_no_run(door):
+    model, twin = nets(Listed)
+    run = opened(door, model)
+    for rows in (4, 3, 3, 2, 1):
+        images = list(torch.randn(rows, 3, 5, 6))
+        assert_trains_the_same(run, model, twin, (images,))
+    assert not counted(model)[0]
+
+
+class Reading(Net):
+    def forward(self, x):
+        return super().forward(self.body(x).cummax(0).values)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_frozen_part_whose_rows_meet_is_computed(door, warnings):
+    model, twin = nets(Reading)
+    run = opened(door, model)
+    for _ in range(3):
+        assert_trains_the_same(run, model, twin, (torch.randn(5, 6),))
+    assert counted(model) == (0, 0, 15)
+    (told,) = [text for text in warnings if "other rows of the batch" in text]
+    assert "is computed, not cached: a row's output changes" in told

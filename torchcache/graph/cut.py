@@ -40,12 +40,15 @@ class Cut:
         Those that lead from the stored ones to what is read outside, and stay where they are: in order.
     entries : list of int
         How many entries along its first dimension are one row of each output.
+    batch : sympy expression
+        The number of rows, as traced: it is told from what the whole partition reads, and the nodes may not read all.
     """
 
     nodes: list[fx.Node]
     outputs: list[fx.Node]
     recomputed: list[fx.Node]
     entries: list[int]
+    batch: Any
 
     def __post_init__(self) -> None:
         self._apart = set(self.nodes) - set(self.recomputed)
@@ -64,32 +67,40 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
         ]
         if not read:
             return None
-        batch = batch_of(members, read, analysis)
+        batch = _batch_of(members, read, analysis)
         whole = _rows(members, batch, analysis)
         found = fewest(read, members, whole, analysis)
         if found is not None:
             outputs, recomputed = found
             needed = _ancestors(outputs, members, analysis)
             kept = [node for node in members if node in needed]
-            cut = Cut(
-                kept, outputs, [node for node in members if node in recomputed], [*map(whole.__getitem__, outputs)]
-            )
-            return cut if _worthwhile(kept, nodes, analysis) and _orderly(cut, analysis) else None
-        mixed = [node for node in read if node not in whole]
+            again = [node for node in members if node in recomputed]
+            cut = Cut(kept, outputs, again, [*map(whole.__getitem__, outputs)], batch)
+            if batch in _batches(kept, analysis):
+                return cut if _worthwhile(kept, nodes, analysis) and _orderly(cut, analysis) else None
+            mixed = outputs
+        else:
+            mixed = [node for node in read if node not in whole]
         for node in reachable(mixed, members, lambda node: node.users):
             del members[node]
     return None
 
 
-def batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis: Analysis) -> Any:
+def _batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis: Analysis) -> Any:
     """The batch size, as traced: dim 0 of the first varying input that an output shares, else of the first at all."""
-    sources = dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in members)
-    tensors = [tensor for source in sources if source in analysis.varying and (tensor := tensor_of(source)) is not None]
-    batches = [expression_of(tensor.shape[0]) for tensor in tensors if tensor.ndim]
+    batches = _batches(members, analysis)
     given = {
         expression_of(tensor.shape[0]) for node in outputs if (tensor := tensor_of(node)) is not None and tensor.ndim
     }
     return next((batch for batch in batches if batch in given), batches[0] if batches else None)
+
+
+def _batches(nodes: Iterable[fx.Node], analysis: Analysis) -> list[Any]:
+    """The first sizes of what varies and is given to ``nodes``."""
+    inside = dict.fromkeys(nodes)
+    sources = dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in inside)
+    tensors = [tensor for source in sources if source in analysis.varying and (tensor := tensor_of(source)) is not None]
+    return [expression_of(tensor.shape[0]) for tensor in tensors if tensor.ndim]
 
 
 def _rows(members: dict[fx.Node, None], batch: Any, analysis: Analysis) -> dict[fx.Node, int]:

@@ -83,19 +83,19 @@ class GraphIdentity:
         self._given = threading.local()
 
     @contextlib.contextmanager
-    def reading(self, state: Tensors, least: int) -> Iterator[None]:
-        """Calls within this block, on this thread, read ``state`` and run no fewer than ``least`` rows at a time."""
-        before = self.look().tensors, self.least
-        self._given.state, self._given.least = list(state), least
+    def reading(self, state: Tensors, rows: Rows) -> Iterator[None]:
+        """Calls within this block, on this thread, read ``state``, and their graph has ``rows``."""
+        before = self.look().tensors, self.rows
+        self._given.state, self._given.rows = list(state), rows
         try:
             yield
         finally:
-            self._given.state, self._given.least = before
+            self._given.state, self._given.rows = before
 
     @property
-    def least(self) -> int:
-        """The fewest rows that a call on this thread runs at a time."""
-        return getattr(self._given, "least", 2)
+    def rows(self) -> Rows | None:
+        """How many rows a call on this thread runs at a time, and of which inputs; ``None`` outside of calls."""
+        return getattr(self._given, "rows", None)
 
     def look(self) -> Seen:
         """The state that a call on this thread reads."""
@@ -205,7 +205,6 @@ class GraphSubject:
         names = [part.options.persistent_module_hash for part in plan.parts]
         places = Places([part.module for part in plan.parts])
         self.identity: Any = GraphIdentity(list(zip(identities, names, strict=True)), plan.digest, places)
-        self._rows = plan.rows
         self._data = len(plan.data)
         self._original = original
 
@@ -224,9 +223,9 @@ class GraphSubject:
         tensors, numbers = args[: self._data], args[self._data :]
         state = self.identity.look().tensors
         pieces = []
-        for data, count in self._rows.portions(tensors, self.identity.least):
+        for data, count in self.identity.rows.portions(tensors):
             outputs = self._original(data, state, numbers)
-            pieces.append([leaf if leaf.shape[0] == count else leaf[:count] for leaf in outputs])
+            pieces.append(outputs if count is None else [leaf[:count] for leaf in outputs])
         return tuple(pieces[0]) if len(pieces) == 1 else tuple(map(concatenate, zip(*pieces, strict=True)))
 
 
@@ -266,7 +265,7 @@ class GraphCall:
             raise RuntimeError("torchcache: a compiled graph calls a marked module that is gone: compile it again")
         region = self._regions.region(passed)
         identity: Any = region.subject.identity
-        with _autocast(self._device, self.autocast), identity.reading(state, self._plan.rows.least):
+        with _autocast(self._device, self.autocast), identity.reading(state, self._plan.rows):
             outputs = region((*data, *numbers), {})
         return unaliased([*map(dense, outputs, self._orders)], [*tensors, *state])
 
@@ -317,32 +316,26 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def regions_for(
-    plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None, partial: bool
-) -> Beside:
-    """The regions of a plan and the state at ``paths``, the same for all graphs that hold it, kept with its subjects.
-
-    ``partial`` says of the first calls, too, that nothing ends the run.
-    """
+def regions_for(plan: Plan, paths: Paths, compile_original: Callable[[fx.GraphModule], Original] | None) -> Beside:
+    """The regions of a plan and the state at ``paths``, for all graphs that hold it, kept with its subjects."""
     owners = [part.owner for part in plan.parts]
     key = plan.digest, paths, tuple(part.subject for part in plan.parts), plan.parts[0].options
     found: Beside | None = kept_call(owners[0], key)
     if found is None:
-        found = Beside(functools.partial(_region, plan, key, _Original(plan, compile_original), partial))
+        found = Beside(functools.partial(_region, plan, key, _Original(plan, compile_original)))
     for owner in owners:
         add_call(owner, key, found)
     return found
 
 
-def _region(plan: Plan, key: Any, original: Original, partial: bool, number: int) -> Region:
+def _region(plan: Plan, key: Any, original: Original, number: int) -> Region:
     """The region of one state of a plan, kept with its subjects."""
     subject, options = GraphSubject(plan, original), plan.parts[0].options
     if options.padding is not None:
         warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
         options = options.replace({"padding": None, "padding_value": None})
     region = Region(subject, options)
-    # Where others of these marks were in use before, in another mode or for one row, nothing ends the run.
-    region.partial = partial or any(region_of(part.mark, part.module).partial for part in plan.parts)
+    region.partial = True
     for part in plan.parts:
         add_region(part.owner, (key, number), region)
     return region

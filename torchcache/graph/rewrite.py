@@ -12,7 +12,7 @@ from torch import fx
 from torchcache.dynamo import fix_rows
 from torchcache.errors import brief
 from torchcache.graph.beside import Beside
-from torchcache.graph.cut import Cut, batch_of, cut_region, writers_of
+from torchcache.graph.cut import Cut, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
 from torchcache.graph.fewest import reachable
 from torchcache.graph.frozen import Analysis, analyse
@@ -121,7 +121,7 @@ def _cache(
     rows = Rows(
         [node.meta["example_value"] for node in inputs.data],
         [node.meta["example_value"] for node in inputs.sizes],
-        batch_of(dict.fromkeys(cut.nodes), cut.outputs, analysis),
+        cut.batch,
     )
     original = extract(cut, analysis, inputs, rows)
     if rows.fixed:
@@ -137,12 +137,10 @@ def _cache(
         outputs=_by_row(cut),
         rows=rows,
         parts=tuple(parts),
-        digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.fixed),
+        digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.first, rows.fixed),
     )
     paths = tuple(held[node] for node in inputs.state if node in held)
-    # Which entries of a batch are one row's, and that a graph for one row is one for any, is read off the graph: should
-    # the probe find otherwise, no run ends.
-    regions = regions_for(plan, paths, compile_original, max(cut.entries) > 1 or rows.least == 1)
+    regions = regions_for(plan, paths, compile_original)
     call = GraphCall(regions, plan, ModuleState(parts[0].module, paths))
     name = _name(plan, paths, len(inputs.data) + len(inputs.state) - len(paths), call)
     for part in parts:

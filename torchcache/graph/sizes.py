@@ -77,16 +77,16 @@ class Rows:
         """Have any number be run."""
         self.least, self.fixed = min(self.fixed or 2, 2), None
 
-    def portions(self, tensors: Sequence[torch.Tensor], least: int) -> list[tuple[list[torch.Tensor], int]]:
-        """``tensors`` in portions of rows that can be run, each with how many of its rows count.
+    def portions(self, tensors: Sequence[torch.Tensor]) -> list[tuple[list[torch.Tensor], int | None]]:
+        """``tensors`` in portions of rows that can be run, each with how many of its rows count: ``None`` for all.
 
-        A portion is filled up with copies of its last row where there are fewer than ``least``.
+        A portion is filled up with copies of its last row where there are too few.
         """
         count = tensors[self.first].shape[0]
-        run = max(count, least) if self.fixed is None else self.fixed
+        run = max(count, self.least) if self.fixed is None else self.fixed
         if count == run:
-            return [(list(tensors), count)]
-        portions = []
+            return [(list(tensors), None)]
+        portions: list[tuple[list[torch.Tensor], int | None]] = []
         for start in range(0, count, run):
             places = [min(row, count - 1) for row in range(start, start + run)]
             filled = [
