@@ -253,6 +253,7 @@ _subjects: dict[str, tuple[weakref.ReferenceType[Mark], weakref.ReferenceType[nn
 # What the latest calls that were traced are named, by what they are given: the newest last.
 _latest: dict[str, str] = {}
 MOST_TRACES = 4096
+_ORDINARY = (torch.Tensor, nn.Parameter)
 _numbers = itertools.count()
 
 
@@ -375,18 +376,26 @@ def _fixed(leaf: Any) -> Any:
 
 def unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs that share memory neither with an input nor with each other, as the operator promises."""
-    taken = {place for leaf in inputs for place in _places(leaf)}
+    starts = [*map(torch.Tensor.data_ptr, _parts(inputs))]
     fresh = []
     for leaf in outputs:
-        places = _places(leaf)
-        fresh.append(leaf if taken.isdisjoint(places) else leaf.clone())
-        taken.update(places)
+        parts = _parts([leaf])
+        storages = [part.untyped_storage() for part in parts]
+        spans = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        shared = any(first <= start < after for first, after in spans for start in starts)
+        fresh.append(leaf.clone() if shared else leaf)
+        starts += map(torch.Tensor.data_ptr, parts)
     return fresh
 
 
-def _places(leaf: torch.Tensor) -> tuple[int, ...]:
-    """What is equal for tensors that share memory: the storage, or its address where it has one."""
-    if isinstance(leaf, LazyTensor):
-        return () if leaf.rows is not None else _places(leaf.load())
-    address = leaf.untyped_storage().data_ptr()
-    return (dynamo.storage_of(leaf), address) if address else (dynamo.storage_of(leaf),)
+def _parts(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors in whose memory ``leaves`` are: of a wrapper all that it holds, of rows that are not loaded none."""
+    parts = [leaf for leaf in leaves if type(leaf) in _ORDINARY and leaf.layout is torch.strided]
+    for leaf in leaves if len(parts) < len(leaves) else ():
+        if isinstance(leaf, LazyTensor):
+            parts += _parts([leaf.load()]) if leaf.rows is None else []
+        elif dynamo.is_traceable_wrapper_subclass(leaf):
+            parts += _parts([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif type(leaf) not in _ORDINARY and leaf.layout is torch.strided:
+            parts.append(leaf)
+    return parts

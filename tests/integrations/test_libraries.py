@@ -196,6 +196,25 @@ def test_torchao_weights_count_by_what_they_hold(pictures):
     assert torchcache.stats(cached).misses == 4 * SAMPLES
 
 
+@pytest.mark.parametrize("config", QUANTIZED)
+def test_torchao_below_a_last_block_that_trains(pictures, config):
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def run(cached):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE**2, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 3))
+        torchao.quantize_(net[1], getattr(torchao, config)())
+        net[:3].requires_grad_(False)
+        if cached:
+            torchcache.mark(net)
+        return net, trained(net, lambda rows: nn.functional.cross_entropy(net(pictures[rows]), LABELS[rows]))
+
+    _, expected = run(cached=False)
+    model, losses = run(cached=True)
+    assert_trains_the_same(losses, expected)
+    assert torchcache.stats(model).hits
+
+
 def test_torchao_in_place_after_rows_were_stored(pictures):
     torchao = pytest.importorskip("torchao.quantization")
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE**2, 32), nn.GELU(), nn.Linear(32, 16))
