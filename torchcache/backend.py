@@ -70,6 +70,7 @@ def torchcache_backend(
     cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
     smaller, kept = _without_unused_inputs(module)
     compiled = compile_graph(smaller, [example_inputs[position] for position in kept])
+    dynamo.forget_originals(module.graph, smaller.graph)
 
     def run(*args: Any) -> Any:
         return compiled(*[args[position] for position in kept])
@@ -88,6 +89,7 @@ def _without_unused_inputs(module: fx.GraphModule) -> tuple[fx.GraphModule, list
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     kept = [index for index, node in enumerate(inputs) if node.users or is_number(node)]
     for index in set(range(len(inputs))) - set(kept):
+        copies[inputs[index]].meta = {}  # the graph keeps what is erased, and is to keep no input with it
         graph.erase_node(copies[inputs[index]])
     output = next(iter(reversed(graph.nodes)))
     output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)

@@ -176,6 +176,20 @@ def is_fake(tensors: Sequence[torch.Tensor]) -> bool:
     return any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
+def forget_originals(graph: fx.Graph, copy: fx.Graph | None = None) -> None:
+    """Have a traced graph, and a copy of it, no longer refer to what was traced: torch swaps no such tensors.
+
+    For the end of a backend: were any of those traced once more, another fake tensor would stand for it.
+    """
+    for node in copy.nodes if copy is not None else ():  # in its own graph Dynamo does so itself
+        node.meta.pop("grapharg", None)
+    values = [node.meta.get("example_value") for node in graph.nodes]
+    modes: set[Any] = {detect_fake_mode(), *(value.fake_mode for value in values if isinstance(value, FakeTensor))}
+    for mode in modes - {None}:
+        with contextlib.suppress(AttributeError):  # another release of torch
+            mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
+
+
 def is_traced(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a call with ``tensors`` is being traced, and not made."""
     return is_watched() or any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors)

@@ -382,7 +382,8 @@ def unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -
         parts = _parts([leaf])
         storages = [part.untyped_storage() for part in parts]
         spans = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
-        shared = any(first <= start < after for first, after in spans for start in starts)
+        # Those without any memory have one address.
+        shared = any(first == after or first <= start < after for first, after in spans for start in starts)
         fresh.append(leaf.clone() if shared else leaf)
         starts += map(torch.Tensor.data_ptr, parts)
     return fresh

@@ -510,6 +510,22 @@ def test_a_dropped_model_is_given_back(door):
     assert gone() is None
 
 
+@pytest.mark.parametrize("kind", ["partly", "frozen", "not at all"])
+@pytest.mark.parametrize("door", ["call", "eager"])  # AOTAutograd refers to weights itself, where sizes vary
+def test_weights_can_be_swapped_as_without_a_mark(door, kind):
+    model = Net() if kind != "not at all" else nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3).requires_grad_(False))
+    torchcache.mark(model.body if kind == "frozen" else model)
+    run = opened(door, model)
+    for _ in range(2):
+        run(torch.randn(5, 6)).sum().backward()
+    model.zero_grad()
+    weights = [*model.parameters()]
+    for weight in weights:
+        torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 2, weight.requires_grad))
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(run(x), copy.deepcopy(model)(x))
+
+
 def test_a_frozen_mark_inside_is_looked_up_by_itself():
     torch.manual_seed(0)
     twin = Net()

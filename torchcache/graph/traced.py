@@ -16,6 +16,7 @@ from torchcache.dynamo import (
     compile_with,
     constant,
     fix_rows,
+    forget_originals,
     guard,
     has_global_hooks,
     takes_rows,
@@ -163,7 +164,9 @@ def _backend_of(traced: Traced) -> Callable[..., Any]:
         # Where there are many traces of one code, Dynamo runs any of them that fits, whoever had it made.
         guard(lambda: _running.call is not None and _running.call.traced is reference())
         here = reference()
-        return here.cache(graph) if here is not None else graph.forward
+        run = here.cache(graph) if here is not None else graph.forward
+        forget_originals(graph.graph)
+        return run
 
     return backend
 
