@@ -257,3 +257,20 @@ def test_an_argument_that_is_new_in_every_call_is_named(name, warnings):
     (text,) = [text for text in warnings if "was new in each" in text]
     assert name in text
     assert {"step": "scale", "scale": "step"}[name] not in text
+
+
+def test_a_mark_that_serves_by_one_of_its_parts_is_told_nothing():
+    told = run(
+        """
+        encoder = Encoder()
+        encoder.linear.requires_grad_(False)
+        model = torchcache.mark(nn.Sequential(encoder, nn.Linear(8, 2)))
+        with torch.no_grad():
+            for x in epochs(1):
+                model(x)
+        for x in epochs(3):
+            model(x).sum().backward()
+        assert torchcache.stats(model).hits
+        """
+    )
+    assert HEADER not in told

@@ -71,6 +71,8 @@ class Region:
         What it stands for.
     options : CacheOptions
         The mark's options.
+    mark : Region or None
+        That of the whole mark, of which this is a part that was cut out of a graph.
 
     Attributes
     ----------
@@ -90,22 +92,20 @@ class Region:
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
 
-    def __init__(self, subject: Subject, options: CacheOptions) -> None:
+    def __init__(self, subject: Subject, options: CacheOptions, mark: Region | None = None) -> None:
         self.subject = subject
         self.options = options
         self.tiers = Tiers(options, subject.name)
         self.counters = Counters()
-        self.history = History()
-        self.reasons = Reasons()
+        self.family: list[Counters] = mark.family if mark is not None else []
+        self.family.append(self.counters)
+        self.history, self.reasons = History(), Reasons()
         self.schedule = Schedule(options.audit, functools.partial(lacks, subject))
         self._learning = Learning(subject, options)
         self._early = Early(options.digest)
         self._turnover = Turnover()
         self._novelty = Novelty()
-        self._usefulness = Usefulness(
-            subject.name, self.counters, self.reasons, self._turnover, self._novelty, bool(self.tiers.beneath)
-        )
-        self._usefulness.watch(self)
+        self._usefulness = Usefulness(self, self._turnover, self._novelty)
         self.writes, self.inlined, self.partial, self.apart, self.traces = False, False, False, "", 0
         self.partly: Callable[[Given, Trains], Any] | None = None
         self._rest = Rest()

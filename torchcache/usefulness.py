@@ -31,18 +31,12 @@ class Usefulness:
 
     Parameters
     ----------
-    name : str
-        The region's name, for people.
-    counters : Counters
-        What the region did.
-    reasons : Counter of str
-        Why rows were computed and not stored, and how many.
+    region : Region
+        The region, which is judged when it is gone, or at the end of the process.
     turnover : Turnover
         Its identities.
     novelty : Novelty
         Which of its arguments are new in every call.
-    persistent : bool
-        Whether its rows stay on disk for later runs.
 
     Attributes
     ----------
@@ -52,27 +46,18 @@ class Usefulness:
         Rows of the last batch.
     """
 
-    def __init__(
-        self,
-        name: str,
-        counters: Counters,
-        reasons: collections.Counter[str],
-        turnover: Turnover,
-        novelty: Novelty,
-        persistent: bool,
-    ) -> None:
+    def __init__(self, region: Any, turnover: Turnover, novelty: Novelty) -> None:
         self.next_look = 0
         self.rows = 0
         self._sizes: collections.Counter[int] = collections.Counter()
-        self._counters = counters
-        self._reasons = reasons
+        self._name: str = region.name
+        self._counters: Counters = region.counters
+        # Of all regions of one mark: where one serves, no other is of no use.
+        self._family: list[Counters] = region.family
+        self._reasons: collections.Counter[str] = region.reasons
+        self._persistent = bool(region.tiers.beneath)
         self._turnover = turnover
         self._novelty = novelty
-        self._persistent = persistent
-        self._name = name
-
-    def watch(self, region: Any) -> None:
-        """Judge ``region`` when it is gone, or at the end of the process."""
         _running.add(self)
         weakref.finalize(region, _conclude, self).atexit = False
 
@@ -92,7 +77,7 @@ class Usefulness:
     def verdict(self) -> str | None:
         """What to say at the end of the run of a region that served nothing; ``None`` where there is nothing to say."""
         counters = self._counters
-        if counters.hits or counters.calls < FEWEST_CALLS or not self._rows():
+        if counters.calls < FEWEST_CALLS or not self._rows() or any(other.hits for other in self._family):
             return None
         if self._persistent and not self._bypassed() and not self._changes() and not self._returned():
             return None  # a first pass over the data fills the directory

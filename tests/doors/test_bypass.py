@@ -674,3 +674,25 @@ def test_reasons_that_differ_in_numbers_are_said_a_few_times_and_counted_togethe
     assert "pass 'names' as tensors with a row a sample" in warnings[0]
     assert len(torchcache.stats(module).regions[0].reasons) <= 3
     assert sum(torchcache.stats(module).regions[0].reasons.values()) == sum(range(2, 40))
+
+
+class Packed(nn.Module):
+    """Its output is as long as the longest row of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 8, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.recurrent(packed)[0], batch_first=True)[0]
+
+
+def test_rows_that_are_as_long_as_the_longest_of_their_batch_are_computed(warnings):
+    module = torchcache.mark(Packed(), freeze=True)
+    plain = unmarked(module)
+    for _ in range(6):
+        batch = torch.randn(4, 30, 4), torch.randint(9, 31, (4,))
+        torch.testing.assert_close(module(*batch), plain(*batch))
+    assert reasons(module) == "the size of a row of output depends on the other rows of the batch"
+    assert len(warnings) == 1

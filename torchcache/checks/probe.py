@@ -172,7 +172,12 @@ def _without_rows(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Bypa
 
 
 def _not_rows(taken: Taken, index: int, shape: tuple[int, ...], count: int) -> Bypass:
-    """That an output has no rows."""
+    """That an output has no rows, or that their size is not theirs alone."""
+    if shape.count(count) == 1:
+        return Bypass(
+            f"the size of a row of output{taken.path(index)} depends on the other rows of the batch",
+            "give all rows one length, as pad_packed_sequence does with total_length",
+        )
     return Bypass(
         f"output{taken.path(index)} has shape {shape} for {count} rows, not one row a sample",
         "mark a part that returns one row a sample",
@@ -344,6 +349,9 @@ class _Trial:
         if beside.key != pair.key:
             raise _InconsistentError(Bypass("the structure of its output depends on the rows", ""))
         mine, other = self._row(pair, 0), self._row(beside, 0)
+        for index, (one, another) in enumerate(zip(mine, other, strict=True)):
+            if one.shape != another.shape:
+                raise _InconsistentError(_not_rows(pair, index, tuple(pair.tensors[index].shape), 2))
         if all(map(identical, mine, other)):
             return
         again = self._row(self._run((first, second)), 0)

@@ -334,7 +334,7 @@ def _region(plan: Plan, key: Any, original: Original, number: int) -> Region:
     if options.padding is not None:
         warn_once(f"padding= is for marks that are frozen as a whole: all positions of {subject.name} count")
         options = options.replace({"padding": None, "padding_value": None})
-    region = Region(subject, options)
+    region = Region(subject, options, region_of(plan.parts[0].mark, plan.parts[0].module))
     region.partial = True
     for part in plan.parts:
         add_region(part.owner, (key, number), region)
