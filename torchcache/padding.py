@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torchcache.batch import Given, Subject, take
-from torchcache.checks.chance import Generators, generators_kept
+from torchcache.checks.chance import Draws, check_again, generators_kept
 from torchcache.checks.compare import Narrowest, Rounding, difference
 from torchcache.checks.learning import SETUP_CALLS
 from torchcache.checks.plan import precision_of
@@ -252,11 +252,13 @@ class Padding:
 
     def _learn(self, given: Given, batch: PaddedBatch, ordinary: Ordinary) -> tuple[_Proof, Any]:
         """What is to be remembered, and the outputs, where real positions are the same at every length."""
-        generators = Generators()
+        draws = Draws()
         with self._nothing_written():
             whole = take_outputs(given.run())
-        if generators.moved():
-            raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
+        draws.check()
+        if draws.unclear():
+            with self._nothing_written(restore=True):
+                check_again(lambda: self._original(batch, batch.taken.tensors), quiet=False)
         with self._nothing_written(restore=True), generators_kept(), normal_tensors(), torch.no_grad():
             proof = self._compare(batch, whole)
         with self._nothing_written(restore=True):

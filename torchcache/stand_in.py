@@ -196,7 +196,7 @@ class Deferred(nn.Module):
                     stack.enter_context(torch.cuda.device(device))
                 if torch.device(self._home).type not in ("cpu", "meta"):
                     stack.enter_context(torch.device(self._home))
-                stack.enter_context(generators_kept())
+                stack.enter_context(generators_kept(draws=True))  # weights are drawn
                 built = self._build()
         except BaseException as error:
             vars(self).pop(place, None)

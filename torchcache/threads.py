@@ -76,6 +76,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def is_alone() -> bool:
+    """Whether no other thread runs code of the user's: there are none but threads of ours."""
+    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("torchcache")}
+    return sys._current_frames().keys() <= {threading.get_ident(), *ours}
+
+
 def yield_to_training() -> None:
     """Let this thread run when training does not need the core, where the system can say so."""
     if sys.platform == "linux":  # elsewhere a thread has no priority that is set like a process's

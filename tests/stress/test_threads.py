@@ -1,11 +1,13 @@
 """Threads of one process on one directory, one model, one memory tier."""
 
+import contextlib
 import contextvars
 import random
 import sys
 import threading
 import time
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -140,3 +142,74 @@ def test_rows_that_are_computed_while_a_thread_loads_weights_are_not_kept():
         with torchcache.bypass():
             expected = module(x)
         torch.testing.assert_close(module(x), expected)
+
+
+INSIDE, PROCEED, DRAWN = threading.Semaphore(0), threading.Semaphore(0), []
+
+
+class Meets(nn.Module):
+    """Lets another thread draw while its forward runs."""
+
+    def __init__(self, own=None):
+        super().__init__()
+        self.layer, self.own = nn.Linear(4, 4), own
+
+    def forward(self, x):
+        INSIDE.release()
+        PROCEED.acquire(timeout=60)
+        return self.layer(x) + (0 if self.own is None else self.own(x))
+
+
+@contextlib.contextmanager
+def drawing(draw):
+    """Another thread draws once in every run of a forward."""
+    over = threading.Event()
+    DRAWN.clear()
+
+    def work():
+        while not over.is_set():
+            if INSIDE.acquire(timeout=0.01):
+                DRAWN.append(draw())
+                PROCEED.release()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def numpy_row(x):
+    return 0 * x + np.random.standard_normal()
+
+
+DRAWS = {
+    "torch": lambda: torch.randint(1 << 62, ()).item(),
+    "numpy": lambda: np.random.randint(1 << 62),
+    "python": lambda: random.getrandbits(62),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_what_another_thread_draws_is_not_taken_for_the_originals_nor_taken_back(kind):
+    module, data = torchcache.mark(Meets(), freeze=True), [torch.randn(6, 4) for _ in range(3)]
+    with drawing(DRAWS[kind]):
+        for x in data:
+            module(x), module(x)
+    assert len(set(DRAWN)) == len(DRAWN)
+    with drawing(lambda: None):
+        module(data[0]), module(data[0])
+    hits = torchcache.stats(module).hits
+    assert hits >= (30 if kind == "torch" else 6), "refused for good"
+
+
+@pytest.mark.parametrize("own", [torch.rand_like, lambda x: nn.functional.dropout(x * 0, 0.5), numpy_row])
+def test_what_draws_itself_is_not_cached_beside_a_thread_that_draws(own):
+    module, x = torchcache.mark(Meets(own), freeze=True), torch.randn(6, 4)
+    with drawing(DRAWS["torch"]):
+        for _ in range(6):
+            module(x)
+    assert torchcache.stats(module).misses == torchcache.stats(module).hits == 0
+    assert "random" in str(torchcache.stats(module).regions[0].reasons)

@@ -11,7 +11,7 @@ import torch
 
 from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.arguments import Arguments
-from torchcache.checks.chance import Generators, generators_kept
+from torchcache.checks.chance import Draws, check_again, generators_kept
 from torchcache.checks.gradients import Original, modes_agree
 from torchcache.checks.plan import CHANGED, Form, Plan
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
@@ -90,7 +90,7 @@ class Learning:
             self._check_mode()
         try:
             if not tiers.knows(batch.who):
-                whole = self._run_watched(batch)
+                whole = self._run_watched(batch, form)
                 if batch.moved and not batch.wrote and self._subject.identity.current() == batch.who:
                     form.unsettled += 1
                     advice = "let neither its forward nor another thread write to its weights and buffers meanwhile"
@@ -304,12 +304,12 @@ class Learning:
                 return learnt, output, original.crossed or not ask
         raise AssertionError("the last probe is in one mode")
 
-    def _run_watched(self, batch: Batch) -> Taken:
+    def _run_watched(self, batch: Batch, form: Form) -> Taken:
         """The original on the caller's own arguments: what it is given must stay as it is, and nothing be drawn."""
         with computing():
             batch.given.load()
         given = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
-        generators, arguments = Generators(), Arguments(given.tensors)
+        draws, arguments = Draws(), Arguments(given.tensors)
         identity = self._subject.identity
         steady = identity.steady()
         if identity.current() != batch.who:
@@ -318,8 +318,9 @@ class Learning:
         outputs = batch.given.run()
         batch.moved = not steady.holds(identity.look().tensors)
         batch.wrote = written.differences() if written is not None else []
-        if generators.moved():
-            raise Bypass("it draws random numbers", "call .eval() on it, or mark a part that draws none")
+        draws.check()
+        if draws.unclear():
+            self._check_draws(batch, form)
         taken = take_outputs(outputs)
         if any(leaf.requires_grad for leaf in taken.tensors):
             raise Bypass(
@@ -333,6 +334,14 @@ class Learning:
         if not taken.tensors:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
+
+    def _check_draws(self, batch: Batch, form: Form) -> None:
+        """Refuse to learn of a call whose original drew random numbers, or may have while another thread did."""
+        form.unsettled += 1
+        often = form.unsettled & (form.unsettled - 1)  # it is run once more in a first call, and then ever less often
+        with self._noting(batch, []):
+            run = None if often else lambda: batch.original(batch.taken.tensors)
+            check_again(run, quiet=form.unsettled < SETUP_CALLS)
 
     @contextlib.contextmanager
     def _noting(self, batch: Batch, names: list[str]) -> Iterator[None]:

@@ -19,14 +19,12 @@ import torch
 from torch import fx, nn
 
 from torchcache import dynamo
+from torchcache.checks.chance import TRAINING, arguments_of, draws
 from torchcache.dynamo import ENTER_AUTOCAST, EXIT_AUTOCAST, FakeTensor, TorchDispatchMode, source_of, storage_of
 from torchcache.graph.parts import part_of
 from torchcache.mark import Mark
 from torchcache.op import RECORDING, subject_of
 from torchcache.regions import region_of
-
-_PROBABILITIES = ("dropout_p", "p", "dropout")
-_TRAINING = ("training", "train", "use_input_stats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,25 +343,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-        if torch.Tag.nondeterministic_seeded in func.tags and not _inert(given):
+        given = arguments_of(func, args, kwargs)
+        if draws(func, given):
             self.random = str(func)
-        if "batch_norm" in schema.name and any(given.get(name) is True for name in _TRAINING):
+        if "batch_norm" in func._schema.name and any(given.get(name) is True for name in TRAINING):
             self.statistics = str(func)
         self.written.update(map(storage_of, dynamo.written(func, args, kwargs)))
         return func(*args, **kwargs)
-
-
-def _inert(given: dict[str, Any]) -> bool:
-    """Whether a random operator is told to draw nothing: probability zero, or not training."""
-    probabilities = [given[name] for name in _PROBABILITIES if isinstance(given.get(name), float)]
-    if probabilities:
-        return not any(probabilities)
-    if any(name in given for name in _TRAINING):
-        return not any(given.get(name) for name in _TRAINING)
-    # Attention kernels leave dropout_p at its default of zero out of the call.
-    return "query" in given
 
 
 def _is_instance_norm(node: fx.Node) -> bool:
