@@ -272,7 +272,8 @@ class Padding:
         if self._pure:
             yield
             return
-        written, error = Written(self._subject.module, self._subject.identity.outside()), None
+        written = Written(self._subject.module, self._subject.identity.outside(), contents=True)
+        error = None
         try:
             yield
         except Bypass as bypass:

@@ -137,6 +137,58 @@ def test_a_module_that_writes_is_right_in_every_call(kind, what, warnings):
     assert any(what in text and "pure=True" in text for text in warnings)
 
 
+def batch_statistics(self, x):
+    nn.functional.batch_norm(x, self.average, self.spread, training=True)
+
+
+def write_to_data(self, x):
+    self.average.data.mul_(0.9).add_(0.1 * x.mean(0))
+
+
+def write_by_numpy(self, x):
+    self.average.numpy()[:] += x.numpy().mean(0)
+
+
+def write_to_an_array(self, x):
+    self.counts += x.numpy().sum(0)
+
+
+class WritingUnseen(nn.Module):
+    """Writes where no version tells."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.counts = np.zeros(4)
+        self.register_buffer("average", torch.zeros(4))
+        self.register_buffer("spread", torch.ones(4))
+
+    def forward(self, x):
+        self.write(self, x)
+        return x * 2
+
+
+@pytest.mark.parametrize("write", [batch_statistics, write_to_data, write_by_numpy, write_to_an_array])
+def test_first_calls_leave_no_writes_but_the_callers(write):
+    module, twin = torchcache.mark(WritingUnseen(write), audit=0), WritingUnseen(write)
+    for x in torch.randn(6, 5, 4):
+        assert_same(module(x), twin(x))
+        assert_same(module.state_dict(), twin.state_dict())
+        np.testing.assert_array_equal(module.counts, twin.counts)
+    assert counts(module) == (0, 0)
+
+
+def test_statistics_that_a_cached_model_is_adapted_by_are_those_of_its_own_calls():
+    module = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), freeze=True)
+    twin = unmarked(module)
+    for training in (False, True):
+        for each in (module, twin):
+            each[1].training = training
+        for x in torch.randn(4, 5, 4):
+            assert_same(module(x), twin(x))
+            assert_same(module.state_dict(), twin.state_dict())
+
+
 class Extractor:
     """What public code keeps features with."""
 

@@ -43,6 +43,7 @@ class Outside:
         self._before = [(owner, path, self._held(owner)) for owner, path in places if self._names]
         held = [(value, path) for _, path, found in self._before for value in found.values()]
         self._containers = Containers([*containers, *held])
+        self.tensors = tensors
         self._tensors = [(tensor, version_of(tensor)) for tensor in tensors]
 
     def again(self) -> Outside:

@@ -6,15 +6,21 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from torchcache.digest.cpu import digest_bytes
+from torchcache.errors import Bypass
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
+from torchcache.identity.content import content_digest
 from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
 
+# Larger tensors are compared by their versions only.
+MOST_BYTES = 1 << 24
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name and isinstance(vars(nn.Module())[name], dict)]
 
 
@@ -29,10 +35,18 @@ class Written:
         What may be written elsewhere.
     wrote : sequence of Difference
         What an earlier call wrote: the contents of tensors among it are restored as well.
+    contents : bool
+        Whether contents are compared, and restored, of what is no parameter and not too large: no version tells that
+        BatchNorm's statistics change, or what is written through ``data`` or NumPy.
     """
 
     def __init__(
-        self, module: nn.Module | None, outside: Outside | None = None, wrote: Sequence[Difference] = ()
+        self,
+        module: nn.Module | None,
+        outside: Outside | None = None,
+        wrote: Sequence[Difference] = (),
+        *,
+        contents: bool = False,
     ) -> None:
         self._module = module
         self._outside = outside
@@ -40,8 +54,14 @@ class Written:
         # A path in the tree says what somebody wrote to; a library that has installed hooks notes so in an attribute.
         self._containers = Containers((held, functools.partial(str, name)) for name, (held, _) in self._before.items())
         self._hooks = Containers((hooks, str) for hooks in _hooks(module))
-        held = {id(leaf): leaf for one in wrote for leaf in _tensors(one.now)}.values()
-        self._contents = [(leaf, version_of(leaf), leaf.detach().clone()) for leaf in held]
+        held = {id(leaf): ("", leaf) for one in wrote for leaf in _tensors(one.now)}
+        if contents:
+            named = [(name, value) for name, (value, _) in self._before.items()]
+            named += [("a tensor that it reads", leaf) for leaf in (outside.tensors if outside is not None else ())]
+            for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
+                if leaf.nbytes <= MOST_BYTES:
+                    held.setdefault(id(leaf), (name, leaf))
+        self._contents = [_Content(name, leaf) for name, leaf in held.values() if _is_readable(leaf)]
 
     def again(self) -> Written:
         """The same at this time."""
@@ -59,6 +79,12 @@ class Written:
             if not _equal(self._before.get(name), after.get(name))
         ]
         found += self._containers.differences()
+        told = {one.name for one in found}
+        found += [
+            Difference(one.name, one.leaf, one.leaf)
+            for one in self._contents
+            if one.name and one.name not in told and one.differs()
+        ]
         return found if self._outside is None else [*found, *self._outside.differences()]
 
     def changes(self) -> list[str]:
@@ -98,10 +124,48 @@ class Written:
                     holder[name] = value
         self._containers.restore()
         self._hooks.restore()
-        with torch.no_grad():
-            for leaf, version, contents in self._contents:
-                if version_of(leaf) != version:
-                    leaf.copy_(contents)
+        for one in self._contents:
+            one.restore()
+
+
+class _Content:
+    """What a tensor or an array holds at one time."""
+
+    def __init__(self, name: str, leaf: Any) -> None:
+        self.name, self.leaf = name, leaf
+        self._was = leaf.copy() if isinstance(leaf, np.ndarray) else leaf.detach().clone()
+        self._digest = _digest(leaf)
+
+    def differs(self) -> bool:
+        """Whether it holds something else."""
+        return _digest(self.leaf) != self._digest
+
+    def restore(self) -> None:
+        """Put back what it held; what other graphs keep of it is as it was, and so is its version."""
+        if not self.differs():
+            return
+        if isinstance(self.leaf, np.ndarray):
+            self.leaf[...] = self._was
+            return
+        with torch.no_grad(), torch.inference_mode(self.leaf.is_inference()):
+            self.leaf.data.copy_(self._was)
+
+
+def _digest(leaf: Any) -> bytes:
+    if isinstance(leaf, np.ndarray):
+        return digest_bytes(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+    return content_digest(leaf)
+
+
+def _is_readable(leaf: Any) -> bool:
+    """Whether its content can be told: that of sparse tensors and of most subclasses cannot."""
+    if isinstance(leaf, np.ndarray):
+        return type(leaf) is np.ndarray and not leaf.dtype.hasobject and leaf.flags.writeable
+    try:
+        content_digest(leaf)
+    except Bypass:
+        return False
+    return True
 
 
 # A value, the version of a tensor.
@@ -112,6 +176,12 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     """What of it are tensors whose contents a forward may keep."""
     leaves = value if type(value) is tuple else (value,)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)]
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What of a value has contents of its own that a forward may write: tensors that are no parameters, and arrays."""
+    items = value.values() if type(value) is dict else value if type(value) in (tuple, list) else (value,)
+    return [leaf for leaf in items if isinstance(leaf, np.ndarray) or _tensors(leaf)]
 
 
 def _hooks(module: nn.Module | None) -> Iterable[Any]:
