@@ -19,8 +19,8 @@ from torchcache.identity.objects import ignored
 from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
 
-# Larger tensors are compared by their versions only.
-MOST_BYTES = 1 << 24
+# Larger tensors, and what is beyond so many bytes in all, are compared by their versions only.
+MOST_BYTES, MOST_IN_ALL = 1 << 24, 1 << 28
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name and isinstance(vars(nn.Module())[name], dict)]
 
 
@@ -56,11 +56,13 @@ class Written:
         self._hooks = Containers((hooks, str) for hooks in _hooks(module))
         held = {id(leaf): ("", leaf) for one in wrote for leaf in _tensors(one.now)}
         if contents:
+            room = MOST_IN_ALL
             named = [(name, value) for name, (value, _) in self._before.items()]
             named += [("a tensor that it reads", leaf) for leaf in (outside.tensors if outside is not None else ())]
             for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
-                if leaf.nbytes <= MOST_BYTES:
-                    held.setdefault(id(leaf), (name, leaf))
+                if id(leaf) not in held and leaf.nbytes <= min(MOST_BYTES, room):
+                    held[id(leaf)] = (name, leaf)
+                    room -= leaf.nbytes
         self._contents = [_Content(name, leaf) for name, leaf in held.values() if _is_readable(leaf)]
 
     def again(self) -> Written:
