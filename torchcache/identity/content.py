@@ -204,9 +204,10 @@ def _plain(tensor: torch.Tensor, wrapping: list[str]) -> Iterator[torch.Tensor]:
             "give it __tensor_flatten__, or keep it outside of the marked module",
         )
     elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.itemsize not in ITEM_SIZES:
+        dense = tensor.layout is torch.strided
         raise Bypass(
-            f"the state holds a tensor of layout {tensor.layout} and dtype {tensor.dtype}, which is not hashed",
-            "make it dense, or keep it outside of the marked module",
+            f"the state holds a tensor of {f'dtype {tensor.dtype}' if dense else tensor.layout}, which is not hashed",
+            ("" if dense else "make it dense, or ") + "keep it outside of the marked module",
         )
     else:
         _check_memory(tensor)
