@@ -672,13 +672,14 @@ class Listed(Net):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_what_looks_like_rows_and_is_none_ends_no_run(door):
+def test_what_looks_like_rows_and_is_none_ends_no_run(door, warnings):
     model, twin = nets(Listed)
     run = opened(door, model)
     for rows in (4, 3, 3, 2, 1):
         images = list(torch.randn(rows, 3, 5, 6))
         assert_trains_the_same(run, model, twin, (images,))
     assert not counted(model)[0]
+    assert any("cached while it trains: what is frozen gives no row" in text for text in warnings)
 
 
 class Reading(Net):

@@ -13,6 +13,7 @@ from torchcache.dynamo import expression_of, storage_of
 from torchcache.graph.fewest import fewest, is_cheap, operator_name, reachable
 from torchcache.graph.frozen import Analysis, is_number, tensor_of
 from torchcache.graph.parts import part_of, parts_of
+from torchcache.graph.sizes import Unfit
 
 # Operators that may make the first dimensions of a tensor one, in their order.
 MERGING = frozenset({"view", "reshape", "flatten", "repeat_interleave"})
@@ -59,7 +60,13 @@ class Cut:
 
 
 def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
-    """Shrink a partition until all that is read of it follows from rows; ``None`` if nothing is left."""
+    """Shrink a partition until all that is read of it follows from rows; ``None`` if what is left computes little.
+
+    Raises
+    ------
+    Unfit
+        When what computes much gives no rows of any input.
+    """
     members = dict.fromkeys(nodes)
     while members:
         read = [
@@ -83,7 +90,9 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
             mixed = [node for node in read if node not in whole]
         for node in reachable(mixed, members, lambda node: node.users):
             del members[node]
-    return None
+    if all(is_cheap(node, analysis) for node in nodes if node in analysis.varying):
+        return None
+    raise Unfit("what is frozen gives no row for each row of one of its tensors: a list of tensors has none")
 
 
 def _batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis: Analysis) -> Any:
