@@ -103,6 +103,8 @@ configure()
 class Complaints:
     """What a store suffers: counted, and the first of it a warning, since what follows from it would say the same.
 
+    The same of a store that is opened again, as for one model after another, is said once in a process.
+
     Parameters
     ----------
     store : str
@@ -120,6 +122,6 @@ class Complaints:
 
     def complain(self, what: str, count: int = 1) -> None:
         """Count errors, and say what happened."""
-        level = logging.INFO if self.errors else logging.WARNING
+        say = logger.info if self.errors else warn_once
         self.errors += count
-        logger.log(level, "%s %s", self._suffers, what)
+        say(f"{self._suffers} {what}")

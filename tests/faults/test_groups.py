@@ -45,10 +45,14 @@ def as_user(user, mask, function):
     return endurance.in_a_child(child)
 
 
+_held = []
+
+
 def train(directory, small=50, large=4, **options):
     """Rows that disk answered, and failures."""
     torch.set_num_threads(1)
     run = Run(directory, **options)
+    _held.append(run)  # as in a process that is killed: nothing is closed
     run.steps(small, large)
     return [run.count("disk_hits"), run.count("disk_errors")]
 
