@@ -66,7 +66,7 @@ def extract(cut: Cut, analysis: Analysis, inputs: Inputs, rows: Rows) -> fx.Grap
     """Copy a region into a graph of its own, within the autocast blocks that its nodes were traced in.
 
     It takes data, state, and those sizes that are not the number of an input's rows. The first dimension of what it
-    gives is that of the rows.
+    gives is that of the rows. Dropout that drops nothing is left out: how much it would drop is no part of the region.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -79,7 +79,8 @@ def extract(cut: Cut, analysis: Analysis, inputs: Inputs, rows: Rows) -> fx.Grap
 
     def copy_of(node: fx.Node) -> fx.Node:
         if node not in copies:
-            copies[node] = graph.node_copy(node, copy_of)
+            passed = _passed_on(node)
+            copies[node] = graph.node_copy(node, copy_of) if passed is None else copy_of(passed)
         return copies[node]
 
     blocks: list[tuple[fx.Node, fx.Node]] = []
@@ -99,6 +100,24 @@ def extract(cut: Cut, analysis: Analysis, inputs: Inputs, rows: Rows) -> fx.Grap
     for node in graph.nodes:  # notes of the trace, which keep alive what they are about
         node.meta = {}
     return fx.GraphModule({}, graph, "Region")
+
+
+def _passed_on(node: fx.Node) -> fx.Node | None:
+    """What a dropout that drops nothing returns; ``None`` of other nodes."""
+    if node.target not in _DROPOUTS:
+        return None
+    training = node.kwargs.get("training", node.kwargs.get("train", node.args[2] if len(node.args) > 2 else None))
+    given = node.args[0] if node.args else node.kwargs.get("input")
+    return given if training is False and isinstance(given, fx.Node) else None
+
+
+_DROPOUTS = frozenset(
+    getattr(home, f"{kind}dropout{dims}")
+    for home in (torch, torch.nn.functional)
+    for kind in ("", "alpha_", "feature_", "feature_alpha_")
+    for dims in ("", "1d", "2d", "3d")
+    if hasattr(home, f"{kind}dropout{dims}")
+)
 
 
 def _follows(node: fx.Node, inside: set[fx.Node], analysis: Analysis) -> bool:
@@ -140,7 +159,8 @@ def graph_digest(graph: fx.Graph, *about: Any) -> bytes:
 def _target_text(target: Any) -> str:
     if isinstance(target, (str, *dynamo.OPERATORS)):
         return str(target)
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or target.__name__}"
+    # Several of torch's share one of the two.
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')} {target.__name__}"
 
 
 def _text(value: Any, numbers: dict[fx.Node, int]) -> str:

@@ -18,10 +18,12 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import hint
 from torchcache.errors import Unreadable
 from torchcache.graph.beside import Beside
+from torchcache.graph.closed import are_plain, of_torch
 from torchcache.graph.parts import Part
 from torchcache.graph.sizes import Rows, same_shape
 from torchcache.graph.state import ModuleState, Paths, Places
 from torchcache.identity.identity import Identity, Seen
+from torchcache.identity.program import Program
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
 from torchcache.logging import warn_once
@@ -50,6 +52,8 @@ class Plan:
         The marked calls that it is part of.
     digest : bytes
         Digest of all that is written in the graph.
+    closed : bool
+        Whether the graph calls nothing but torch.
     """
 
     module: fx.GraphModule
@@ -59,10 +63,14 @@ class Plan:
     rows: Rows
     parts: tuple[Part, ...]
     digest: bytes
+    closed: bool
 
 
 class GraphIdentity:
-    """Who computes a region: its graph, the programs that this is part of, and the state that it reads.
+    """Who computes a region: its graph, the state that it reads, and the programs of what it calls.
+
+    A graph that calls nothing but torch has the program of torch: settings of what trains beside it are no part. For
+    others it is that of the marked calls.
 
     Parameters
     ----------
@@ -70,13 +78,18 @@ class GraphIdentity:
         The identities of the marked calls, and the user's own names for them.
     graph : bytes
         Digest of all that is written in the graph.
+    closed : bool
+        Whether the graph calls nothing but torch.
     places : Places
         Where the marked modules hold the state.
     """
 
-    def __init__(self, parts: Sequence[tuple[Identity, str | None]], graph: bytes, places: Places) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Identity, str | None]], graph: bytes, closed: bool, places: Places
+    ) -> None:
         self._parts = parts
         self._graph = graph
+        self._closed = closed
         self._state = State()
         self._places = places
         self._named = all(name is not None for _, name in parts)
@@ -114,9 +127,10 @@ class GraphIdentity:
         Bypass
             When a program reads something that has no identity.
         """
-        programs = self._programs_now()
+        tensors = (seen or self.look()).tensors
+        programs = self._programs_now(tensors)
         # The graph of a named mark may be that of several of its parts.
-        state = (self._places.digest if self._named else self._state.current)((seen or self.look()).tensors)
+        state = (self._places.digest if self._named else self._state.current)(tensors)
         return digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
 
     def gone(self) -> bool:
@@ -139,22 +153,27 @@ class GraphIdentity:
 
     def changes(self) -> list[str]:
         """Names of what is not as it was when ``current`` was last asked."""
-        found = [name for identity, _ in self._parts for name in identity.program().changes()]
+        found = [name for program in self._programs(self.look().tensors) for name in program.changes()]
         if not found and self._state.digest and not self._state.unchanged(self.look().tensors):
             found.append("a parameter or buffer")
         return found
 
-    def _programs_now(self) -> list[bytes]:
-        found = []
-        for identity, name in self._parts:
-            if name is not None:
-                found.append(b"name:" + name.encode("utf-8", "surrogatepass"))
-                continue
-            program = identity.program()
+    def _programs_now(self, tensors: Tensors) -> list[bytes]:
+        names = [name for _, name in self._parts if name is not None]
+        found = [b"name:" + name.encode("utf-8", "surrogatepass") for name in names]
+        for program in self._programs(tensors):
             if program.problem is not None:
                 raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
             found.append(b"program:" + program.digest)
         return found
+
+    def _programs(self, tensors: Tensors) -> list[Program]:
+        """The programs of what the graph calls; none that the user has a name for."""
+        if self._named:
+            return []
+        if self._closed and are_plain(tensors):
+            return [of_torch()]
+        return [identity.program() for identity, name in self._parts if name is None]
 
 
 class _Original:
@@ -204,7 +223,7 @@ class GraphSubject:
         identities: list[Any] = [region.subject.identity for region in regions]
         names = [part.options.persistent_module_hash for part in plan.parts]
         places = Places([part.module for part in plan.parts])
-        self.identity: Any = GraphIdentity(list(zip(identities, names, strict=True)), plan.digest, places)
+        self.identity: Any = GraphIdentity(list(zip(identities, names, strict=True)), plan.digest, plan.closed, places)
         self._data = len(plan.data)
         self._original = original
 

@@ -12,6 +12,7 @@ from torch import fx
 from torchcache.dynamo import fix_rows
 from torchcache.errors import brief
 from torchcache.graph.beside import Beside
+from torchcache.graph.closed import is_closed
 from torchcache.graph.cut import Cut, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
 from torchcache.graph.fewest import reachable
@@ -138,6 +139,7 @@ def _cache(
         rows=rows,
         parts=tuple(parts),
         digest=graph_digest(original.graph, len(inputs.data), len(inputs.state), rows.first, rows.fixed),
+        closed=is_closed(original.graph, _traced(inputs.data)),
     )
     paths = tuple(held[node] for node in inputs.state if node in held)
     regions = regions_for(plan, paths, compile_original)
