@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +43,7 @@ from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import tell, unloaded_rows
 from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
-from torchcache.modes import trained
+from torchcache.modes import goes_by_parts, trained
 from torchcache.options import CacheOptions
 from torchcache.padding import Padding
 from torchcache.store.found import Found
@@ -55,8 +54,6 @@ from torchcache.values.merge import assemble
 from torchcache.values.take import Taken, take_outputs
 
 Tensors = list[torch.Tensor]
-
-_requires_grad = operator.attrgetter("requires_grad")
 
 # So many times stored rows were found to be wrong before a region is given up.
 MOST_ALARMS = 3
@@ -227,7 +224,7 @@ class Region:
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         started = self._early.start(taken.key, tensors)
         seen = given.seen or self.subject.identity.look()
-        if (torch.is_grad_enabled() or self.partial) and any(map(_requires_grad, seen.tensors)):
+        if goes_by_parts(seen.tensors, self.partial, self.partly is not None and self._turnover.unsteady):
             advice = "freeze what is not to train with requires_grad_(False), or all with mark(module, freeze=True)"
             raise Trains(lambda: f"it trains {trained(self.subject.module)}", advice)
         who = seen.who or self.subject.identity.current(seen)

@@ -9,6 +9,7 @@ import itertools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -430,13 +431,18 @@ def is_ours() -> bool:
     return tracer is None or _takes_rows(tracer.output.compiler_fn)
 
 
-def guard(holds: Callable[[], bool]) -> None:
-    """Have Dynamo run what it traces only as long as ``holds()``; asked before each run, and once when it is traced."""
+def guard(holds: Callable[[], bool], owner: object = None) -> None:
+    """Have Dynamo run what it traces only as long as ``holds()``; asked before each run, and once when it is traced.
+
+    What it traced is let go together with an ``owner``, which this does not keep alive.
+    """
     if _tracer() is None:
         return
+    held = weakref.ref(owner) if owner is not None else lambda: None
 
     def create(builder: Any, _: Any) -> None:
         _add(builder.guard_manager.root.add_lambda_guard, lambda _: holds(), ["torchcache: a call is looked up"])
+        builder.id_ref(held(), "its owner")  # of ``None`` it takes no notice
 
     torch._dynamo.guards.install_guard(torch._guards.Guard(torch._dynamo.source.GlobalStateSource(), create))
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from torchcache.batch import Given
@@ -30,15 +31,23 @@ from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 
 UNTRACED = (
-    "Dynamo runs no trace of it: it leaves its code alone, or models of its classes took all traces that there may be",
-    "call torch.compiler.reset() between models, or mark a part that Dynamo traces",
+    "Dynamo runs no trace of it: it leaves its code alone, or took as many traces of it as it may",
+    "raise torch._dynamo.config.recompile_limit, or mark a part that Dynamo traces",
 )
-# A mark whose program changes more often than this is not traced for each change.
-MOST_PROGRAMS = 8
+RESTLESS = "its program, or what of it trains, keeps changing", "mark a part that keeps no state"
+# Traces that are kept of one mark.
+MOST_TRACES = 16
+# Traces that are made on trust, which lasts as long as one of them runs for so many calls now and then.
+MOST_TRUSTED = 8
+ENOUGH_CALLS = 8
+# Programs without a trace whose calls are counted.
+MOST_WANTED = 4
+
+Key = tuple[bytes, bytes, bool]
 
 
 class Traced:
-    """The original of a partly trainable mark, traced once for each program that it has.
+    """The original of a partly trainable mark, traced once for each program that it has, and what of this trains.
 
     Traced for any number of rows, and again when Dynamo's guards say so. Where Dynamo fails, or finds nothing to look
     up, the original is computed, with a reason.
@@ -54,14 +63,18 @@ class Traced:
     """
 
     def __init__(self, mark: Mark, module: nn.Module, region: Region) -> None:
-        self.graphs: list[fx.GraphModule] = []
         self._mark = mark
         self._module = weakref.ref(module)
         self._owner = weakref.ref(region)
-        self._subject = subject_name(mark, module)
-        self._programs: dict[bytes, Callable[..., Any]] = {}
+        self._traces: dict[Key, _Trace] = {}
+        self._trusted = MOST_TRUSTED
+        self._wanted: dict[Key, int] = {}
         self._failed: Bypass | None = None
-        self._outcome = Outcome()
+
+    @property
+    def graphs(self) -> list[fx.GraphModule]:
+        """The rewritten graphs of the traces that are kept."""
+        return [graph for trace in list(self._traces.values()) for graph in trace.graphs]
 
     @property
     def _region(self) -> Region:
@@ -78,7 +91,7 @@ class Traced:
         if all(parameter.requires_grad for parameter in module.parameters()):
             return self._region.compute(given, trains)
         try:
-            return self._run(self._compiled(module), module, given)
+            return self._run(self._trace(module), module, given)
         except Bypass as bypass:
             return self._region.compute(given, bypass)
         except Exception as error:
@@ -90,35 +103,82 @@ class Traced:
         finally:
             fix_rows()
 
-    def _run(self, compiled: Callable[..., Any], module: nn.Module, given: Given) -> Any:
+    def _run(self, trace: _Trace, module: nn.Module, given: Given) -> Any:
         """The call, counted as computed where nothing in it is looked up."""
-        before, outer = self._lookups(), _running.call
-        call = _running.call = _Call(self)
+        before, outer = trace.lookups, _running.call
+        call = _running.call = _Call(trace)
         try:
-            outputs = compiled(module, *given.args, **given.kwargs)
+            outputs = trace.compiled(module, *given.args, **given.kwargs)
         finally:
             _running.call = outer
-        if self._lookups() == before:
-            reasons = self._outcome.reasons or ["it has no frozen part that gives rows"]
+        trace.calls += 1
+        if trace.calls == ENOUGH_CALLS:
+            self._trusted = MOST_TRUSTED
+        if trace.lookups == before:
+            reasons = trace.outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
             self._region.count(given, bypass if call.graphs else Bypass(*UNTRACED))
         return outputs
 
-    def _lookups(self) -> int:
-        return sum(regions.calls for regions in self._outcome.regions)
-
-    def _compiled(self, module: nn.Module) -> Callable[..., Any]:
-        """The trace for the program as it is."""
+    def _trace(self, module: nn.Module) -> _Trace:
+        """The trace for the program as it is. The one that was used longest ago gives way to a new one."""
         if has_global_hooks():
             raise Bypass("hooks run with every module, and a trace does not call them", quiet=True)
         program = self._region.subject.identity.program()
-        compiled = self._programs.get(program.digest)
-        if compiled is None:
-            if len(self._programs) >= MOST_PROGRAMS:
-                raise Bypass("its program keeps changing", "mark a part that keeps no state")
-            function = traceable(self._mark, module)
-            compiled = self._programs[program.digest] = compile_with(function, _backend_of(self))
-        return compiled
+        key = program.digest, bytes(tensor.requires_grad for tensor in program.tensors), torch.is_grad_enabled()
+        trace = self._traces.pop(key, None)
+        if trace is None:
+            self._check_worth(key)
+            trace = _Trace(traceable(self._mark, module), subject_name(self._mark, module))
+        self._traces[key] = trace
+        if len(self._traces) > MOST_TRACES:
+            del self._traces[next(iter(self._traces))]
+        return trace
+
+    def _check_worth(self, key: Key) -> None:
+        """Raises where a trace may not pay: one takes as long as many calls, and some programs change with each."""
+        if self._trusted:
+            self._trusted -= 1
+            return
+        calls = self._wanted[key] = self._wanted.pop(key, 0) + 1
+        if calls < ENOUGH_CALLS:
+            if len(self._wanted) > MOST_WANTED:
+                del self._wanted[next(iter(self._wanted))]
+            raise Bypass(*RESTLESS)
+        del self._wanted[key]
+
+
+class _Trace:
+    """One trace of a mark. Dynamo lets go of its own part as soon as this is dropped.
+
+    Parameters
+    ----------
+    function : callable
+        What is traced: it takes the module first.
+    subject : str
+        The mark's name in graphs.
+
+    Attributes
+    ----------
+    graphs : list of GraphModule
+        Its graphs as they were rewritten.
+    outcome : Outcome
+        What became of them.
+    calls : int
+        How often it ran.
+    """
+
+    def __init__(self, function: Callable[..., Any], subject: str) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self.outcome = Outcome()
+        self.calls = 0
+        self._subject = subject
+        self.compiled = compile_with(function, _backend_of(self))
+
+    @property
+    def lookups(self) -> int:
+        """Batches that were looked up."""
+        return sum(regions.calls for regions in self.outcome.regions)
 
     def cache(self, graph: fx.GraphModule) -> Callable[..., Any]:
         """A graph of Dynamo's, with its frozen part looked up."""
@@ -126,8 +186,8 @@ class Traced:
             if node.op not in ("placeholder", "output"):  # marks inside it have named theirs
                 node.meta.setdefault("custom", {}).setdefault(KEY, self._subject)
         found = cache_regions(graph)
-        self._outcome.regions += [regions for regions in found.regions if regions not in self._outcome.regions]
-        self._outcome.reasons = found.reasons
+        self.outcome.regions += [regions for regions in found.regions if regions not in self.outcome.regions]
+        self.outcome.reasons = found.reasons
         self.graphs.append(graph)
 
         def run(*args: Any) -> Any:
@@ -142,7 +202,7 @@ class Traced:
 class _Call:
     """A call that runs, and how many of its graphs ran so far."""
 
-    traced: Traced
+    trace: _Trace
     graphs: int = 0
 
 
@@ -155,15 +215,15 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _backend_of(traced: Traced) -> Callable[..., Any]:
-    """The backend for its traces. Dynamo keeps it with the code of modules, and is not to keep a module with it."""
-    reference = weakref.ref(traced)
+def _backend_of(trace: _Trace) -> Callable[..., Any]:
+    """The backend for a trace. Dynamo keeps it with the code of modules, and is not to keep a module with it."""
+    reference = weakref.ref(trace)
 
     @takes_rows
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        # Where there are many traces of one code, Dynamo runs any of them that fits, whoever had it made.
-        guard(lambda: _running.call is not None and _running.call.traced is reference())
         here = reference()
+        # Where there are many traces of one code, Dynamo runs any of them that fits, whoever had it made.
+        guard(lambda: _running.call is not None and _running.call.trace is reference(), here)
         run = here.cache(graph) if here is not None else graph.forward
         forget_originals(graph.graph)
         return run

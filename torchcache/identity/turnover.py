@@ -8,6 +8,8 @@ from torchcache.errors import Restless
 KEPT = 4
 # Identities in a row of which no row was served.
 USELESS = 6
+# As many, where there is another way to look the calls up; a first call may set a module up, which is a change.
+UNSTEADY = 2
 
 
 class Turnover:
@@ -17,10 +19,13 @@ class Turnover:
     ----------
     changes : int
         How often another one took over.
+    unsteady : bool
+        Whether a few new ones came in a row at some time, and no row was served meanwhile.
     """
 
     def __init__(self) -> None:
         self.changes = 0
+        self.unsteady = False
         self._latest = b""
         self._known: dict[bytes, None] = {}
         self._useless = 0
@@ -39,6 +44,7 @@ class Turnover:
         if self._latest:
             self.changes += 1
             self._useless = 0 if hits > self._hits else self._useless + 1
+            self.unsteady |= self._useless >= UNSTEADY and who not in self._known
         if self._useless >= USELESS:
             # The first identity after a pause gets a call; the next one decides.
             self._useless, self._latest = USELESS - 1, b""
