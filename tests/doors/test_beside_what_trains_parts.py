@@ -145,6 +145,35 @@ def test_a_model_is_its_own_reference_without_its_adapters():
         assert during(nets[0], epoch) == [32, 0, 0]
 
 
+def _doubled(module, args, output):
+    return output * 2
+
+
+CHANGES = {
+    "a number": lambda net: setattr(net, "scale", 2.0),
+    "a hook": lambda net: net.blocks[0].register_forward_hook(_doubled),
+    "a weight": lambda net: net.blocks[0].weight.data.mul_(2),
+    "a parameter": lambda net: setattr(net.blocks[0], "bias", nn.Parameter(torch.ones(6), requires_grad=False)),
+    "a layer": lambda net: net.blocks.insert(1, nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_while_adapters_are_off_is_seen_when_they_are_on_again(change):
+    torch.manual_seed(0)
+    twin = Adapted()
+    nets = torchcache.mark(copy.deepcopy(twin), audit=0), twin
+    x = torch.randn(4, 6)
+    for turn in range(8):
+        step(nets, x)
+        with nets[0].without(), nets[1].without():
+            evaluate(nets, x)
+            if turn == 5:
+                for net in nets:
+                    CHANGES[change](net)
+            evaluate(nets, x)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_copy_with_averaged_weights_finds_what_is_frozen(mode):
     torch.manual_seed(0)

@@ -63,7 +63,7 @@ class LaterIdentity(Identity):
         """What was built; of one that was let go nothing is kept."""
         there = self._there()
         if there is not self._last:
-            self._last, self._program, self._state = there, None, State()
+            self._last, self._program, self._other, self._state = there, None, None, State()
         return there
 
     def look(self) -> Seen:

@@ -101,9 +101,9 @@ class Program:
         self.digest = digest_bytes(self.digest + bytes([gradient is not None for gradient in found]))
         self.tensors = [*self.tensors, *(gradient for gradient in found if gradient is not None)]
 
-    def unchanged(self) -> bool:
+    def unchanged(self, whole: bool = False) -> bool:
         """Whether nothing that was read has changed since: no attribute, container, class, function or global."""
-        return self._watch.unchanged()
+        return self._watch.unchanged(whole)
 
     def stamps(self) -> Stamps | None:
         """Stamps of the dicts in which modules keep parameters, buffers and children; ``None`` without Dynamo."""

@@ -232,10 +232,10 @@ class Watch:
 
     # Whether it is what it was.
 
-    def unchanged(self) -> bool:
-        """Whether everything watched is what it was."""
+    def unchanged(self, whole: bool = False) -> bool:
+        """Whether everything watched is what it was; with ``whole``, also what else is looked at in turns."""
         try:
-            return self._others() and self._spaces()
+            return self._others() and self._spaces() and not (whole and any(map(_moved, self._slow)))
         except Exception:  # an exotic __eq__, a name deleted, a cell emptied: look again rather than trust it
             return False
 
@@ -369,6 +369,11 @@ class Watch:
         for owner, read, known, label in self.contents:
             if not _unchanged(read(owner), known):
                 yield label()
+
+
+def _moved(slow: tuple[Any, str, Any, Callable[[], str]]) -> bool:
+    owner, name, known, _ = slow
+    return not same(getattr(owner, name, ABSENT), known)
 
 
 def _unchanged(now: Any, known: Any) -> bool:
