@@ -53,7 +53,7 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         return True
 
     def opened(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():  # the other question is of all threads
             return _enter(mark, args, kwargs)
         module = args[0] if args and isinstance(args[0], nn.Module) else None
         gradients = torch.is_grad_enabled()

@@ -159,21 +159,45 @@ def draws(func: Any, given: Mapping[str, Any]) -> bool:
     return "query" not in given
 
 
+class Chance:
+    """The generators as they are, to take back what this thread draws from here on.
+
+    Where another thread may draw meanwhile it would draw the same numbers again: then torch's alone are taken back, and
+    only where it is known that this thread drew.
+    """
+
+    def __init__(self) -> None:
+        self._alone = is_alone()
+        self._before = Generators()
+        self._after = self._before
+
+    def take_back(self, *, draws: bool) -> None:
+        """Give the generators back.
+
+        Parameters
+        ----------
+        draws : bool
+            Whether this thread is known to have drawn.
+        """
+        self._after = Generators()
+        if self._alone and self._before.moved():
+            self._before.restore()
+        elif draws and self._before.moved():
+            self._before.restore_torch()
+
+    def repeated(self) -> bool:
+        """Whether the same was drawn once more since, for certain."""
+        return not self._after.moved()
+
+
 @contextlib.contextmanager
 def generators_kept(*, draws: bool = False) -> Iterator[None]:
-    """Leave every generator as it was before this block.
-
-    Where another thread may draw meanwhile it would draw the same numbers again: then torch's alone, and only where the
-    block is known to draw.
-    """
-    before, alone = Generators(), is_alone()
+    """Leave every generator as it was before this block; with ``draws`` also where other threads may draw."""
+    chance = Chance()
     try:
         yield
     finally:
-        if alone and before.moved():
-            before.restore()
-        elif draws and before.moved():
-            before.restore_torch()
+        chance.take_back(draws=draws)
 
 
 def _torch_states() -> list[torch.Tensor]:

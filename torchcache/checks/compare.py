@@ -75,7 +75,7 @@ class Rounding:
 
     def learn(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
         """Take the difference of two computations of the same rows for rounding; ``False`` where it is too large."""
-        found = [_relative(one, other, scale) for one, other, scale in zip(a, b, self.scales, strict=True)]
+        found = [relative(one, other, scale) for one, other, scale in zip(a, b, self.scales, strict=True)]
         if any(share > cap for share, cap in zip(found, self._caps, strict=True)):
             return False
         self.allowed = [
@@ -94,12 +94,12 @@ class Rounding:
         """The first output that differs by more than that, and by how much of its largest magnitude."""
         for index, (one, other) in enumerate(zip(a, b, strict=True)):
             if not self.agrees(index, one, other, EXACT if losses is None else losses[index]):
-                return index, _relative(one, other, 0.0)
+                return index, relative(one, other, 0.0)
         return None
 
     def agrees(self, index: int, a: torch.Tensor, b: torch.Tensor, loss: Loss = EXACT) -> bool:
         """Whether two computations of output ``index`` differ by rounding, and what storing one changed, at most."""
-        found = _relative(a, b, self.scales[index], loss.absolute)
+        found = relative(a, b, self.scales[index], loss.absolute)
         return found <= max(self.allowed[index], FLOOR[_width(a.dtype)]) + loss.relative
 
 
@@ -152,7 +152,7 @@ def _magnitudes(leaf: torch.Tensor, dim: int) -> list[float]:
     return found
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor, scale: float, without: float = 0.0) -> float:
+def relative(a: torch.Tensor, b: torch.Tensor, scale: float, without: float = 0.0) -> float:
     """The largest difference as a share of the largest magnitude, ``without`` so much; for few flipped integers 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf

@@ -68,6 +68,8 @@ class Analysis:
         Storages that were written to with what varies.
     harmless : set of str
         Operators with their settings that draw, normalise and write nothing, whatever tensors they are given.
+    draws : bool
+        Whether anything draws random numbers, cached or not, or may.
     """
 
     verdicts: dict[fx.Node, Verdict] = dataclasses.field(default_factory=dict)
@@ -78,6 +80,7 @@ class Analysis:
     written: dict[fx.Node, set[int]] = dataclasses.field(default_factory=dict)
     stirred: set[int] = dataclasses.field(default_factory=set)
     harmless: set[str] = dataclasses.field(default_factory=set)
+    draws: bool = False
 
     def cacheable(self, node: fx.Node) -> bool:
         """Whether ``node`` is marked and may be cached."""
@@ -226,14 +229,17 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
     if settings in analysis.harmless:
         return None
     if not _is_known(node):
+        analysis.draws = True
         return Verdict("untraceable", f"{_where(node)} is a function that torch does not define")
     try:
         recorder = _record(node)
     except _NestedError:
+        analysis.draws = True
         return Verdict("untraceable", f"{_where(node)} calls a nested graph")
     except Exception as error:  # whatever an operator raises on fake tensors
         return Verdict("untraceable", f"{_where(node)} cannot be analysed ({type(error).__name__})")
     if recorder.random:
+        analysis.draws = True
         return Verdict("random", f"{_where(node)} draws random numbers ({recorder.random})")
     if recorder.statistics and not _is_instance_norm(node):
         return Verdict("batch statistics", f"{_where(node)} normalises over the batch ({recorder.statistics})")
@@ -260,7 +266,9 @@ def _note_writes(node: fx.Node, analysis: Analysis) -> None:
     try:
         recorder = _record(node)
     except Exception:  # nested graphs, and whatever an operator raises on fake tensors
+        analysis.draws = True
         return
+    analysis.draws |= bool(recorder.random)
     if recorder.written:
         analysis.written[node] = recorder.written
     elif not (recorder.random or recorder.statistics):

@@ -38,10 +38,13 @@ class Outcome:
         The regions of the parts that are looked up.
     reasons : list of str
         Why other parts are not.
+    draws : bool
+        Whether anything in the graph draws random numbers, or may.
     """
 
     regions: list[Beside] = dataclasses.field(default_factory=list)
     reasons: list[str] = dataclasses.field(default_factory=list)
+    draws: bool = False
 
 
 def cache_regions(
@@ -74,6 +77,7 @@ def cache_regions(
         inner = cache_regions(body, compile_original, nested=True)
         outcome.regions += inner.regions
         outcome.reasons += inner.reasons
+        outcome.draws |= inner.draws
     if not parts_of(graph.nodes):
         return outcome
     try:
@@ -82,7 +86,8 @@ def cache_regions(
     except Exception as error:
         logger.debug("a graph could not be analysed", exc_info=True)
         outcome.reasons.append(f"its graph cannot be analysed ({type(error).__name__}: {brief(error)})")
-        analysis, groups = Analysis(), []
+        analysis, groups = Analysis(draws=True), []
+    outcome.draws |= analysis.draws
     for nodes in groups:
         try:
             regions = _cache(graph, nodes, analysis, compile_original, nested)
@@ -198,8 +203,9 @@ def _replace(
     arguments: tuple[list[fx.Node], list[fx.Node], str],
     plan: Plan,
 ) -> None:
+    tensors, numbers, name = arguments
     with graph.inserting_before(anchor):
-        lookup = graph.call_function(LOOKUP, arguments)
+        lookup = graph.call_function(LOOKUP, ([_detached(graph, node) for node in tensors], numbers, name))
         lookup.meta["example_value"] = list(plan.outputs)
         replacements = {}
         for index, node in enumerate(cut.outputs):
@@ -216,6 +222,16 @@ def _replace(
                 user.replace_input_with(node, item)
 
 
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A tensor as a region is given it: what it makes of one that needs a gradient needs none."""
+    given = node.meta["example_value"]
+    if not given.requires_grad:
+        return node
+    detached = graph.call_method("detach", (node,))
+    detached.meta = {"example_value": given.detach()}
+    return detached
+
+
 def _erase(graph: fx.Graph, nodes: Sequence[fx.Node], inside: set[fx.Node], analysis: Analysis) -> None:
     """Erase what only the region read, and what nobody reads; what writes to a tensor that stays is read with it."""
     members = dict.fromkeys(nodes)
@@ -229,6 +245,13 @@ def _erase(graph: fx.Graph, nodes: Sequence[fx.Node], inside: set[fx.Node], anal
     for node in reversed(nodes):
         if node not in live:
             graph.erase_node(node)
+
+
+def all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph, and of those under activation checkpointing in it."""
+    yield from module.graph.nodes
+    for body in _checkpoint_bodies(module):
+        yield from all_nodes(body)
 
 
 def _checkpoint_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,13 +21,16 @@ from torchcache.dynamo import (
     forget_originals,
     guard,
     has_global_hooks,
+    no_mode,
     takes_rows,
     tracing_failed,
     vary_rows,
 )
 from torchcache.errors import Bypass, Trains
 from torchcache.graph.parts import KEY
-from torchcache.graph.rewrite import Outcome, cache_regions
+from torchcache.graph.rewrite import Outcome, all_nodes, cache_regions
+from torchcache.graph.trial import Trial
+from torchcache.logging import logger
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 
@@ -42,6 +46,8 @@ MOST_TRUSTED = 8
 ENOUGH_CALLS = 8
 # Programs without a trace whose calls are counted.
 MOST_WANTED = 4
+# After so many calls a trace is tried once more.
+LATER = (8, 64)
 
 Key = tuple[bytes, bytes, bool]
 
@@ -90,8 +96,14 @@ class Traced:
             return self._region.compute(given, self._failed)
         if all(parameter.requires_grad for parameter in module.parameters()):
             return self._region.compute(given, trains)
+        if torch.compiler.is_compiling():  # guards of one thread do not hold while another traces
+            elsewhere = Bypass("another thread traces a model at this time", lasting=False, quiet=True)
+            return self._region.compute(given, elsewhere)
         try:
-            return self._run(self._trace(module), module, given)
+            trace = self._trace(module)
+            if trace.failed is not None:
+                raise trace.failed
+            return self._run(trace, module, given)
         except Bypass as bypass:
             return self._region.compute(given, bypass)
         except Exception as error:
@@ -106,19 +118,42 @@ class Traced:
     def _run(self, trace: _Trace, module: nn.Module, given: Given) -> Any:
         """The call, counted as computed where nothing in it is looked up."""
         before, outer = trace.lookups, _running.call
-        call = _running.call = _Call(trace)
+        call = _Call(trace, functools.partial(self._trial, module, given))
+        if trace.due:
+            call.trial = call.begin()
+        _running.call = call
         try:
             outputs = trace.compiled(module, *given.args, **given.kwargs)
+        except BaseException:
+            if call.trial is not None:
+                call.trial.take_back(draws=trace.outcome.draws)
+            raise
         finally:
             _running.call = outer
-        trace.calls += 1
+        trace.note(call)
         if trace.calls == ENOUGH_CALLS:
             self._trusted = MOST_TRUSTED
         if trace.lookups == before:
             reasons = trace.outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
             self._region.count(given, bypass if call.graphs else Bypass(*UNTRACED))
+        if call.trial is None:
+            return outputs
+        returned = [outputs]
+        del outputs  # and all that it was computed from, before its code is run
+        outputs, trace.failed = call.trial.outcome(returned, draws=trace.outcome.draws)
+        if trace.failed is not None:
+            self._region.note(trace.failed)
         return outputs
+
+    def _trial(self, module: nn.Module, given: Given) -> Trial | None:
+        """A trial; ``None`` where what it may write cannot be put back, as of a layer that has no shape yet."""
+        try:
+            given.load()
+            return Trial(module, self._region.subject.identity.outside(), given, self._region.options)
+        except Exception:
+            logger.debug("a trace is not tried", exc_info=True)
+            return None
 
     def _trace(self, module: nn.Module) -> _Trace:
         """The trace for the program as it is. The one that was used longest ago gives way to a new one."""
@@ -166,12 +201,18 @@ class _Trace:
         What became of them.
     calls : int
         How often it ran.
+    due : bool
+        Whether the next call is to be a trial.
+    failed : Bypass or None
+        Why it is not to run any more.
     """
 
     def __init__(self, function: Callable[..., Any], subject: str) -> None:
         self.graphs: list[fx.GraphModule] = []
         self.outcome = Outcome()
         self.calls = 0
+        self.due = True
+        self.failed: Bypass | None = None
         self._subject = subject
         self.compiled = compile_with(function, _backend_of(self))
 
@@ -180,14 +221,21 @@ class _Trace:
         """Batches that were looked up."""
         return sum(regions.calls for regions in self.outcome.regions)
 
+    def note(self, call: _Call) -> None:
+        """Take note of a call that ran."""
+        self.calls += 1
+        # What is added to zeros at first, as adapters are, shows later.
+        self.due = call.untried or self.calls in LATER
+
     def cache(self, graph: fx.GraphModule) -> Callable[..., Any]:
         """A graph of Dynamo's, with its frozen part looked up."""
-        for node in graph.graph.nodes:
+        for node in all_nodes(graph):
             if node.op not in ("placeholder", "output"):  # marks inside it have named theirs
                 node.meta.setdefault("custom", {}).setdefault(KEY, self._subject)
         found = cache_regions(graph)
         self.outcome.regions += [regions for regions in found.regions if regions not in self.outcome.regions]
         self.outcome.reasons = found.reasons
+        self.outcome.draws |= found.draws
         self.graphs.append(graph)
 
         def run(*args: Any) -> Any:
@@ -200,10 +248,34 @@ class _Trace:
 
 @dataclasses.dataclass
 class _Call:
-    """A call that runs, and how many of its graphs ran so far."""
+    """A call that runs.
+
+    Parameters
+    ----------
+    trace : _Trace
+        What runs.
+    begin : callable
+        Begins a trial of it.
+    trial : Trial or None
+        The trial that this call is.
+    graphs : int
+        How many of its graphs ran so far.
+    untried : bool
+        Whether anything was traced that no trial saw.
+    """
 
     trace: _Trace
+    begin: Callable[[], Trial | None]
+    trial: Trial | None = None
     graphs: int = 0
+    untried: bool = False
+
+    def traced(self) -> None:
+        """Something is traced anew: try it, if nothing of this call ran yet."""
+        if self.trial is None and not self.graphs and not self.untried:
+            with no_mode():
+                self.trial = self.begin()
+        self.untried |= self.trial is None
 
 
 class _Running(threading.local):
@@ -224,6 +296,8 @@ def _backend_of(trace: _Trace) -> Callable[..., Any]:
         here = reference()
         # Where there are many traces of one code, Dynamo runs any of them that fits, whoever had it made.
         guard(lambda: _running.call is not None and _running.call.trace is reference(), here)
+        if _running.call is not None:
+            _running.call.traced()
         run = here.cache(graph) if here is not None else graph.forward
         forget_originals(graph.graph)
         return run

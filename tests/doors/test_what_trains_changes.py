@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from test_partly import DOORS, opened
 from torch import nn
 
 import torchcache
@@ -224,3 +226,57 @@ def test_weights_that_are_swapped_to_and_fro_are_looked_up_as_a_whole():
         assert during(model, lambda: evaluate((model, twin), x)) == ([4, 0, 0] if turn > 1 else [0, 4, 0])
         for net in (model, twin):
             net.head.weight.data.neg_()
+
+
+class Checkpointed(Blocks):
+    """Blocks under activation checkpointing."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(lambda x, block=block: torch.tanh(block(x)), x, use_reentrant=False)
+        return self.head(x)
+
+
+def test_frozen_blocks_under_checkpointing_are_served():
+    torch.manual_seed(0)
+    twin = Checkpointed()
+    nets = torchcache.mark(copy.deepcopy(twin), audit=0), twin
+    for net in nets:
+        net.blocks[2].requires_grad_(True)
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        step(nets, x)
+    served, stored, computed = during(nets[0], lambda: step(nets, x))
+    assert served
+    assert (stored, computed) == (0, 0)
+
+
+class Detaches(nn.Module):
+    """What is frozen is given its input without the gradient that this needs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        features = torch.tanh(self.body(x.detach()))
+        return self.head(features) + x[:, :3], features
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_needs_no_gradient_needs_none_on_hits(door):
+    twin = Detaches()
+    model, data = torchcache.mark(copy.deepcopy(twin)), torch.randn(4, 6)
+    run = opened(door, model)
+    for _ in range(3):
+        seen = []
+        for net in (run, twin):
+            x = data.clone().requires_grad_()
+            outputs, features = net(x)
+            assert not features.requires_grad
+            outputs.sum().backward()
+            seen.append(x.grad)
+        torch.testing.assert_close(*seen)
+    torch.testing.assert_close(model.head.weight.grad, twin.head.weight.grad)
+    assert counted(model)[0] == (0 if door == "call" else 8)

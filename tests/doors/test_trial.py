@@ -1,0 +1,160 @@
+"""A partly trained mark that is called answers as its code does, also where that answers otherwise once traced."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from test_partly import assert_trains_the_same, counted, gradients
+from torch import nn
+
+import torchcache
+
+
+class Asks(nn.Module):
+    """Code that asks whether it is compiled, and keeps its latest features."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+        self.norm, self.drop, self.latest = nn.BatchNorm1d(3), nn.Dropout(dropout), None
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        if self.asks and not torch.compiler.is_compiling():
+            h = h / h.norm(dim=-1, keepdim=True)
+        self.latest = self.norm(self.head(self.drop(h)))
+        return self.latest
+
+    asks = True
+
+
+class Same(Asks):
+    """The same that asks nothing."""
+
+    asks = False
+
+
+def _steps(net, data):
+    """Outputs, gradients, what is kept, and random numbers of several steps."""
+    torch.manual_seed(1)
+    seen = []
+    for x in data:
+        outputs = net(x)
+        assert net.latest is outputs
+        seen += [outputs.detach(), *gradients(net, outputs).values(), *map(torch.clone, net.buffers()), torch.rand(2)]
+    return seen
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another thread"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [Asks, Same])
+def test_steps_are_those_of_the_code(kind, dropout, beside, warnings):
+    done = threading.Event()
+    other = threading.Thread(target=done.wait, daemon=True)
+    if beside:
+        other.start()
+    twin = kind(dropout)
+    model = torchcache.mark(copy.deepcopy(twin), pure=True)
+    x = torch.randn(8, 6)
+    data = [x[:4], x[4:], x[[1, 5, 2]], x[:4]] * 4
+    try:
+        for got, expected in zip(_steps(model, data), _steps(twin, data), strict=True):
+            torch.testing.assert_close(got, expected)
+    finally:
+        done.set()
+    if kind is Asks:
+        assert counted(model)[0] == 0
+        assert any("answers otherwise where Dynamo traces it" in text for text in warnings)
+    else:
+        assert counted(model)[0] >= 8
+        assert not warnings
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, which asks too, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2).requires_grad_(False).eval(), nn.Linear(8, 3)
+
+    def forward(self, x, mask):
+        return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+
+def test_padding_of_torchs_encoder_is_zero_as_without_a_mark():
+    twin = Encoder()
+    model, x = torchcache.mark(copy.deepcopy(twin)), torch.randn(4, 6, 8)
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1:, 4:] = True
+    for _ in range(3):
+        assert_trains_the_same(model, model, twin, [x, mask])
+
+
+class Added(nn.Module):
+    """What is frozen shows only once what multiplies it is no zero, as an adapter is at first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.scale = nn.Linear(6, 3).requires_grad_(False), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        h = self.body(x)
+        return x[:, :3] + self.scale * (h if torch.compiler.is_compiling() else h.tanh())
+
+
+def test_what_shows_later_is_found():
+    twin = Added()
+    model, x = torchcache.mark(copy.deepcopy(twin)), torch.randn(4, 6)
+    torch.testing.assert_close(model(x), twin(x))
+    for net in (model, twin):
+        net.scale.data.fill_(1.0)
+    for _ in range(8):
+        model(x)
+    assert_trains_the_same(model, model, twin, [x])
+
+
+class Fails(Same):
+    """What is traced anew in a later call is tried, too."""
+
+    def forward(self, x, flag=None):
+        h = super().forward(x)
+        return h if flag is None or torch.compiler.is_compiling() else h * 2
+
+
+def test_what_is_traced_in_a_later_call_is_tried():
+    twin = Fails()
+    model, x = torchcache.mark(copy.deepcopy(twin), pure=True), torch.randn(4, 6)
+    for given in ([x], [x], [x, True], [x, True]):
+        assert_trains_the_same(model, model, twin, given)
+
+
+def test_while_another_thread_traces_calls_are_computed(warnings):
+    twin = Same()
+    model, x = torchcache.mark(copy.deepcopy(twin), pure=True), torch.randn(4, 6)
+    for _ in range(2):
+        assert_trains_the_same(model, model, twin, [x])
+    traces, goes_on = threading.Event(), threading.Event()
+
+    def backend(graph, inputs):
+        traces.set()
+        goes_on.wait(60)
+        return graph.forward
+
+    other = threading.Thread(target=torch.compile(lambda x: x + 1, backend=backend), args=(x,))
+    other.start()
+    try:
+        assert traces.wait(60)
+        before = counted(model)
+        assert_trains_the_same(model, model, twin, [x])
+    finally:
+        goes_on.set()
+        other.join()
+    assert counted(model) == (*before[:2], before[2] + 4)
+    assert_trains_the_same(model, model, twin, [x])
+    assert counted(model)[0] > before[0]
+    assert not warnings

@@ -1,0 +1,94 @@
+"""A trace beside the code that it is of: code may ask whether it is compiled, and then answers otherwise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchcache.batch import Given
+from torchcache.checks.arguments import Arguments, ArgumentWritten
+from torchcache.checks.chance import Chance
+from torchcache.checks.compare import LARGEST_ROUNDING, relative
+from torchcache.errors import Bypass
+from torchcache.identity.numeric import autocasts
+from torchcache.identity.outside import Outside
+from torchcache.identity.written import Written
+from torchcache.options import CacheOptions
+from torchcache.values.take import take_arguments
+
+ADVICE = "mark the frozen part alone, whose code is run as it is"
+
+
+class Trial:
+    """One run of a trace, from here on: nothing stays of it but what it returned, and its code runs for the caller.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The marked module.
+    outside : Outside or None
+        What its code may write elsewhere.
+    given : Given
+        The call.
+    options : CacheOptions
+        The options of the mark.
+    """
+
+    def __init__(self, module: nn.Module, outside: Outside | None, given: Given, options: CacheOptions) -> None:
+        self._given = given
+        self._written = Written(module, outside, contents=True)
+        self._taken = take_arguments(given.args, given.kwargs, given.subject.names)
+        self._arguments = Arguments(self._taken.tensors)
+        self._widths = [4, *(dtype.itemsize for _, dtype in autocasts())]
+        self._widths += [tensor.dtype.itemsize for tensor in module.parameters() if tensor.is_floating_point()]
+        self._widths += [] if options.cache_dtype is None else [1]
+        self._chance = Chance()
+
+    def take_back(self, *, draws: bool) -> None:
+        """Undo what the trace wrote, and what it drew, if it ``draws``."""
+        self._chance.take_back(draws=draws)
+        self._written.restore()
+
+    def outcome(self, returned: list[Any], *, draws: bool) -> tuple[Any, Bypass | None]:
+        """What the caller gets, and why the trace is not to run again: it returned something else than its code.
+
+        Parameters
+        ----------
+        returned : list
+            What the trace returned, as its only item, which nobody else holds, and which is taken out.
+        draws : bool
+            Whether its operators draw random numbers.
+        """
+        outputs = returned.pop()
+        again = take_arguments(self._given.args, self._given.kwargs, self._given.subject.names)
+        try:
+            self._arguments.check(same=again.key == self._taken.key)
+        except ArgumentWritten:  # the code is not to write once more
+            return outputs, None
+        found = _leaves(outputs)
+        del outputs
+        self.take_back(draws=draws)
+        true = self._given.run()
+        gap = _gap(found, _leaves(true))
+        if gap <= LARGEST_ROUNDING[min(self._widths)] or not self._chance.repeated():
+            return true, None
+        much = f"off by {gap:.0%} of the largest value" if math.isfinite(gap) else "of another structure"
+        return true, Bypass(f"its code answers otherwise where Dynamo traces it ({much})", ADVICE)
+
+
+def _leaves(outputs: Any) -> list[Any]:
+    """Copies of the tensors in outputs, without what they were computed from, and other values."""
+    leaves = pytree.tree_leaves(outputs)
+    return [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+def _gap(found: list[Any], true: list[Any]) -> float:
+    """The largest difference of two outputs, as a share of the largest magnitude of a tensor."""
+    if [*map(type, found)] != [*map(type, true)]:
+        return math.inf
+    pairs = zip(found, true, strict=True)
+    return max([relative(one, other, 0.0) for one, other in pairs if isinstance(one, torch.Tensor)], default=0.0)
