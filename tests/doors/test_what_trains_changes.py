@@ -12,6 +12,7 @@ from test_partly import DOORS, opened
 from torch import nn
 
 import torchcache
+from torchcache import dynamo
 
 
 class Blocks(nn.Module):
@@ -279,4 +280,4 @@ def test_what_needs_no_gradient_needs_none_on_hits(door):
             seen.append(x.grad)
         torch.testing.assert_close(*seen)
     torch.testing.assert_close(model.head.weight.grad, twin.head.weight.grad)
-    assert counted(model)[0] == (0 if door == "call" else 8)
+    assert counted(model)[0] == (8 if door != "call" and dynamo.names_parts() else 0)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class Traced:
         self._mark = mark
         self._module = weakref.ref(module)
         self._owner = weakref.ref(region)
-        self._traces: dict[Key, _Trace] = {}
+        self._traces: OrderedDict[Key, _Trace] = OrderedDict()
         self._trusted = MOST_TRUSTED
         self._wanted: dict[Key, int] = {}
         self._failed: Bypass | None = None
@@ -161,13 +162,14 @@ class Traced:
             raise Bypass("hooks run with every module, and a trace does not call them", quiet=True)
         program = self._region.subject.identity.program()
         key = program.digest, bytes(tensor.requires_grad for tensor in program.tensors), torch.is_grad_enabled()
-        trace = self._traces.pop(key, None)
+        trace = self._traces.get(key)
         if trace is None:
             self._check_worth(key)
-            trace = _Trace(traceable(self._mark, module), subject_name(self._mark, module))
-        self._traces[key] = trace
-        if len(self._traces) > MOST_TRACES:
-            del self._traces[next(iter(self._traces))]
+            trace = self._traces[key] = _Trace(traceable(self._mark, module), subject_name(self._mark, module))
+            if len(self._traces) > MOST_TRACES:
+                self._traces.popitem(last=False)
+        else:
+            self._traces.move_to_end(key)
         return trace
 
     def _check_worth(self, key: Key) -> None:
