@@ -1,8 +1,11 @@
 """A partly trained mark that is called answers as its code does, also where that answers otherwise once traced."""
 
+import collections
 import copy
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from test_partly import assert_trains_the_same, counted, gradients
@@ -159,3 +162,66 @@ def test_while_another_thread_traces_calls_are_computed(warnings):
     assert_trains_the_same(model, model, twin, [x])
     assert counted(model)[0] > before[0]
     assert not warnings
+
+
+class Takes(nn.Module):
+    """Code that takes from what it holds in each call, which nobody can put back."""
+
+    def __init__(self, source, take):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+        self.source, self.take = source, take
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))) * self.take(self.source)
+
+
+def _generated():
+    yield from range(1, 100)
+
+
+SOURCES = {
+    "generator": (_generated, next),
+    "iterator": (lambda: iter(range(1, 100)), next),
+    "Random": (lambda: random.Random(0), lambda source: source.random()),
+    "torch.Generator": (lambda: torch.Generator().manual_seed(0), lambda source: torch.rand((), generator=source)),
+    "NumPy": (lambda: np.random.default_rng(0), lambda source: float(source.random())),
+    "bytearray": (lambda: bytearray(range(1, 100)), lambda source: source.pop()),
+    "deque": (lambda: collections.deque(range(1, 100)), lambda source: source.popleft()),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_cannot_be_put_back_is_taken_once(source):
+    make, take = SOURCES[source]
+    model, twin, x = torchcache.mark(Takes(make(), take)), Takes(make(), take), torch.randn(4, 6)
+    for _ in range(12):
+        torch.testing.assert_close(model(x), twin(x))
+
+
+class Follows(nn.Module):
+    """A frozen average of what trains, which its forward moves on, as code for momentum contrast does."""
+
+    def __init__(self, big):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.query = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros((1 << 22) + 1 if big else 9))
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            key.data = key.data * 0.5 + (query.data + 1) * 0.5
+        self.queue.data.mul_(0.5).add_(1)
+        return self.query(h) + self.key(h) + self.queue[:3]
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_averages_that_forward_moves_on_move_once(big):
+    twin = Follows(big)
+    model, x = torchcache.mark(copy.deepcopy(twin), pure=True), torch.randn(4, 6)
+    for _ in range(12):
+        torch.testing.assert_close(model(x), twin(x))
+    torch.testing.assert_close(model.key.weight, twin.key.weight)

@@ -170,6 +170,7 @@ class Chance:
         self._alone = is_alone()
         self._before = Generators()
         self._after = self._before
+        self._draws = False
 
     def take_back(self, *, draws: bool) -> None:
         """Give the generators back.
@@ -179,11 +180,18 @@ class Chance:
         draws : bool
             Whether this thread is known to have drawn.
         """
-        self._after = Generators()
-        if self._alone and self._before.moved():
-            self._before.restore()
-        elif draws and self._before.moved():
-            self._before.restore_torch()
+        self._after, self._draws = Generators(), draws
+        self._become(self._before)
+
+    def take_again(self) -> None:
+        """Give the generators back as they were before they were given back."""
+        self._become(self._after)
+
+    def _become(self, states: Generators) -> None:
+        if self._alone and states.moved():
+            states.restore()
+        elif self._draws and states.moved():
+            states.restore_torch()
 
     def repeated(self) -> bool:
         """Whether the same was drawn once more since, for certain."""

@@ -27,7 +27,7 @@ from torchcache.dynamo import (
     tracing_failed,
     vary_rows,
 )
-from torchcache.errors import Bypass, Trains
+from torchcache.errors import Bypass, Trains, Unreadable
 from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, all_nodes, cache_regions
 from torchcache.graph.trial import Trial
@@ -143,6 +143,8 @@ class Traced:
         returned = [outputs]
         del outputs  # and all that it was computed from, before its code is run
         outputs, trace.failed = call.trial.outcome(returned, draws=trace.outcome.draws)
+        trace.triable = call.trial.undone
+        trace.due &= trace.triable
         if trace.failed is not None:
             self._region.note(trace.failed)
         return outputs
@@ -151,7 +153,7 @@ class Traced:
         """A trial; ``None`` where what it may write cannot be put back, as of a layer that has no shape yet."""
         try:
             given.load()
-            return Trial(module, self._region.subject.identity.outside(), given, self._region.options)
+            return Trial(module, self._region.subject.identity, given, self._region.options)
         except Exception:
             logger.debug("a trace is not tried", exc_info=True)
             return None
@@ -161,6 +163,10 @@ class Traced:
         if has_global_hooks():
             raise Bypass("hooks run with every module, and a trace does not call them", quiet=True)
         program = self._region.subject.identity.program()
+        if (
+            program.problem is not None
+        ):  # who knows what decides that another trace is due, or what a trial would use up
+            raise Unreadable(program.problem, "mark the frozen part alone, if it does not read that")
         key = program.digest, bytes(tensor.requires_grad for tensor in program.tensors), torch.is_grad_enabled()
         trace = self._traces.get(key)
         if trace is None:
@@ -203,8 +209,8 @@ class _Trace:
         What became of them.
     calls : int
         How often it ran.
-    due : bool
-        Whether the next call is to be a trial.
+    triable, due : bool
+        Whether what a run does can be undone, and whether the next call is to be a trial.
     failed : Bypass or None
         Why it is not to run any more.
     """
@@ -213,7 +219,7 @@ class _Trace:
         self.graphs: list[fx.GraphModule] = []
         self.outcome = Outcome()
         self.calls = 0
-        self.due = True
+        self.due = self.triable = True
         self.failed: Bypass | None = None
         self._subject = subject
         self.compiled = compile_with(function, _backend_of(self))
@@ -227,7 +233,7 @@ class _Trace:
         """Take note of a call that ran."""
         self.calls += 1
         # What is added to zeros at first, as adapters are, shows later.
-        self.due = call.untried or self.calls in LATER
+        self.due = self.triable and (call.untried or self.calls in LATER)
 
     def cache(self, graph: fx.GraphModule) -> Callable[..., Any]:
         """A graph of Dynamo's, with its frozen part looked up."""
@@ -274,7 +280,7 @@ class _Call:
 
     def traced(self) -> None:
         """Something is traced anew: try it, if nothing of this call ran yet."""
-        if self.trial is None and not self.graphs and not self.untried:
+        if self.trial is None and not self.graphs and not self.untried and self.trace.triable:
             with no_mode():
                 self.trial = self.begin()
         self.untried |= self.trial is None

@@ -14,8 +14,9 @@ from torchcache.checks.arguments import Arguments, ArgumentWritten
 from torchcache.checks.chance import Chance
 from torchcache.checks.compare import LARGEST_ROUNDING, relative
 from torchcache.errors import Bypass
+from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import autocasts
-from torchcache.identity.outside import Outside
+from torchcache.identity.state import State
 from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
 from torchcache.values.take import take_arguments
@@ -26,27 +27,41 @@ ADVICE = "mark the frozen part alone, whose code is run as it is"
 class Trial:
     """One run of a trace, from here on: nothing stays of it but what it returned, and its code runs for the caller.
 
+    Where something of it cannot be undone the run is the caller's: code must not take from what it reads twice.
+
     Parameters
     ----------
     module : nn.Module
         The marked module.
-    outside : Outside or None
-        What its code may write elsewhere.
+    identity : Identity
+        Its identity.
     given : Given
         The call.
     options : CacheOptions
         The options of the mark.
+
+    Attributes
+    ----------
+    undone : bool
+        Whether all that the trace changed was put back.
+
+    Raises
+    ------
+    Bypass
+        Where nothing could tell that all is back.
     """
 
-    def __init__(self, module: nn.Module, outside: Outside | None, given: Given, options: CacheOptions) -> None:
-        self._given = given
-        self._written = Written(module, outside, contents=True)
+    def __init__(self, module: nn.Module, identity: Identity, given: Given, options: CacheOptions) -> None:
+        self._module, self._identity, self._given = module, identity, given
+        self._who = self._look()
+        self._written = self._snapshot()
         self._taken = take_arguments(given.args, given.kwargs, given.subject.names)
         self._arguments = Arguments(self._taken.tensors)
         self._widths = [4, *(dtype.itemsize for _, dtype in autocasts())]
         self._widths += [tensor.dtype.itemsize for tensor in module.parameters() if tensor.is_floating_point()]
         self._widths += [] if options.cache_dtype is None else [1]
         self._chance = Chance()
+        self.undone = True
 
     def take_back(self, *, draws: bool) -> None:
         """Undo what the trace wrote, and what it drew, if it ``draws``."""
@@ -64,20 +79,40 @@ class Trial:
             Whether its operators draw random numbers.
         """
         outputs = returned.pop()
-        again = take_arguments(self._given.args, self._given.kwargs, self._given.subject.names)
-        try:
-            self._arguments.check(same=again.key == self._taken.key)
-        except ArgumentWritten:  # the code is not to write once more
+        self.undone = self._undo(draws=draws)
+        if not self.undone:
             return outputs, None
         found = _leaves(outputs)
         del outputs
-        self.take_back(draws=draws)
         true = self._given.run()
         gap = _gap(found, _leaves(true))
         if gap <= LARGEST_ROUNDING[min(self._widths)] or not self._chance.repeated():
             return true, None
         much = f"off by {gap:.0%} of the largest value" if math.isfinite(gap) else "of another structure"
         return true, Bypass(f"its code answers otherwise where Dynamo traces it ({much})", ADVICE)
+
+    def _undo(self, *, draws: bool) -> bool:
+        """Take back what the trace did; ``False`` where that cannot be done, and all is as it left it."""
+        again = take_arguments(self._given.args, self._given.kwargs, self._given.subject.names)
+        try:
+            self._arguments.check(same=again.key == self._taken.key)
+        except ArgumentWritten:
+            return False
+        after = self._snapshot()
+        self.take_back(draws=draws)
+        if self._look() == self._who:
+            return True
+        after.restore()
+        self._chance.take_again()
+        return False
+
+    def _look(self) -> tuple[str | None, bytes, bytes]:
+        """Program and state, every byte of it."""
+        program = self._identity.program()
+        return program.problem, program.digest, State().update(program.tensors)
+
+    def _snapshot(self) -> Written:
+        return Written(self._module, self._identity.outside(), contents=True)
 
 
 def _leaves(outputs: Any) -> list[Any]:
