@@ -200,6 +200,15 @@ def test_what_cannot_be_put_back_is_taken_once(source):
         torch.testing.assert_close(model(x), twin(x))
 
 
+def test_a_name_of_the_users_own_stands_for_what_cannot_be_read():
+    twin, model = [Takes(_generated(), lambda source: 0.0 if source is None else 1.0) for _ in range(2)]
+    torchcache.mark(model, persistent_module_hash="first")
+    x = torch.randn(4, 6)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), twin(x))
+    assert counted(model)[0] == 8
+
+
 class Follows(nn.Module):
     """A frozen average of what trains, which its forward moves on, as code for momentum contrast does."""
 

@@ -237,6 +237,7 @@ def _operator_verdict(node: fx.Node, analysis: Analysis) -> Verdict | None:
         analysis.draws = True
         return Verdict("untraceable", f"{_where(node)} calls a nested graph")
     except Exception as error:  # whatever an operator raises on fake tensors
+        analysis.draws = True
         return Verdict("untraceable", f"{_where(node)} cannot be analysed ({type(error).__name__})")
     if recorder.random:
         analysis.draws = True

@@ -47,7 +47,7 @@ MOST_TRUSTED = 8
 ENOUGH_CALLS = 8
 # Programs without a trace whose calls are counted.
 MOST_WANTED = 4
-# After so many calls a trace is tried once more.
+# After so many calls a trace is tried once more, unless nothing is to be computed again.
 LATER = (8, 64)
 
 Key = tuple[bytes, bytes, bool]
@@ -163,15 +163,16 @@ class Traced:
         if has_global_hooks():
             raise Bypass("hooks run with every module, and a trace does not call them", quiet=True)
         program = self._region.subject.identity.program()
-        if (
-            program.problem is not None
-        ):  # who knows what decides that another trace is due, or what a trial would use up
-            raise Unreadable(program.problem, "mark the frozen part alone, if it does not read that")
+        if program.problem is not None and self._region.options.persistent_module_hash is None:
+            # It may decide that another trace is due, or be used up by a trial.
+            advice = "mark the frozen part alone, or name program and weights yourself with persistent_module_hash"
+            raise Unreadable(program.problem, advice)
         key = program.digest, bytes(tensor.requires_grad for tensor in program.tensors), torch.is_grad_enabled()
         trace = self._traces.get(key)
         if trace is None:
             self._check_worth(key)
-            trace = self._traces[key] = _Trace(traceable(self._mark, module), subject_name(self._mark, module))
+            function, later = traceable(self._mark, module), LATER if self._region.options.audit else ()
+            trace = self._traces[key] = _Trace(function, subject_name(self._mark, module), later)
             if len(self._traces) > MOST_TRACES:
                 self._traces.popitem(last=False)
         else:
@@ -200,6 +201,8 @@ class _Trace:
         What is traced: it takes the module first.
     subject : str
         The mark's name in graphs.
+    later : tuple of int
+        After how many calls it is tried once more.
 
     Attributes
     ----------
@@ -215,13 +218,13 @@ class _Trace:
         Why it is not to run any more.
     """
 
-    def __init__(self, function: Callable[..., Any], subject: str) -> None:
+    def __init__(self, function: Callable[..., Any], subject: str, later: tuple[int, ...]) -> None:
         self.graphs: list[fx.GraphModule] = []
         self.outcome = Outcome()
         self.calls = 0
         self.due = self.triable = True
         self.failed: Bypass | None = None
-        self._subject = subject
+        self._subject, self._later = subject, later
         self.compiled = compile_with(function, _backend_of(self))
 
     @property
@@ -233,7 +236,7 @@ class _Trace:
         """Take note of a call that ran."""
         self.calls += 1
         # What is added to zeros at first, as adapters are, shows later.
-        self.due = self.triable and (call.untried or self.calls in LATER)
+        self.due = self.triable and (call.untried or self.calls in self._later)
 
     def cache(self, graph: fx.GraphModule) -> Callable[..., Any]:
         """A graph of Dynamo's, with its frozen part looked up."""
