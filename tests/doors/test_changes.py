@@ -1056,3 +1056,45 @@ def test_a_gradient_that_is_read_is_a_part(change):
         for _ in range(2):
             torch.testing.assert_close(module(x), forward(module, x))
     assert torchcache.stats(module).hits >= 18
+
+
+def test_a_change_is_seen_beside_one_that_matters_to_nobody():
+    module = torchcache.mark(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)), freeze=True, audit=0)
+    twin, x = unmarked(module), torch.randn(4, 6)
+    for number in range(3):
+        for _ in range(3):
+            torch.testing.assert_close(module(x), twin(x))
+        for net in (module, twin):
+            [*net.parameters()][number].note = 1  # as Dynamo does
+            net[2].forward = lambda x, number=number: x[:, :3] + number
+
+
+NOTED = {}
+
+
+def test_what_changes_to_and_fro_is_seen_each_time():
+    module = frozen(lambda self, x: self.parts[0](x) * NOTED.get("by", 1.0), nn.Linear(6, 3))
+    twin, x = unmarked(module), torch.randn(4, 6)
+    try:
+        for by in (None, 3.0, None, 3.0, 5.0, 3.0, None, 5.0):
+            NOTED.clear()
+            NOTED.update({} if by is None else {"by": by})
+            for _ in range(3):
+                torch.testing.assert_close(module(x), twin(x))
+    finally:
+        NOTED.clear()
+    assert counts(module)[0] <= 4 * 4  # three programs, and a first call that may set one up
+
+
+def test_a_hook_that_comes_late_and_notes_what_it_sees_is_called_each_time():
+    module = torchcache.mark(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)), freeze=True, audit=0)
+    twin, data = unmarked(module), [torch.randn(5, 6) for _ in range(2)]
+    module(data[0])
+    module[1].register_forward_hook(lambda module, args, output: NOTED.update(seen=output))
+    try:
+        for x in data * 3:
+            NOTED.clear()
+            module(x)
+            torch.testing.assert_close(NOTED["seen"], twin[1](twin[0](x)))
+    finally:
+        NOTED.clear()

@@ -73,7 +73,7 @@ class Identity:
         program, other = self._program, self._other
         if program is not None and program.unchanged():
             return program
-        if other is None or not other.unchanged(whole=True):
+        if other is None or not other.again():
             other = Program(self._subject(), self._where, self._pure)
         # Reading takes long, and what a flag switches in every step is two programs by turns: of the same tensors.
         kept = program is not None and list(map(id, program.tensors)) == list(map(id, other.tensors))

@@ -101,9 +101,13 @@ class Program:
         self.digest = digest_bytes(self.digest + bytes([gradient is not None for gradient in found]))
         self.tensors = [*self.tensors, *(gradient for gradient in found if gradient is not None)]
 
-    def unchanged(self, whole: bool = False) -> bool:
+    def unchanged(self) -> bool:
         """Whether nothing that was read has changed since: no attribute, container, class, function or global."""
-        return self._watch.unchanged(whole)
+        return self._watch.unchanged()
+
+    def again(self) -> bool:
+        """Whether all that was read is as it was, after it was found to have changed."""
+        return self._watch.again()
 
     def stamps(self) -> Stamps | None:
         """Stamps of the dicts in which modules keep parameters, buffers and children; ``None`` without Dynamo."""

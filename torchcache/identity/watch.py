@@ -198,6 +198,7 @@ class Watch:
         """No more is to be watched."""
         for space in self.namespaces:
             (self._empty if space.closed and space.live == {} else self._quiet).append(space)
+            space.keys = list(self._live(space)) if space.closed else []
         firsts = range(0, len(self._slow), _A_TURN)
         self._turns = cycle([tuple(zip(*self._slow[first : first + _A_TURN], strict=True))[:3] for first in firsts])
         self._sizes, self._flat = list(map(len, self._items)), list(chain.from_iterable(self._items))
@@ -206,8 +207,6 @@ class Watch:
     def _lay_out(self) -> None:
         self._bare = [space.live for space in self._empty]
         self._quiet = sorted(self._quiet, key=lambda space: space.live is not None)
-        for space in self._quiet:
-            space.keys = list(self._live(space)) if space.closed else []
         closed = [space for space in self._quiet if space.closed]
         read = [(space.live, name, value) for space in self._quiet for name, value in space.read.items()]
         scopes = [live for live, _, _ in read if live is not None]
@@ -232,10 +231,18 @@ class Watch:
 
     # Whether it is what it was.
 
-    def unchanged(self, whole: bool = False) -> bool:
-        """Whether everything watched is what it was; with ``whole``, also what else is looked at in turns."""
+    def again(self) -> bool:
+        """Whether everything is what it was, after it was found to have changed: all of it is compared."""
         try:
-            return self._others() and self._spaces() and not (whole and any(map(_moved, self._slow)))
+            changed = any(True for _ in self.changes())  # some have no name
+            return not changed and all(reference() is not None for reference in self._references)
+        except Exception:  # what cannot be compared is not what it was
+            return False
+
+    def unchanged(self) -> bool:
+        """Whether everything watched is what it was."""
+        try:
+            return self._others() and self._spaces()
         except Exception:  # an exotic __eq__, a name deleted, a cell emptied: look again rather than trust it
             return False
 
@@ -255,11 +262,16 @@ class Watch:
     def _filled(self) -> bool:
         """Whether what was put into empty dicts matters to nobody; Dynamo notes on each parameter that it saw it."""
         filled = [space for space in self._empty if space.live]
-        self._empty = [space for space in self._empty if not space.live]
-        self._quiet.extend(filled)
+        keys = [list(self._live(space)) for space in filled]  # first: what changes from here on shows the next time
+        if any(space.differs(self._live(space)) for space in filled):
+            return False
+        for space, names in zip(filled, keys, strict=True):
+            space.keys = names
+        self._empty = [space for space in self._empty if space not in filled]
+        self._quiet = [*self._quiet, *filled]
         self._single = []
-        self._lay_out()  # taken first: what changes from here on shows the next time
-        return not any(space.differs(self._live(space)) for space in filled)
+        self._lay_out()
+        return True
 
     def _attributes(self) -> bool:
         now = list(map(getattr, self._owners, self._names, repeat(ABSENT)))
@@ -313,10 +325,12 @@ class Watch:
         loud = []
         for space in self._quiet:
             live = self._live(space)
+            keys = list(live) if space.closed else []
             if space.intact(live):
                 continue
             if space.differs(live):
                 return False
+            space.keys = keys
             space.read = {name: live.get(name, ABSENT) for name in space.read}
             space.alarms += 1
             if space.alarms >= _ALARMS:
@@ -369,11 +383,6 @@ class Watch:
         for owner, read, known, label in self.contents:
             if not _unchanged(read(owner), known):
                 yield label()
-
-
-def _moved(slow: tuple[Any, str, Any, Callable[[], str]]) -> bool:
-    owner, name, known, _ = slow
-    return not same(getattr(owner, name, ABSENT), known)
 
 
 def _unchanged(now: Any, known: Any) -> bool:
