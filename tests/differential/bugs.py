@@ -317,7 +317,7 @@ def hooks_left_out(patch):
 
 
 def globals_never_looked_at_again(patch):
-    patch.setattr(program, "_bound", lambda mapping, read: lambda: [])
+    patch.setattr(program, "_bound", lambda read: lambda mapping: [])
 
 
 # Checks, and who is called.
