@@ -15,7 +15,7 @@ LAYERS = [
     {"forks"},
     {"printable", "quantity", "version", "threads", "dynamo", "kernels", "counters", "streams"},
     {"errors", "logging"},
-    {"address", "namesake", "switching"},
+    {"address", "namesake", "switching", "trainable"},
     {"options"},
     {"context", "mark", "modes", "store"},
     {"lazy"},

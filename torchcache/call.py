@@ -43,12 +43,12 @@ from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import tell, unloaded_rows
 from torchcache.logging import logger, warn_once
 from torchcache.looked import Looked
-from torchcache.modes import goes_by_parts, trained
 from torchcache.options import CacheOptions
 from torchcache.padding import Padding
 from torchcache.store.found import Found
 from torchcache.store.select import select_rows
 from torchcache.store.tiers import Tiers
+from torchcache.trainable import goes_by_parts, trained
 from torchcache.usefulness import Usefulness
 from torchcache.values.merge import assemble
 from torchcache.values.take import Taken, take_outputs
@@ -224,7 +224,8 @@ class Region:
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         started = self._early.start(taken.key, tensors)
         seen = given.seen or self.subject.identity.look()
-        if goes_by_parts(seen.tensors, self.partial, self.partly is not None and self._turnover.unsteady):
+        unsteady = self.partly is not None and self._turnover.unsteady
+        if goes_by_parts(seen.tensors, partial=self.partial, unsteady=unsteady):
             advice = "freeze what is not to train with requires_grad_(False), or all with mark(module, freeze=True)"
             raise Trains(lambda: f"it trains {trained(self.subject.module)}", advice)
         who = seen.who or self.subject.identity.current(seen)

@@ -1,55 +1,16 @@
-"""Which parts of a marked module stay in eval mode: the subtrees that hold parameters, all of them frozen.
-
-And whether a call is to go by such parts.
-"""
+"""Which parts of a marked module stay in eval mode: the subtrees that hold parameters, all of them frozen."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchcache.logging import warn_once
-
-_requires_grad = operator.attrgetter("requires_grad")
+from torchcache.trainable import is_frozen
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether no parameter of ``module`` is trainable."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def trained(module: nn.Module | None) -> str:
-    """The parameters of ``module`` that are trainable, for people."""
-    found = [name for name, held in module.named_parameters() if held.requires_grad] if module is not None else []
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more or "a tensor that it reads"
-
-
-def goes_by_parts(state: Sequence[torch.Tensor], partial: bool, unsteady: bool) -> bool:
-    """Whether a call is to look up what is frozen of a module, and not the whole.
-
-    Parameters
-    ----------
-    state : sequence of torch.Tensor
-        What the module reads.
-    partial : bool
-        Whether that was done before.
-    unsteady : bool
-        Whether it can be done where nothing shows that the module trains, and the whole changed as if it did.
-    """
-    trains = any(map(_requires_grad, state))
-    if trains and (partial or torch.is_grad_enabled()):
-        return True
-    # A copy with averaged weights trains in name only; without its adapters, a model is frozen for one call.
-    return unsteady and (
-        partial or (trains and any(isinstance(t, nn.Parameter) and not t.requires_grad for t in state))
-    )
 
 
 def settle(module: nn.Module) -> None:

@@ -26,6 +26,15 @@ class Swept(nn.Module):
         return self.top(self.act(self.norm(x)) * self.alpha)
 
 
+def run_once(door, twin, x, directory, **options):
+    """Rows served, and rows stored, in a step of a run of its own over ``directory``."""
+    model = torchcache.mark(copy.deepcopy(twin), persistent=True, persistent_cache_dir=directory, **options)
+    assert_trains_the_same(opened(door, model), model, twin, [x])
+    torchcache.flush()
+    torch._dynamo.reset()
+    return counted(model)[:2]
+
+
 SWEEP = [{}, {"dropout": 0.5}, {"act": torch.sigmoid}, {"act": functional.gelu}, {"eps": 1e-3}, {"alpha": 16.0}]
 
 
@@ -33,12 +42,7 @@ SWEEP = [{}, {"dropout": 0.5}, {"act": torch.sigmoid}, {"act": functional.gelu},
 def test_a_sweep_over_what_trains_is_served_by_its_first_run(door, tmp_path):
     x = torch.randn(8, 6)
     for settings in SWEEP:
-        twin = Swept(**settings)
-        model = torchcache.mark(copy.deepcopy(twin), persistent=True, persistent_cache_dir=tmp_path)
-        assert_trains_the_same(opened(door, model), model, twin, [x])
-        assert counted(model)[:2] == ((8, 0) if settings else (0, 8))
-        torchcache.flush()
-        torch._dynamo.reset()
+        assert run_once(door, Swept(**settings), x, tmp_path) == ((8, 0) if settings else (0, 8))
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -66,12 +70,7 @@ def _capped(x):
 def test_what_the_frozen_part_itself_computes_by_counts(door, tmp_path):
     x = torch.randn(8, 6)
     for frozen in (torch.tanh, functional.relu, functional.softsign, functional.tanhshrink, _doubled, _capped):
-        twin = Swept(frozen=frozen)
-        model = torchcache.mark(copy.deepcopy(twin), persistent=True, persistent_cache_dir=tmp_path)
-        assert_trains_the_same(opened(door, model), model, twin, [x])
-        assert counted(model)[:2] == (0, 8)
-        torchcache.flush()
-        torch._dynamo.reset()
+        assert run_once(door, Swept(frozen=frozen), x, tmp_path) == (0, 8)
 
 
 class Pooled(nn.Module):
@@ -91,12 +90,7 @@ def test_functions_of_one_qualified_name_are_told_apart(door, tmp_path):
     assert functional.max_pool2d.__qualname__ == functional.adaptive_max_pool2d.__qualname__
     x = torch.randn(8, 1, 5, 5)
     for pool in (functional.max_pool2d, functional.adaptive_max_pool2d):
-        twin = Pooled(pool)
-        model = torchcache.mark(copy.deepcopy(twin), persistent=True, persistent_cache_dir=tmp_path)
-        assert_trains_the_same(opened(door, model), model, twin, [x])
-        assert counted(model)[:2] == (0, 8)
-        torchcache.flush()
-        torch._dynamo.reset()
+        assert run_once(door, Pooled(pool), x, tmp_path) == (0, 8)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -142,10 +136,4 @@ def test_what_an_operator_of_the_users_own_reads_counts(door):
 def test_a_name_of_the_users_own_counts_with_a_frozen_part_that_is_torchs(tmp_path):
     x = torch.randn(8, 6)
     for name, found in (("first", (0, 8)), ("second", (0, 8)), ("first", (8, 0))):
-        twin = Swept()
-        model = torchcache.mark(
-            copy.deepcopy(twin), persistent=True, persistent_cache_dir=tmp_path, persistent_module_hash=name
-        )
-        assert_trains_the_same(model, model, twin, [x])
-        assert counted(model)[:2] == found
-        torchcache.flush()
+        assert run_once("call", Swept(), x, tmp_path, persistent_module_hash=name) == found

@@ -121,8 +121,8 @@ def test_what_shows_later_is_found():
     assert_trains_the_same(model, model, twin, [x])
 
 
-class Fails(Same):
-    """What is traced anew in a later call is tried, too."""
+class AsksLater(Same):
+    """Code that asks where it is given an argument that its first calls lack."""
 
     def forward(self, x, flag=None):
         h = super().forward(x)
@@ -130,7 +130,7 @@ class Fails(Same):
 
 
 def test_what_is_traced_in_a_later_call_is_tried():
-    twin = Fails()
+    twin = AsksLater()
     model, x = torchcache.mark(copy.deepcopy(twin), pure=True), torch.randn(4, 6)
     for given in ([x], [x], [x, True], [x, True]):
         assert_trains_the_same(model, model, twin, given)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_partly import DOORS, opened
+from test_partly import DOORS, counted, opened
 from torch import nn
 
 import torchcache
@@ -59,17 +59,11 @@ class Adapted(Blocks):
         adapter.off = not adapter.beside.requires_grad_(True).weight.requires_grad
 
 
-def counted(model):
-    """Rows served, computed and stored, computed only."""
-    stats = torchcache.stats(model)
-    return torch.tensor([stats.hits, stats.misses, stats.bypasses])
-
-
 def during(model, work):
-    """The same, of what is done in ``work``."""
+    """Rows served, computed and stored, and computed only, in what is done in ``work``."""
     before = counted(model)
     work()
-    return (counted(model) - before).tolist()
+    return [now - then for now, then in zip(counted(model), before, strict=True)]
 
 
 def step(nets, x):

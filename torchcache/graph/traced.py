@@ -34,6 +34,7 @@ from torchcache.graph.trial import Trial
 from torchcache.logging import logger
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
+from torchcache.trainable import which_train
 
 UNTRACED = (
     "Dynamo runs no trace of it: it leaves its code alone, or took as many traces of it as it may",
@@ -167,7 +168,7 @@ class Traced:
             # It may decide that another trace is due, or be used up by a trial.
             advice = "mark the frozen part alone, or name program and weights yourself with persistent_module_hash"
             raise Unreadable(program.problem, advice)
-        key = program.digest, bytes(tensor.requires_grad for tensor in program.tensors), torch.is_grad_enabled()
+        key = program.digest, which_train(program.tensors), torch.is_grad_enabled()
         trace = self._traces.get(key)
         if trace is None:
             self._check_worth(key)

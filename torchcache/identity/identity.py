@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +16,10 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
+from torchcache.trainable import which_train
 
 # Combinations of classes of arguments that are known at a time.
 MOST_GIVEN = 64
-
-
-_requires_grad = operator.attrgetter("requires_grad")
 
 
 class Seen(NamedTuple):
@@ -126,7 +123,7 @@ class Identity:
         """
         program = self.program()
         digest, tensors = program.digest, self._reachable(program)
-        alike, described, trainable = layout_check(tensors), _described(tensors), _trainable(tensors)
+        alike, described, trainable = layout_check(tensors), _described(tensors), which_train(tensors)
         held = weakref.ref(self)  # compiled code keeps what it asks, and must not keep the weights
 
         def still() -> bool:
@@ -135,7 +132,7 @@ class Identity:
                 return False
             program = identity.program()
             tensors = identity._reachable(program)
-            if program.digest != digest or _trainable(tensors) != trainable:
+            if program.digest != digest or which_train(tensors) != trainable:
                 return False
             return (alike is not None and alike(*tensors)) or _described(tensors) == described
 
@@ -201,10 +198,6 @@ class Identity:
         if not found and self._state.digest and not self._state.unchanged(program.tensors):
             found.append("a parameter or buffer")
         return found
-
-
-def _trainable(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    return list(map(_requires_grad, tensors))
 
 
 def _described(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:

@@ -1,0 +1,49 @@
+"""What of a module trains, and whether a call of it is to go by what does not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of ``module`` is trainable."""
+    return not any(map(_requires_grad, module.parameters()))
+
+
+def which_train(tensors: Sequence[torch.Tensor]) -> bytes:
+    """One byte for each tensor: 1 where it is trainable."""
+    return bytes(map(_requires_grad, tensors))
+
+
+def trained(module: nn.Module | None) -> str:
+    """The parameters of ``module`` that are trainable, for people."""
+    found = [name for name, held in module.named_parameters() if held.requires_grad] if module is not None else []
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more or "a tensor that it reads"
+
+
+def goes_by_parts(state: Sequence[torch.Tensor], *, partial: bool, unsteady: bool) -> bool:
+    """Whether a call is to look up what is frozen of a module, and not the whole.
+
+    Parameters
+    ----------
+    state : sequence of torch.Tensor
+        What the module reads.
+    partial : bool
+        Whether that was done before.
+    unsteady : bool
+        Whether it can be done where nothing shows that the module trains, and the whole changed as if it did.
+    """
+    if partial and unsteady:  # without its adapters, a model is frozen for one call
+        return True
+    training = partial or torch.is_grad_enabled()
+    if not (training or unsteady) or not any(map(_requires_grad, state)):
+        return False
+    # A copy with averaged weights trains in name only.
+    return training or any(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in state)
