@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from test_partly import DOORS, counted, opened
 from torch import nn
 
@@ -221,29 +220,6 @@ def test_weights_that_are_swapped_to_and_fro_are_looked_up_as_a_whole():
         assert during(model, lambda: evaluate((model, twin), x)) == ([4, 0, 0] if turn > 1 else [0, 4, 0])
         for net in (model, twin):
             net.head.weight.data.neg_()
-
-
-class Checkpointed(Blocks):
-    """Blocks under activation checkpointing."""
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = torch.utils.checkpoint.checkpoint(lambda x, block=block: torch.tanh(block(x)), x, use_reentrant=False)
-        return self.head(x)
-
-
-def test_frozen_blocks_under_checkpointing_are_served():
-    torch.manual_seed(0)
-    twin = Checkpointed()
-    nets = torchcache.mark(copy.deepcopy(twin), audit=0), twin
-    for net in nets:
-        net.blocks[2].requires_grad_(True)
-    x = torch.randn(4, 6)
-    for _ in range(2):
-        step(nets, x)
-    served, stored, computed = during(nets[0], lambda: step(nets, x))
-    assert served
-    assert (stored, computed) == (0, 0)
 
 
 class Detaches(nn.Module):

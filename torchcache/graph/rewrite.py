@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -12,6 +12,7 @@ from torch import fx
 from torchcache.dynamo import fix_rows
 from torchcache.errors import brief
 from torchcache.graph.beside import Beside
+from torchcache.graph.checkpoints import bodies
 from torchcache.graph.closed import is_closed
 from torchcache.graph.cut import Cut, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
@@ -50,8 +51,6 @@ class Outcome:
 def cache_regions(
     module: fx.GraphModule,
     compile_original: Callable[[fx.GraphModule], Original] | None = None,
-    *,
-    nested: bool = False,
 ) -> Outcome:
     """Replace the frozen parts of marked calls in a Dynamo graph by lookups, in place.
 
@@ -63,8 +62,6 @@ def cache_regions(
         As Dynamo gives it to a backend.
     compile_original : callable or None
         How to compile a region's original, for its misses; ``None`` runs it eagerly.
-    nested : bool
-        Whether it is part of another graph, which may write to what it is given.
 
     Returns
     -------
@@ -72,14 +69,28 @@ def cache_regions(
         The regions, and the reasons.
     """
     fix_rows()
-    graph, outcome = module.graph, Outcome()
-    for body in _checkpoint_bodies(module):
-        inner = cache_regions(body, compile_original, nested=True)
-        outcome.regions += inner.regions
-        outcome.reasons += inner.reasons
-        outcome.draws |= inner.draws
+    outcome, looked = Outcome(), list[tuple[fx.Graph, Analysis]]()
+    for graph_module in (*bodies(module), module):
+        nested = graph_module is not module
+        looked += [(graph_module.graph, _cache_graph(graph_module, outcome, compile_original, nested))]
+    for regions in outcome.regions:
+        logger.info("a frozen part of %s is cached", regions.name)
+    for graph, analysis in looked:
+        _tell(graph, analysis, outcome)
+    return outcome
+
+
+def _cache_graph(
+    module: fx.GraphModule,
+    outcome: Outcome,
+    compile_original: Callable[[fx.GraphModule], Original] | None,
+    nested: bool,
+) -> Analysis:
+    """The same for one graph; one that is ``nested`` in another may be given what that writes to."""
+    graph = module.graph
     if not parts_of(graph.nodes):
-        return outcome
+        return Analysis()
+    before = len(outcome.regions)
     try:
         analysis = analyse(graph)
         groups = partition(graph, analysis)
@@ -98,11 +109,10 @@ def cache_regions(
             outcome.reasons.append(f"it cannot be cut out of its graph ({type(error).__name__}: {brief(error)})")
         else:
             outcome.regions += [regions] if regions is not None else []
-    _tell(graph, analysis, outcome)
-    if outcome.regions:
+    if len(outcome.regions) > before:
         graph.lint()
         module.recompile()
-    return outcome
+    return analysis
 
 
 def _cache(
@@ -247,33 +257,8 @@ def _erase(graph: fx.Graph, nodes: Sequence[fx.Node], inside: set[fx.Node], anal
             graph.erase_node(node)
 
 
-def all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """The nodes of a graph, and of those under activation checkpointing in it."""
-    yield from module.graph.nodes
-    for body in _checkpoint_bodies(module):
-        yield from all_nodes(body)
-
-
-def _checkpoint_bodies(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The graphs under activation checkpointing, their inputs known by what the outer graph passes."""
-    for node in module.graph.nodes:
-        if node.op != "call_function" or "checkpoint" not in getattr(node.target, "__name__", ""):
-            continue
-        body = node.args[0] if node.args else None
-        inner = getattr(module, str(body.target), None) if isinstance(body, fx.Node) and body.op == "get_attr" else None
-        if not isinstance(inner, fx.GraphModule):
-            continue
-        placeholders = [found for found in inner.graph.nodes if found.op == "placeholder"]
-        for placeholder, given in zip(placeholders, node.args[1:], strict=False):
-            if isinstance(given, fx.Node) and given.op == "placeholder" and "grapharg" in given.meta:
-                placeholder.meta.setdefault("grapharg", given.meta["grapharg"])
-        yield inner
-
-
 def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
-    """Log what is cached, and what else of the marks is not, and why."""
-    for regions in outcome.regions:
-        logger.info("a frozen part of %s is cached", regions.name)
+    """Log what else of the marks in a graph is not cached, and why."""
     verdicts: dict[Part, str] = {}
     for node, verdict in analysis.verdicts.items():
         part = part_of(node) if node.op != "placeholder" else None

@@ -28,8 +28,9 @@ from torchcache.dynamo import (
     vary_rows,
 )
 from torchcache.errors import Bypass, Trains, Unreadable
+from torchcache.graph.checkpoints import bodies, run_as_code
 from torchcache.graph.parts import KEY
-from torchcache.graph.rewrite import Outcome, all_nodes, cache_regions
+from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.graph.trial import Trial
 from torchcache.logging import logger
 from torchcache.mark import Mark, and_then
@@ -48,8 +49,8 @@ MOST_TRUSTED = 8
 ENOUGH_CALLS = 8
 # Programs without a trace whose calls are counted.
 MOST_WANTED = 4
-# After so many calls a trace is tried once more, unless nothing is to be computed again.
-LATER = (8, 64)
+# A trace is tried again after so many calls, then after so many times as many, and so on; not with ``audit=0``.
+LATER = 8
 
 Key = tuple[bytes, bytes, bool]
 
@@ -172,8 +173,8 @@ class Traced:
         trace = self._traces.get(key)
         if trace is None:
             self._check_worth(key)
-            function, later = traceable(self._mark, module), LATER if self._region.options.audit else ()
-            trace = self._traces[key] = _Trace(function, subject_name(self._mark, module), later)
+            function, audited = traceable(self._mark, module), bool(self._region.options.audit)
+            trace = self._traces[key] = _Trace(function, subject_name(self._mark, module), audited)
             if len(self._traces) > MOST_TRACES:
                 self._traces.popitem(last=False)
         else:
@@ -202,8 +203,8 @@ class _Trace:
         What is traced: it takes the module first.
     subject : str
         The mark's name in graphs.
-    later : tuple of int
-        After how many calls it is tried once more.
+    audited : bool
+        Whether it is tried again later.
 
     Attributes
     ----------
@@ -219,13 +220,13 @@ class _Trace:
         Why it is not to run any more.
     """
 
-    def __init__(self, function: Callable[..., Any], subject: str, later: tuple[int, ...]) -> None:
+    def __init__(self, function: Callable[..., Any], subject: str, audited: bool) -> None:
         self.graphs: list[fx.GraphModule] = []
         self.outcome = Outcome()
         self.calls = 0
         self.due = self.triable = True
         self.failed: Bypass | None = None
-        self._subject, self._later = subject, later
+        self._subject, self._next = subject, LATER if audited else 0
         self.compiled = compile_with(function, _backend_of(self))
 
     @property
@@ -236,15 +237,18 @@ class _Trace:
     def note(self, call: _Call) -> None:
         """Take note of a call that ran."""
         self.calls += 1
-        # What is added to zeros at first, as adapters are, shows later.
-        self.due = self.triable and (call.untried or self.calls in self._later)
+        # What is added to zeros at first, as adapters are, shows later; and code may look at the data.
+        again = self.calls == self._next
+        self._next *= LATER if again else 1
+        self.due = self.triable and (call.untried or again)
 
     def cache(self, graph: fx.GraphModule) -> Callable[..., Any]:
         """A graph of Dynamo's, with its frozen part looked up."""
-        for node in all_nodes(graph):
+        for node in (node for each in (*bodies(graph), graph) for node in each.graph.nodes):
             if node.op not in ("placeholder", "output"):  # marks inside it have named theirs
                 node.meta.setdefault("custom", {}).setdefault(KEY, self._subject)
         found = cache_regions(graph)
+        run_as_code(graph)
         self.outcome.regions += [regions for regions in found.regions if regions not in self.outcome.regions]
         self.outcome.reasons = found.reasons
         self.outcome.draws |= found.draws

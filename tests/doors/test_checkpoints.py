@@ -1,0 +1,62 @@
+"""Activation checkpointing in partly trained marks that are called: frozen parts are served, steps are the same."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from test_partly import counted, gradients
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import torchcache
+
+
+def _policy(context, operator, *args, **kwargs):
+    saved = operator is torch.ops.aten.addmm.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KINDS = {
+    "plain": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+    "other numbers": {"use_reentrant": False, "preserve_rng_state": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, _policy),
+    },
+}
+
+
+class Blocks(nn.Module):
+    """Blocks with dropout, each under checkpointing, of which the first two are frozen; a scale between, and a head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6)) for _ in range(4))
+        self.blocks[:2].requires_grad_(False).eval()
+        self.scale, self.head, self.kind = nn.Parameter(torch.ones(6)), nn.Linear(6, 3), kind
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = checkpoint(block, x * self.scale if number == 2 else x, **KINDS[self.kind])
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_masks_of_forward(kind, warnings):
+    twin = Blocks(kind)
+    model, data = torchcache.mark(copy.deepcopy(twin), audit=0), torch.randn(8, 6)
+    for number, rows in enumerate([[0, 1, 2, 3], [4, 5, 6, 7], [2, 5, 7], [1, 0, 6, 4]]):
+        seen = []
+        for net in (model, twin):
+            torch.manual_seed(number)
+            outputs = net(data[rows])
+            seen.append([outputs.detach(), *gradients(net, outputs).values(), torch.rand(2)])
+        for got, expected in zip(*seen, strict=True):
+            torch.testing.assert_close(got, expected)
+    served, _, computed = counted(model)
+    assert served >= 7
+    assert not computed
+    assert not [text for text in warnings if "computed" in text or "no part" in text]
