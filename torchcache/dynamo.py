@@ -504,8 +504,7 @@ def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> C
     def guarded(*args: Any, **kwargs: Any) -> Any:
         # Traces of all models of a class count with its code: each model has as many as one alone would have.
         changed = {limit: getattr(config, limit) * _compiled for limit in _SHARED if hasattr(config, limit)}
-        # Some releases ask no guard of a parameter where all that changed is its ``data``.
-        changed |= {_TAGS: False} if hasattr(config, _TAGS) else {}
+        changed |= {name: value for name, value in _OWN.items() if hasattr(config, name)}
         with config.patch(changed):
             return compiled(*args, **kwargs)
 
@@ -519,10 +518,11 @@ _ISOLATED: dict[str, Any] = {
     name: True for name in ("isolate_recompiles",) if name in inspect.signature(torch.compile).parameters
 }
 _SHARED = ("accumulated_recompile_limit",) if _ISOLATED else ("recompile_limit", "accumulated_recompile_limit")
-_TAGS = "skip_tensor_guards_with_matching_dict_tags"
+# Some releases ask no guard of a parameter where all that changed is its ``data``; recurrent layers all leave alone
+# unless they are told not to, and older ones then fail at packed sequences.
+_OWN = {"skip_tensor_guards_with_matching_dict_tags": False, **({"allow_rnn": True} if _ISOLATED else {})}
 
-# Comparisons without stamps that take as long as to load Dynamo.
-MOST_WITHOUT = 1000
+MOST_WITHOUT = 1000  # comparisons without stamps that take as long as to load Dynamo
 _without = itertools.count()
 
 

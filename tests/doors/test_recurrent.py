@@ -1,0 +1,106 @@
+"""Recurrent layers in partly trained marks, frozen or trained: steps are the same, and what is frozen is served."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import torchcache
+from torchcache import torchcache_backend
+
+LONGEST = 5
+# These leave recurrent layers alone.
+OLDER = "isolate_recompiles" not in inspect.signature(torch.compile).parameters
+
+
+class Tagger(nn.Module):
+    """A frozen encoder, recurrent layers, and a head over the mean of their steps."""
+
+    def __init__(self, layer, *, frozen=False, packed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)).requires_grad_(False)
+        self.layer = layer(6, 3, 2, bidirectional=True, dropout=0.0 if frozen else 0.3, batch_first=True)
+        self.layer.requires_grad_(not frozen)
+        self.head = nn.Linear(6, 2)
+        self.packed = packed
+
+    def forward(self, x, lengths):
+        steps = self.encoder(x)
+        if self.packed:
+            steps = pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+        steps, _ = self.layer(steps)
+        if self.packed:
+            steps, _ = pad_packed_sequence(steps, batch_first=True)
+        return self.head(steps.sum(1) / lengths[:, None])
+
+
+class Chained(Tagger):
+    """The same as one expression, in which the layer is named before its input is computed."""
+
+    def forward(self, x, lengths):
+        return self.head(self.layer(self.encoder(x))[0][:, -1])
+
+
+class Unrolled(nn.Module):
+    """A frozen encoder, and a cell that is called for each step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Linear(4, 6).requires_grad_(False)
+        self.cell, self.head = nn.LSTMCell(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x, lengths):
+        state = None
+        for step in self.encoder(x).unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[0])
+
+
+MODELS = {
+    "lstm": lambda: Tagger(nn.LSTM),
+    "gru": lambda: Tagger(nn.GRU),
+    "rnn": lambda: Tagger(nn.RNN),
+    "frozen": lambda: Tagger(nn.LSTM, frozen=True),
+    "chained": lambda: Chained(nn.LSTM),
+    "packed": lambda: Tagger(nn.LSTM, packed=True),
+    "cell": Unrolled,
+}
+DOORS = {
+    "call": lambda model: model,
+    "transform": torchcache.transform,
+    "compile": lambda model: torch.compile(model, backend=torchcache_backend, options={"inner": "eager"}),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_steps_are_the_same_and_the_encoder_is_served(kind, door):
+    twin = MODELS[kind]()
+    model = torchcache.mark(copy.deepcopy(twin), audit=0)
+    runs = [(twin, twin), (model, DOORS[door](model))]
+    optimizers = [torch.optim.SGD(net.parameters(), 0.5) for net, _ in runs]
+    data, lengths = torch.randn(16, LONGEST, 4), torch.randint(1, LONGEST + 1, (16,))
+    lengths[0] = LONGEST
+    for epoch in range(3):
+        for training in (True, False):
+            for number, rows in enumerate(torch.randperm(16).split(6)):
+                seen = []
+                for (net, run), optimizer in zip(runs, optimizers, strict=True):
+                    net.train(training)
+                    torch.manual_seed(10 * epoch + number)
+                    with torch.set_grad_enabled(training):
+                        outputs = run(data[rows], lengths[rows])
+                    if training:
+                        optimizer.zero_grad()
+                        outputs.square().sum().backward()
+                        optimizer.step()
+                    seen.append(outputs.detach())
+                torch.testing.assert_close(*seen)
+    for own, others in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, others)
+    assert torchcache.stats(model).hits >= 5 * 16 or (kind == "chained" and OLDER)
