@@ -518,11 +518,11 @@ _ISOLATED: dict[str, Any] = {
     name: True for name in ("isolate_recompiles",) if name in inspect.signature(torch.compile).parameters
 }
 _SHARED = ("accumulated_recompile_limit",) if _ISOLATED else ("recompile_limit", "accumulated_recompile_limit")
-# Some releases ask no guard of a parameter where all that changed is its ``data``; recurrent layers all leave alone
-# unless they are told not to, and older ones then fail at packed sequences.
-_OWN = {"skip_tensor_guards_with_matching_dict_tags": False, **({"allow_rnn": True} if _ISOLATED else {})}
+# Some releases ask no guard of a parameter where all that changed is its ``data``; all draw NumPy's numbers from torch.
+_OWN = {"skip_tensor_guards_with_matching_dict_tags": False, "use_numpy_random_stream": True}
 
-MOST_WITHOUT = 1000  # comparisons without stamps that take as long as to load Dynamo
+# Comparisons without stamps that take as long as to load Dynamo.
+MOST_WITHOUT = 1000
 _without = itertools.count()
 
 

@@ -317,7 +317,6 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -
     }
     members["train"] = _settled_train(original_of(base.train))
     members["__reduce_ex__"] = _reduce
-    members["torchcache_base"] = base
     if issubclass(base, fx.GraphModule):
         members["recompile"] = _recompile
     later = getattr(base, "cls_to_become", None)  # the class that a lazy module gets when it is called first
@@ -325,9 +324,30 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -
         members["cls_to_become"] = _marked_class(later, dict(marks))
     members["_torchcache_marks"] = dict(marks)
     members["_torchcache_methods"] = tuple(name for name, _ in marks)
-    made = type(base.__name__, (base,), members)
-    made.__module__, made.__qualname__, made.__doc__ = base.__module__, base.__qualname__, base.__doc__
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    made: type[nn.Module] = _kind_of(type(base))(base.__name__, (base,), members)
+    type.__setattr__(made, "torchcache_base", base)
     return made
+
+
+def _kind_of(kind: Any) -> Any:
+    """A class of classes that hand on to the user's class what is assigned to them once they are made."""
+
+    def assign(made: type, name: str, value: Any) -> None:
+        base = vars(made).get("torchcache_base")
+        if base is None:
+            kind.__setattr__(made, name, value)
+        else:
+            setattr(base, name, value)
+
+    def delete(made: type, name: str) -> None:
+        base = vars(made).get("torchcache_base")
+        if base is None:
+            kind.__delattr__(made, name)
+        else:
+            delattr(base, name)
+
+    return type(kind.__name__, (kind,), {"__setattr__": assign, "__delattr__": delete})
 
 
 # As long as they are in use: a class that was made holds the user's, and a key must hold no function of the user's.

@@ -1,7 +1,8 @@
-"""Which parts of a marked module stay in eval mode: the subtrees that hold parameters, all of them frozen."""
+"""Which parts of a marked module stay in eval mode: the subtrees that hold weights, all of them frozen."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 def settle(module: nn.Module) -> None:
     """Put ``module`` in eval mode if it is frozen, else those of its subtrees that hold frozen parameters only.
 
-    A subtree without parameters, such as a dropout beside trainable layers, keeps its mode. Where eval mode changes
-    what is computed, this is said once.
+    What has no weights, such as a dropout beside trainable layers or a random crop, keeps its mode. Where eval mode
+    changes what is computed, this is said once.
     """
     changed = [part for part in _kept_in_eval(module) if part.training]
     for part in changed:  # only where needed: a write costs those who watch the module a closer look
@@ -60,7 +61,8 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
 def _kept_in_eval(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a marked module that stay in eval mode."""
     if is_frozen(module):
-        yield from module.modules()
+        if any(True for _ in itertools.chain(module.parameters(), module.buffers())):
+            yield from module.modules()
         return
     for child in module.children():
         if next(child.parameters(), None) is not None:

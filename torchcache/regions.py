@@ -45,7 +45,10 @@ class Called:
             original = mark.original(module)
             return original if module is None else (module, original)
 
-        return Identity(subject, self.name, options.persistent_module_hash, options.pure)
+        def function() -> Any:
+            return mark.called(reference() if reference is not None else None)
+
+        return Identity(subject, self.name, options.persistent_module_hash, options.pure, function)
 
     def rename(self) -> None:
         """Take the name that the module has by its path."""

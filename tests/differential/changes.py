@@ -104,7 +104,7 @@ def write(model, draw):
     whole = parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize
     # Dynamo keeps weak references to what it traces, partly trainable marks included, and recurrent modules to their
     # weights: torch does not swap those.
-    unable = way == "swap" and (model.compiled or any(isinstance(part, nn.RNNBase) for part in backbone.modules()))
+    unable = way == "swap" and (model.traced or any(isinstance(part, nn.RNNBase) for part in backbone.modules()))
     if unable or (way in _PARTICULAR and not (parameter.dtype in (torch.float32, torch.float64) and whole)):
         way = "data copy"
     with torch.no_grad():
@@ -188,9 +188,19 @@ def attribute(model, draw):
                 part.slope = value + 1
 
 
-CHANGES = {
-    function.__name__: function for function in (weights, write, load, replace, code, memory_format, dtype, attribute)
-}
+def asking(model, draw):
+    """Code that answers otherwise where it is compiled, in models that nobody compiles."""
+    model.backbone.asks = draw.random() < 0.7 and not model.compiled
+
+
+def freezing(model, draw):
+    """Which layer trains of a model of which one does."""
+    if model.partial:
+        model.backbone.last.requires_grad_(draw.random() < 0.7)
+
+
+KINDS = weights, write, load, replace, code, memory_format, dtype, attribute, asking, freezing
+CHANGES = {function.__name__: function for function in KINDS}
 
 
 def apply(change, pair, number):

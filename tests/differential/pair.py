@@ -51,7 +51,9 @@ class Pair:
         pair = cls(model, twin, model, parts)
         pair.set_mode(twin.training)
         for both in pair.both:
-            both.compiled = program.door == "compile" or program.mark in ("partial", "unfrozen")
+            both.compiled = program.door == "compile"
+            both.traced = both.compiled or program.mark in ("partial", "unfrozen")
+            both.partial = program.mark == "partial"
         if program.door == "transform" and program.mark != "unfrozen":
             torchcache.transform(model)
         elif program.door == "compile":

@@ -29,6 +29,8 @@ OPERATIONS = {
     "memory_format": 1,
     "dtype": 2,
     "attribute": 3,
+    "asking": 1,
+    "freezing": 1,
     "settings": 3,
     "mode": 2,
     "autocast": 2,

@@ -1,5 +1,6 @@
 """Marks on classes, instances, methods and functions: the call belongs to the object that it is made on."""
 
+import abc
 import copy
 import gc
 import inspect
@@ -384,3 +385,78 @@ def test_a_mark_beside_what_is_sharded(tmp_path):
         assert torchcache.stats(backbone).hits == 12
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("name", ["forward", "encode"])
+def test_what_a_class_is_given_is_called(name, trains):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2).requires_grad_(trains)
+
+        def encode(self, x):
+            return self.head(self.body(x))
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    original, model, x = getattr(Encoder, name), Encoder(), torch.randn(3, 4)
+    torchcache.mark(model, method=name, audit=0)
+    for factor in (1.0, 2.0, 3.0, 1.0):
+
+        def another(self, x, factor=factor):
+            return original(self, x) * factor
+
+        setattr(Encoder, name, original if factor == 1.0 else another)
+        for _ in range(3):
+            torch.testing.assert_close(getattr(model, name)(x), original(model, x) * factor)
+    assert torchcache.stats(model).hits
+
+
+class Switched(abc.ABC, nn.Module):
+    """Its classes say by how much it multiplies."""
+
+    factor = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x):
+        return self.body(x) * self.factor
+
+
+def test_what_is_assigned_to_the_class_of_an_instance_is_the_users_classs(monkeypatch):
+    monkeypatch.setattr(Switched, "factor", 2.0)
+    model, other, x = torchcache.mark(Switched(), audit=0), Switched(), torch.randn(3, 4)
+    for factor in (2.0, 3.0, 4.0):
+        type(model).factor = factor
+        assert other.factor == factor
+        for _ in range(2):
+            torch.testing.assert_close(model(x), model.body(x) * factor)
+    del type(model).factor
+    assert not hasattr(Switched, "factor")
+    torchcache.unmark(model)
+    assert type(model) is Switched
+
+
+def test_a_forward_that_counts_in_its_class_is_computed(warnings):
+    class Counting(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, x):
+            type(self).calls += 1
+            return self.body(x)
+
+    model, x = torchcache.mark(Counting()), torch.randn(3, 4)
+    for _ in range(4):
+        model(x)
+    assert Counting.calls == 4
+    assert torchcache.stats(model).hits == 0
+    assert any("writes to calls" in text for text in warnings)

@@ -88,6 +88,15 @@ def test_parts_that_train_keep_their_mode():
     assert not body[0][1].training
 
 
+def test_what_has_no_weights_keeps_its_mode():
+    model = torchcache.mark(nn.Sequential(nn.Dropout(0.5), nn.Flatten()))
+    model.train()
+    assert [part.training for part in model.modules()] == [True] * 3
+    quantized = torchcache.mark(nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Dropout(0.5)))
+    quantized.train()
+    assert [part.training for part in quantized.modules()] == [False] * 3
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_what_is_frozen_by_no_grad_alone_is_cached(guard):
     module = torchcache.mark(nn.Sequential(nn.Linear(3, 3), nn.Tanh()).eval(), audit=0)

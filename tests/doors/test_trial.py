@@ -234,3 +234,60 @@ def test_averages_that_forward_moves_on_move_once(big):
     for _ in range(12):
         torch.testing.assert_close(model(x), twin(x))
     torch.testing.assert_close(model.key.weight, twin.key.weight)
+
+
+@torch._dynamo.disable
+def _noise(x):
+    return x * torch.rand_like(x)
+
+
+class Noisy(nn.Module):
+    """Draws in code that no graph holds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return _noise(self.head(self.body(x)))
+
+
+class NoisyInNumPy(Noisy):
+    """Draws from NumPy's generator."""
+
+    def forward(self, x):
+        return self.head(self.body(x)) * torch.from_numpy(np.random.rand(3)).float()
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another thread"])
+@pytest.mark.parametrize("kind", [Noisy, NoisyInNumPy])
+def test_what_code_draws_is_drawn_once_and_from_the_same_generator(kind, beside, warnings):
+    done = threading.Event()
+    other = threading.Thread(target=done.wait, daemon=True)
+    if beside:
+        other.start()
+    seen = []
+    try:
+        for net in (kind(), torchcache.mark(kind())):
+            torch.manual_seed(1)
+            found = []
+            for number in range(20):
+                np.random.seed(number % 3)
+                found += [net(torch.ones(4, 6) * number).detach(), torch.tensor(np.random.rand())]
+            seen.append([*found, torch.rand(2)])
+    finally:
+        done.set()
+    for got, expected in zip(*seen, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_rows_that_are_taken_apart_are_computed_as_they_are():
+    class Apart(Same):
+        def forward(self, x):
+            return self.head(torch.stack([self.body(row) for row in self.body(x).unbind(0)]))
+
+    model, twin = torchcache.mark(Apart()), Apart()
+    for rows in (4, 4, 3):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(model(x), twin(x))

@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import torchcache
 from torchcache.identity.program import Program
 from torchcache.identity.written import Written
 
@@ -560,6 +561,8 @@ SCRIPT = """
 import sys
 import torch
 from torch import nn
+
+import torchcache
 import mynets
 from torchcache.identity.program import Program
 torch.manual_seed(0)
@@ -876,3 +879,22 @@ def test_what_libraries_wrap_for_themselves_is_no_part(monkeypatch):
     assert digest() == before
     monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: None)
     assert digest() != before
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, torch.rand])
+def test_draws_of_others_from_the_generators_of_the_process_change_nothing(draw):
+    class Perhaps(nn.Module):
+        """Code that may draw from each of them."""
+
+        chance = 0.0
+
+        def forward(self, x):
+            if self.chance:
+                return x * random.random() * np.random.rand() * torch.rand((), generator=torch.default_generator)
+            return x + 1
+
+    model, x = torchcache.mark(Perhaps()), torch.randn(3, 2)
+    for _ in range(4):
+        draw(*([2] if draw is torch.rand else []))
+        model(x)
+    assert torchcache.stats(model).hits == 9

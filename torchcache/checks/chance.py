@@ -164,10 +164,15 @@ class Chance:
 
     Where another thread may draw meanwhile it would draw the same numbers again: then torch's alone are taken back, and
     only where it is known that this thread drew.
+
+    Attributes
+    ----------
+    alone : bool
+        Whether no other thread may draw meanwhile.
     """
 
     def __init__(self) -> None:
-        self._alone = is_alone()
+        self.alone = is_alone()
         self._before = Generators()
         self._after = self._before
         self._draws = False
@@ -188,10 +193,14 @@ class Chance:
         self._become(self._after)
 
     def _become(self, states: Generators) -> None:
-        if self._alone and states.moved():
+        if self.alone and states.moved():
             states.restore()
         elif self._draws and states.moved():
             states.restore_torch()
+
+    def back(self) -> bool:
+        """Whether all generators are as they were at first."""
+        return not self._before.moved()
 
     def repeated(self) -> bool:
         """Whether the same was drawn once more since, for certain."""

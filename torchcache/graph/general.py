@@ -22,6 +22,9 @@ OTHER = 1_000_003
 SIZED = dict.fromkeys("view reshape expand repeat new_zeros new_ones new_full".split(), 1)
 SIZED |= dict.fromkeys("zeros ones full".split(), 0)
 SHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
+# Operators that make a tensor of each entry along a dimension, or of some, and where that is among their arguments.
+SPLITTING = {"unbind": 1, "split": 2}
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
 class _Unlike(Exception):  # noqa: N818 - an outcome
@@ -111,10 +114,21 @@ class _Walk(contextlib.ExitStack):
             self._entered[node].callback(EXIT_AUTOCAST, ENTER_AUTOCAST(*node.args))
         else:
             rows = any(dims for source in node.all_input_nodes for dims in self._grown[source])
+            if rows and self._splits(node):  # as many tensors as there are rows take minutes
+                raise _Unlike
             self._replace(node, rows)
             self._note(node, self._run(node, 0), self._run(node, 1))
             if rows and (() in self._grown[node] or self._meet(node)):
                 raise _Unlike
+
+    def _splits(self, node: fx.Node) -> bool:
+        """Whether an operator takes rows apart, or goes through them one by one."""
+        name, source = operator_name(node), node.all_input_nodes[0]
+        tensor, place = self._values[source][0], SPLITTING.get(name)
+        if place is None or not isinstance(tensor, torch.Tensor):
+            return name in RECURRENT
+        dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+        return not isinstance(dim, int) or any(dim % tensor.ndim in dims for dims in self._grown[source])
 
     def _meet(self, node: fx.Node) -> bool:
         """Whether an operator is known to have rows read each other, or to put them elsewhere."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,9 +16,14 @@ from torchcache.identity.node import Node
 from torchcache.identity.switches import Switch, describe_switch
 from torchcache.identity.values import describe_value
 
+# Those of the process, which whoever draws moves on: what draws from them is not cached.
+_GENERATORS = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
+
 
 def describe(value: Any) -> Node:
     """The node of an object that is no atom."""
+    if any(value is generator for generator in _GENERATORS):
+        return Node(value, ("generator", type(value).__qualname__))
     if value is GlobalHooks:
         return describe_hooks(value)
     if type(value) is Switch:

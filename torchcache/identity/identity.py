@@ -53,10 +53,19 @@ class Identity:
         The user's own name for program and state, which then counts instead of both.
     pure : bool
         Whether what the original itself writes is no part of it, as the user promises.
+    function : callable or None
+        Gives the function that is marked, where a class may be given another one.
     """
 
-    def __init__(self, subject: Callable[[], Any], where: str, name: str | None, pure: bool) -> None:
-        self._subject = subject
+    def __init__(
+        self,
+        subject: Callable[[], Any],
+        where: str,
+        name: str | None,
+        pure: bool,
+        function: Callable[[], Any] | None = None,
+    ) -> None:
+        self._subject, self._function = subject, function
         self._where = where
         self._name = name
         self._pure = pure
@@ -71,11 +80,17 @@ class Identity:
         if program is not None and program.unchanged():
             return program
         if other is None or not other.again():
-            other = Program(self._subject(), self._where, self._pure)
+            other = self._read()
         # Reading takes long, and what a flag switches in every step is two programs by turns: of the same tensors.
         kept = program is not None and list(map(id, program.tensors)) == list(map(id, other.tensors))
         self._program, self._other = other, program if kept else None
         return other
+
+    def _read(self, given: tuple[type, ...] = ()) -> Program:
+        program = Program(self._subject(), self._where, self._pure, given)
+        if self._function is not None:
+            program.follow(self._function)
+        return program
 
     def look(self) -> Seen:
         """The program and the tensors that it can reach, as they are now.
@@ -96,7 +111,7 @@ class Identity:
             return b""
         program, state = self._given.get(given, (None, None))
         if program is None or state is None or not program.unchanged():
-            program, state = Program(self._subject(), self._where, self._pure, given), State()
+            program, state = self._read(given), State()
             if len(self._given) >= MOST_GIVEN:
                 self._given.clear()
             self._given[given] = program, state

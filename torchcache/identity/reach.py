@@ -191,7 +191,10 @@ class Reach:
     def wanted(self, node: Node, space: Space, name: str) -> bool:
         """Whether an entry of a namespace is read."""
         kind = space.kind
-        if name in self._without and kind in ("attribute", "buffer", "global"):
+        written = name in self._without
+        if written and (
+            kind in ("attribute", "buffer", "global") or (kind == "member" and not callable(space.held[name]))
+        ):
             return False
         if kind in ("variable", "item"):
             parts = self._fragments if kind == "variable" else ()
