@@ -25,9 +25,13 @@ def settle(module: nn.Module) -> None:
         part.training = False
     kinds = _acting_in_training(changed)
     if kinds:
+        name = type(module).__name__
+        what = (
+            f"{name} is frozen and cached, so it" if is_frozen(module) else f"what is frozen of {name} is cached, and"
+        )
         warn_once(
-            f"{type(module).__name__} is frozen and cached, so it stays in eval mode, also under model.train(): its "
-            f"{', '.join(kinds)} would act otherwise in train mode"
+            f"{what} stays in eval mode, also under model.train(): its {', '.join(kinds)} would act otherwise in train "
+            "mode"
         )
 
 

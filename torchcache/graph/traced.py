@@ -41,6 +41,10 @@ UNTRACED = (
     "Dynamo runs no trace of it: it leaves its code alone, or took as many traces of it as it may",
     "raise torch._dynamo.config.recompile_limit, or mark a part that Dynamo traces",
 )
+RECURRENT = (
+    "Dynamo leaves a recurrent layer alone, and with it all of the expression that calls it",
+    "call the layer in a statement of its own, or mark the frozen part alone",
+)
 RESTLESS = "its program, or what of it trains, keeps changing", "mark a part that keeps no state"
 # Traces that are kept of one mark.
 MOST_TRACES = 16
@@ -139,7 +143,8 @@ class Traced:
         if trace.lookups == before:
             reasons = trace.outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
-            self._region.count(given, bypass if call.graphs else Bypass(*UNTRACED))
+            left = RECURRENT if any(isinstance(part, nn.RNNBase) for part in module.modules()) else UNTRACED
+            self._region.count(given, bypass if call.graphs else Bypass(*left))
         if call.trial is None:
             return outputs
         returned = [outputs]
