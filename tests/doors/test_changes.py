@@ -794,6 +794,14 @@ def switch_that_a_function_tells(request):
     return module_of(lambda self: 2.0 + torch.is_anomaly_enabled()), lambda: torch.autograd.set_detect_anomaly(True)
 
 
+@case
+def switch_that_a_function_of_a_held_module_tells(request):
+    request.addfinalizer(functools.partial(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled()))
+    torch.autograd.set_detect_anomaly(False)
+    model = module_of(lambda self: 2.0 + self.held.is_anomaly_enabled(), torch)
+    return model, lambda: torch.autograd.set_detect_anomaly(True)
+
+
 class Plugin:
     scale = 1.0
 

@@ -48,10 +48,11 @@ def describe_switch(value: Switch) -> Node:
 
 
 def switches_of(module: types.ModuleType) -> list[Space]:
-    """The switches of a module as a namespace."""
+    """The switches of a module as a namespace, and the functions that tell of some: code may hold the module itself."""
     kinds = type(module).__mro__[: -len(types.ModuleType.__mro__)]
     names = [name for kind in kinds for name, held in vars(kind).items() if hasattr(type(held), "__set__")]
-    held = {name: Switch(module, name) for name in names if not name.startswith("__")}
+    held: dict[str, Any] = {name: Switch(module, name) for name in names if not name.startswith("__")}
+    held |= {name: getattr(module, name, None) for name in _NAMES.get(module, "").split()}
     return [Space("global", held, held)] if held else []
 
 
