@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchcache.identity.homes import beneath
 from torchcache.logging import warn_once
 from torchcache.trainable import is_frozen
 
@@ -30,7 +31,7 @@ def settle(module: nn.Module) -> None:
             f"{name} is frozen and cached, so it" if is_frozen(module) else f"what is frozen of {name} is cached, and"
         )
         warn_once(
-            f"{what} stays in eval mode, also under model.train(): its {', '.join(kinds)} would act otherwise in train "
+            f"{what} stays in eval mode, also under model.train(): its {', '.join(kinds)} may act otherwise in train "
             "mode"
         )
 
@@ -78,12 +79,24 @@ def _acting_in_training(parts: Iterable[nn.Module]) -> list[str]:
 
 
 def _acts_in_training(part: nn.Module) -> bool:
-    """Whether train mode of this part alone changes what it computes, as far as torch's own modules tell."""
+    """Whether train mode may change what this part computes: torch's own tell, and others that ask for it."""
     if isinstance(part, _DROPOUTS):
         return bool(getattr(part, "p", 1.0))
     if isinstance(part, nn.MultiheadAttention):
         return bool(part.dropout)
-    return isinstance(part, nn.modules.batchnorm._BatchNorm)
+    if isinstance(part, nn.modules.batchnorm._BatchNorm) or any(map(_asks_for_mode, part._forward_hooks.values())):
+        return True
+    if not _asks_for_mode(type(part).forward):
+        return False
+    rates = [value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float))]
+    return any(rates) or not rates
+
+
+def _asks_for_mode(function: Any) -> bool:
+    """Whether code that is not of torch reads ``training``."""
+    code = getattr(beneath(function), "__code__", None)
+    home = str(getattr(function, "__module__", ""))
+    return code is not None and "training" in code.co_names and home.partition(".")[0] != "torch"
 
 
 def _sets_flags_only(module: nn.Module) -> bool:

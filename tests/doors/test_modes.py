@@ -57,6 +57,22 @@ def test_train_leaves_a_frozen_mark_in_eval_mode():
     assert not decorated[0].training
 
 
+class DropPath(nn.Module):
+    """Stochastic depth, as libraries write it."""
+
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        return nn.functional.dropout(x, self.drop_prob, self.training)
+
+
+def _hooked(part):
+    part.register_forward_hook(lambda module, args, output: output * 2 if module.training else output)
+    return part
+
+
 @pytest.mark.parametrize(
     ("part", "said"),
     [
@@ -64,6 +80,9 @@ def test_train_leaves_a_frozen_mark_in_eval_mode():
         (nn.BatchNorm1d(3), "BatchNorm1d"),
         (nn.Dropout(0.0), None),
         (nn.LayerNorm(3), None),
+        (DropPath(0.2), "DropPath"),
+        (DropPath(0.0), None),
+        (_hooked(nn.LayerNorm(3)), "LayerNorm"),
     ],
     ids=lambda value: str(value),
 )

@@ -55,7 +55,7 @@ class RegionPlanned:
     state_bytes : int
         Bytes of the parameters, buffers and other tensors that the original reads.
     mode : str
-        Whether the module is kept in eval mode, and what would act otherwise in train mode.
+        Whether the module is kept in eval mode, and what may act otherwise in train mode.
     largest_error : float or None
         Where ``cache_dtype`` rounds, the largest error of rows that were served so far, as ``torchcache.stats`` has it.
     """
@@ -241,7 +241,9 @@ def _planned(name: str, region: Region, batch: Batch, plan: Plan) -> RegionPlann
     held = {id(tensor): tensor for tensor in region.subject.identity.look().tensors}.values()
     module = region.subject.module
     kinds = differs_in_training(module) if module is not None else []
-    mode = "" if module is None else "kept in eval" + (f"; {', '.join(kinds)} would act in train" if kinds else "")
+    mode = (
+        "" if module is None else "kept in eval" + (f"; {', '.join(kinds)} may act otherwise in train" if kinds else "")
+    )
     state, error = sum(tensor.nbytes for tensor in held), region.counters.largest_error
     return RegionPlanned(name, inputs, stores, stored.size, state, mode, error)
 
