@@ -88,8 +88,8 @@ def _acts_in_training(part: nn.Module) -> bool:
         return True
     if not _asks_for_mode(type(part).forward):
         return False
-    rates = [value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float))]
-    return any(rates) or not rates
+    # Many ask, to hand a rate on that is zero, or to recompute in backward.
+    return any(value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float)))
 
 
 def _asks_for_mode(function: Any) -> bool:

@@ -60,3 +60,15 @@ def test_gradients_are_those_of_the_masks_of_forward(kind, warnings):
     assert served >= 7
     assert not computed
     assert not [text for text in warnings if "computed" in text or "no part" in text]
+
+
+def test_what_is_made_to_need_a_gradient_is_told_of(warnings):
+    class Made(Blocks):
+        def forward(self, x):
+            x = self.blocks[0](x).requires_grad_()  # as transformers has embeddings do for reentrant checkpointing
+            return self.head(self.blocks[1](x))
+
+    model, data = torchcache.mark(Made("plain"), audit=0), torch.randn(8, 6)
+    for _ in range(2):
+        gradients(model, model(data))
+    assert any("disable_input_require_grads()" in text for text in warnings)

@@ -26,6 +26,9 @@ from torchcache.mark import Mark
 from torchcache.op import RECORDING, subject_of
 from torchcache.regions import region_of
 
+# What forward itself has need a gradient, of which nothing before needs one.
+MADE = "made to need a gradient"
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -34,7 +37,8 @@ class Verdict:
     Parameters
     ----------
     kind : str
-        "trainable", "random", "batch statistics", "mutation", "gradient", "functorch", "marked" or "untraceable".
+        "trainable", "random", "batch statistics", "mutation", "gradient", "functorch", "marked", "untraceable" or
+        ``MADE``.
     reason : str
         The reason with its cause, for people.
     source : str
@@ -199,6 +203,9 @@ def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
 
 def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     value = tensor_of(node)
+    if value is not None and value.requires_grad and value.is_leaf and _is_computed(node, value):
+        why = "made to need a gradient, as gradient_checkpointing_enable() of transformers does with embeddings"
+        return Verdict(MADE, f"what it computes is {why}: call disable_input_require_grads() after that")
     if node.op == "placeholder":
         if value is None or not value.requires_grad or node not in analysis.state:
             return None
@@ -216,6 +223,12 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     if part_of(node) is None:
         return None  # upstream of a mark, dropout and the like only make the mark's input different every time
     return _operator_verdict(node, analysis)
+
+
+def _is_computed(node: fx.Node, value: torch.Tensor) -> bool:
+    """Whether what a node holds was computed, in this graph or in one before it."""
+    source = source_of(node) if node.op == "placeholder" and not isinstance(value, nn.Parameter) else None
+    return node.op in ("call_function", "call_method") or (source is not None and "___stack" in source.name)
 
 
 def _looked_up(node: fx.Node) -> tuple[Mark, nn.Module | None] | None:

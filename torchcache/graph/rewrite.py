@@ -17,7 +17,7 @@ from torchcache.graph.closed import is_closed
 from torchcache.graph.cut import Cut, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
 from torchcache.graph.fewest import reachable
-from torchcache.graph.frozen import Analysis, analyse
+from torchcache.graph.frozen import MADE, Analysis, Verdict, analyse
 from torchcache.graph.general import generalised
 from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
@@ -259,16 +259,17 @@ def _erase(graph: fx.Graph, nodes: Sequence[fx.Node], inside: set[fx.Node], anal
 
 def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
     """Log what else of the marks in a graph is not cached, and why."""
-    verdicts: dict[Part, str] = {}
+    verdicts: dict[Part, Verdict] = {}
     for node, verdict in analysis.verdicts.items():
         part = part_of(node) if node.op != "placeholder" else None
         if part is not None:
-            verdicts.setdefault(part, verdict.reason)
+            verdicts.setdefault(part, verdict)
     for part in parts_of(graph.nodes):
         name = region_of(part.mark, part.module).name
         if part in verdicts:
-            logger.info("%s is not cached from here on: %s", name, verdicts[part])
-        if not outcome.regions and not region_of(part.mark, part.module).partial:
-            outcome.reasons += [verdicts[part]] if part in verdicts else []
+            tell = warn_once if verdicts[part].kind == MADE else logger.info
+            tell(f"{name} is not cached from here on: {verdicts[part].reason}")
+        if analysis.varying and not outcome.regions and not region_of(part.mark, part.module).partial:
+            outcome.reasons += [verdicts[part].reason] if part in verdicts else []
             why = outcome.reasons[0] if outcome.reasons else "nothing in it is frozen and gives rows"
             warn_once(f"no part of {name} is cached while it trains: {why}")
