@@ -331,21 +331,28 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -
 
 
 def _kind_of(kind: Any) -> Any:
-    """A class of classes that hand on to the user's class what is assigned to them once they are made."""
+    """A class of classes that hand on to the user's class what is assigned to them once they are made.
+
+    To delete it gives back what was there before: patches delete what they do not see in a class's own namespace.
+    """
+    before: dict[str, Any] = {}
 
     def assign(made: type, name: str, value: Any) -> None:
         base = vars(made).get("torchcache_base")
         if base is None:
             kind.__setattr__(made, name, value)
         else:
+            before.setdefault(name, vars(base).get(name, before))
             setattr(base, name, value)
 
     def delete(made: type, name: str) -> None:
         base = vars(made).get("torchcache_base")
         if base is None:
             kind.__delattr__(made, name)
-        else:
+        elif (known := before.pop(name, before)) is before:
             delattr(base, name)
+        else:
+            setattr(base, name, known)
 
     return type(kind.__name__, (kind,), {"__setattr__": assign, "__delattr__": delete})
 

@@ -436,8 +436,15 @@ def test_what_is_assigned_to_the_class_of_an_instance_is_the_users_classs(monkey
         assert other.factor == factor
         for _ in range(2):
             torch.testing.assert_close(model(x), model.body(x) * factor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda self, x: self.body(x) * 7)
+        torch.testing.assert_close(model(x), model.body(x) * 7)
+    torch.testing.assert_close(model(x), model.body(x) * 4)
     del type(model).factor
-    assert not hasattr(Switched, "factor")
+    assert Switched.factor == 2
+    type(model).another = 1
+    del type(model).another
+    assert not hasattr(Switched, "another")
     torchcache.unmark(model)
     assert type(model) is Switched
 
