@@ -269,7 +269,8 @@ def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
         if part in verdicts:
             tell = warn_once if verdicts[part].kind == MADE else logger.info
             tell(f"{name} is not cached from here on: {verdicts[part].reason}")
-        if analysis.varying and not outcome.regions and not region_of(part.mark, part.module).partial:
+        tells = analysis.varying or outcome.reasons  # of a piece that reads no data there is nothing to tell
+        if tells and not outcome.regions and not region_of(part.mark, part.module).partial:
             outcome.reasons += [verdicts[part].reason] if part in verdicts else []
             why = outcome.reasons[0] if outcome.reasons else "nothing in it is frozen and gives rows"
             warn_once(f"no part of {name} is cached while it trains: {why}")
