@@ -333,7 +333,7 @@ def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -
 def _kind_of(kind: Any) -> Any:
     """A class of classes that hand on to the user's class what is assigned to them once they are made.
 
-    To delete it gives back what was there before: patches delete what they do not see in a class's own namespace.
+    To delete it gives back what was there before the last assignment: patches delete what a class itself does not have.
     """
     before: dict[str, Any] = {}
 
@@ -342,7 +342,7 @@ def _kind_of(kind: Any) -> Any:
         if base is None:
             kind.__setattr__(made, name, value)
         else:
-            before.setdefault(name, vars(base).get(name, before))
+            before[name] = vars(base).get(name, before)
             setattr(base, name, value)
 
     def delete(made: type, name: str) -> None:

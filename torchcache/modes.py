@@ -56,7 +56,7 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
         Whether a mark on it is enabled.
     """
     # Trainers call this in every step; a round trip through train mode would be a write to every part.
-    if not (kept and is_frozen(module) and all(map(_sets_flags_only, module.modules()))):
+    if not (kept and _stays(module) and all(map(_sets_flags_only, module.modules()))):
         original(module, mode)
     if kept:
         settle(module)
@@ -65,13 +65,17 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
 
 def _kept_in_eval(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a marked module that stay in eval mode."""
-    if is_frozen(module):
-        if any(True for _ in itertools.chain(module.parameters(), module.buffers())):
-            yield from module.modules()
+    if _stays(module):
+        yield from module.modules()
         return
     for child in module.children():
         if next(child.parameters(), None) is not None:
             yield from _kept_in_eval(child)
+
+
+def _stays(module: nn.Module) -> bool:
+    """Whether all of a marked module stays in eval mode: it has weights, and they are frozen."""
+    return is_frozen(module) and any(True for _ in itertools.chain(module.parameters(), module.buffers()))
 
 
 def _acting_in_training(parts: Iterable[nn.Module]) -> list[str]:

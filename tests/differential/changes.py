@@ -199,8 +199,10 @@ def freezing(model, draw):
         model.backbone.last.requires_grad_(draw.random() < 0.7)
 
 
-KINDS = weights, write, load, replace, code, memory_format, dtype, attribute, asking, freezing
-CHANGES = {function.__name__: function for function in KINDS}
+CHANGES = {
+    function.__name__: function
+    for function in (weights, write, load, replace, code, memory_format, dtype, attribute, asking, freezing)
+}
 
 
 def apply(change, pair, number):

@@ -440,8 +440,9 @@ def test_what_is_assigned_to_the_class_of_an_instance_is_the_users_classs(monkey
         patch.setattr(type(model), "forward", lambda self, x: self.body(x) * 7)
         torch.testing.assert_close(model(x), model.body(x) * 7)
     torch.testing.assert_close(model(x), model.body(x) * 4)
-    del type(model).factor
-    assert Switched.factor == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "factor", 5.0)
+    assert Switched.factor == 4
     type(model).another = 1
     del type(model).another
     assert not hasattr(Switched, "another")
@@ -467,3 +468,7 @@ def test_a_forward_that_counts_in_its_class_is_computed(warnings):
     assert Counting.calls == 4
     assert torchcache.stats(model).hits == 0
     assert any("writes to calls" in text for text in warnings)
+    promised = torchcache.mark(Counting(), pure=True)
+    for _ in range(4):
+        promised(x)
+    assert torchcache.stats(promised).hits == 9

@@ -111,6 +111,10 @@ def test_what_has_no_weights_keeps_its_mode():
     model = torchcache.mark(nn.Sequential(nn.Dropout(0.5), nn.Flatten()))
     model.train()
     assert [part.training for part in model.modules()] == [True] * 3
+    model.eval()
+    assert [part.training for part in model.modules()] == [False] * 3
+    model.train()
+    assert [part.training for part in model.modules()] == [True] * 3
     quantized = torchcache.mark(nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Dropout(0.5)))
     quantized.train()
     assert [part.training for part in quantized.modules()] == [False] * 3

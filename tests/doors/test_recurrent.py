@@ -109,4 +109,4 @@ def test_a_layer_that_is_called_within_an_expression_is_computed_with_advice(war
     found = model(data, None)
     torch.manual_seed(0)
     torch.testing.assert_close(found, torchcache.unmark(twin)(data, None))
-    assert any("call the layer in a statement of its own" in text for text in warnings)
+    assert any("call such a layer in a statement of its own" in text for text in warnings)

@@ -561,8 +561,6 @@ SCRIPT = """
 import sys
 import torch
 from torch import nn
-
-import torchcache
 import mynets
 from torchcache.identity.program import Program
 torch.manual_seed(0)

@@ -38,12 +38,10 @@ from torchcache.op import subject_name
 from torchcache.trainable import which_train
 
 UNTRACED = (
-    "Dynamo runs no trace of it: it leaves its code alone, or took as many traces of it as it may",
-    "raise torch._dynamo.config.recompile_limit, or mark a part that Dynamo traces",
-)
-RECURRENT = (
-    "Dynamo leaves a recurrent layer alone, and with it all of the expression that calls it",
-    "call the layer in a statement of its own, or mark the frozen part alone",
+    "Dynamo runs no trace of it: it leaves its code alone, as an expression that calls a recurrent layer, or took as "
+    "many traces of it as it may",
+    "call such a layer in a statement of its own, raise torch._dynamo.config.recompile_limit, or mark a part that "
+    "Dynamo traces",
 )
 RESTLESS = "its program, or what of it trains, keeps changing", "mark a part that keeps no state"
 # Traces that are kept of one mark.
@@ -143,8 +141,7 @@ class Traced:
         if trace.lookups == before:
             reasons = trace.outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
-            left = RECURRENT if any(isinstance(part, nn.RNNBase) for part in module.modules()) else UNTRACED
-            self._region.count(given, bypass if call.graphs else Bypass(*left))
+            self._region.count(given, bypass if call.graphs else Bypass(*UNTRACED))
         if call.trial is None:
             return outputs
         returned = [outputs]

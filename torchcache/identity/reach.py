@@ -33,6 +33,8 @@ from torchcache.identity.values import ATOMS
 
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
+# Namespaces that code writes to; of a class's, what is no method.
+_WRITTEN = ("attribute", "buffer", "global")
 
 
 class Reach:
@@ -191,10 +193,7 @@ class Reach:
     def wanted(self, node: Node, space: Space, name: str) -> bool:
         """Whether an entry of a namespace is read."""
         kind = space.kind
-        written = name in self._without
-        if written and (
-            kind in ("attribute", "buffer", "global") or (kind == "member" and not callable(space.held[name]))
-        ):
+        if name in self._without and (kind in _WRITTEN or (kind == "member" and not callable(space.held.get(name)))):
             return False
         if kind in ("variable", "item"):
             parts = self._fragments if kind == "variable" else ()
