@@ -110,3 +110,22 @@ def test_a_layer_that_is_called_within_an_expression_is_computed_with_advice(war
     torch.manual_seed(0)
     torch.testing.assert_close(found, torchcache.unmark(twin)(data, None))
     assert any("call such a layer in a statement of its own" in text for text in warnings)
+
+
+class Stepped(nn.Module):
+    """Takes its rows for steps, in a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.GRU(6, 6).requires_grad_(False), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+
+def test_rows_that_are_steps_are_computed_as_they_are():
+    model, twin, data = torchcache.mark(Stepped()), Stepped(), torch.randn(4, 6)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for rows in (4, 4, 3):
+            torch.testing.assert_close(model(data[:rows]), twin(data[:rows]))
