@@ -802,6 +802,32 @@ def switch_that_a_function_of_a_held_module_tells(request):
     return model, lambda: torch.autograd.set_detect_anomaly(True)
 
 
+def make_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def leave_process_group():
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@case
+def process_group_that_is_made_later(request):
+    leave_process_group()
+    request.addfinalizer(leave_process_group)
+    return module_of(lambda self: 2.0 + torch.distributed.is_initialized()), make_process_group
+
+
+@case
+def size_of_a_process_group_that_is_made_later(request):
+    def get(self):
+        return 2.0 + self.held.get_world_size() if self.held.is_initialized() else 2.0
+
+    leave_process_group()
+    request.addfinalizer(leave_process_group)
+    return module_of(get, torch.distributed), make_process_group
+
+
 class Plugin:
     scale = 1.0
 

@@ -16,6 +16,7 @@ _NAMES = {
     "get_float32_matmul_precision",
     torch.backends.cuda: "flash_sdp_enabled mem_efficient_sdp_enabled math_sdp_enabled cudnn_sdp_enabled "
     "fp16_bf16_reduction_math_sdp_allowed",
+    torch.distributed: "is_initialized get_rank get_world_size get_backend",
 }
 _ASKED = [getattr(home, name, None) for home, names in _NAMES.items() for name in names.split()]
 
@@ -56,11 +57,19 @@ def switches_of(module: types.ModuleType) -> list[Space]:
     return [Space("global", held, held)] if held else []
 
 
+def _answer(ask: Any) -> str:
+    """What a function says, as text; of which process group, only where there is one."""
+    try:
+        return repr(ask())
+    except (RuntimeError, ValueError) as error:
+        return type(error).__name__
+
+
 def add_answer(node: Node, function: Any) -> Node:
     """Add to the node of a named function what it says, where it is one that is asked for a switch."""
     if any(function is asked for asked in _ASKED):
-        node.head += (repr(function()),)
-        node.checks.append(Check("content", function, read=lambda ask: repr(ask())))
+        node.head += (_answer(function),)
+        node.checks.append(Check("content", function, read=_answer))
     elif any(function is random for random in _RANDOM):
         node.problem = "reads the state of a random generator"
     return node
