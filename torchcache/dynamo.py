@@ -61,8 +61,7 @@ def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
     schema = getattr(operator, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    named = {argument.name: args[place] for place, argument in enumerate(schema.arguments) if place < len(args)}
-    named |= kwargs
+    named = {argument.name: arg for argument, arg in zip(schema.arguments, args, strict=False)} | dict(kwargs)
     targets = [named[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in named]
     return [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, torch.Tensor)]
 
@@ -91,10 +90,9 @@ def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]
 def backend_named(name: str) -> Callable[..., Any] | None:
     """The backend that is registered under a name; ``None`` where none is."""
     try:
-        backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+        return cast(Callable[..., Any], torch._dynamo.lookup_backend(name))
     except torch._dynamo.exc.InvalidBackend:
         return None
-    return backend
 
 
 def vary(rows: torch.Tensor) -> None:
@@ -258,6 +256,8 @@ def origin_of(size: Any) -> tuple[Any, int]:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """What tensors that share memory have in common; fake ones have no address, and lazy ones are not loaded for it."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(torch.Tensor.untyped_storage(tensor)._cdata)
 
 

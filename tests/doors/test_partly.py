@@ -391,6 +391,26 @@ def test_what_is_written_in_place_is_so_on_both_sides_of_the_cut(door, kind):
     assert hits >= 25
 
 
+class MappedMask(Net):
+    """Writes in place, and makes a mask by ``vmap`` as transformers does."""
+
+    def forward(self, x):
+        h = self.body(x)
+        h[:, 0] = 0.0
+        places = torch.arange(h.shape[1])
+        causal = torch.func.vmap(lambda i: torch.func.vmap(lambda j: (i >= j) & (j != 2))(places))(places)
+        return self.top(torch.tanh(h @ causal.to(h.dtype)))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_mapped_behind_a_write_in_place_is_analysed(door):
+    model, twin = nets(MappedMask)
+    run, x = opened(door, model), torch.randn(8, 6)
+    for _ in range(3):
+        assert_trains_the_same(run, model, twin, [x])
+    assert counted(model) == (16, 8, 0)
+
+
 class Around(Net):
     """Writes in place to what another mark gives, which is read again later."""
 
