@@ -485,8 +485,8 @@ def _is_fixed(leaf: Any) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks run with the forward of every module."""
-    return bool(torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks)
+    """Whether hooks run with the forward or backward of every module."""
+    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -168,6 +168,26 @@ def test_a_hook_that_is_added_later_runs(door):
     assert_trains_the_same(run, model, twin, [x])
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("door", ["call", "transform"])
+@pytest.mark.parametrize("when", ["full_backward_hook", "full_backward_pre_hook", "module_full_backward_hook"])
+def test_a_hook_of_backward_that_is_added_later_runs(door, when, request):
+    model, twin = nets()
+    run, x = opened(door, model), torch.randn(8, 6)
+    assert_trains_the_same(run, model, twin, [x])
+    seen = {model.top: 0, twin.top: 0}
+
+    def hook(module, *_):
+        if module in seen:
+            seen[module] += 1
+
+    for each in (model, twin):
+        register = getattr(each.top, f"register_{when}", None) or getattr(nn.modules.module, f"register_{when}")
+        request.addfinalizer(register(hook).remove)
+    assert_trains_the_same(run, model, twin, [x])
+    assert seen[model.top] == seen[twin.top] > 0
+
+
 class Twins(nn.Module):
     """Two branches of one frozen layer that differ in a number alone."""
 

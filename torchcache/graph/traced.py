@@ -32,6 +32,7 @@ from torchcache.graph.checkpoints import bodies, run_as_code
 from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.graph.trial import Trial
+from torchcache.identity.modules import backward_hooks
 from torchcache.logging import logger
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
@@ -54,7 +55,7 @@ MOST_WANTED = 4
 # A trace is tried again after so many calls, then after so many times as many, and so on; not with ``audit=0``.
 LATER = 8
 
-Key = tuple[bytes, bytes, bool]
+Key = tuple[bytes, bytes, bool, tuple[int, ...]]
 
 
 class Traced:
@@ -171,7 +172,7 @@ class Traced:
             # It may decide that another trace is due, or be used up by a trial.
             advice = "mark the frozen part alone, or name program and weights yourself with persistent_module_hash"
             raise Unreadable(program.problem, advice)
-        key = program.digest, which_train(program.tensors), torch.is_grad_enabled()
+        key = program.digest, which_train(program.tensors), torch.is_grad_enabled(), backward_hooks(module)
         trace = self._traces.get(key)
         if trace is None:
             self._check_worth(key)

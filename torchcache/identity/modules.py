@@ -27,7 +27,13 @@ TREE = frozenset(
 )
 TREE_HOMES = ("torch.func", "torch._functorch", "torch.nn.utils", "torch.export", "torch.fx", "torch.jit")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 _FUNCTIONS = (types.FunctionType, types.MethodType)
+
+
+def backward_hooks(module: nn.Module) -> tuple[int, ...]:
+    """The numbers of the hooks that run with the backward of any part of a module: torch gives no number twice."""
+    return tuple([number for part in module.modules() for group in _BACKWARD_HOOKS for number in vars(part)[group]])
 
 
 class GlobalHooks:

@@ -272,7 +272,7 @@ class Reach:
         for text in reads.texts | reads.variables:
             self._text(text)
         self.written |= reads.written
-        for chain in reads.chains:
+        for chain in sorted({*reads.chains, *reads.whole_chains}):
             self._chain(node, chain, scope, as_type=chain in reads.types)
         for name in reads.whole | reads.deep:
             self._read_whole(name, 2 if name in reads.deep else 1)
