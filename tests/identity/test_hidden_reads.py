@@ -23,6 +23,7 @@ from torch import nn
 import torchcache
 
 _get = getattr
+ROOT = str(Path(__file__).parents[2])
 DOORS = str(Path(__file__).parents[1] / "doors")
 
 
@@ -302,7 +303,7 @@ assert "before torchcache was imported" in str(torchcache.stats(module).regions[
 
 
 GLOBALS = """
-import builtins, importlib, sys, torch, torchcache
+import builtins, importlib, pkgutil, pydoc, sys, torch, torchcache
 from torch import nn
 FACTOR, run = 1.0, eval
 class Reads(nn.Module):
@@ -315,6 +316,8 @@ FORWARDS = {
     "in a function": lambda s, x: x * helper.__globals__[s.name + "OR"],
     "in this module": lambda s, x: x * sys.modules[__name__].__dict__[s.name + "OR"],
     "in a module by a name": lambda s, x: x * importlib.import_module(s.where).FACTOR,
+    "in a module by a path": lambda s, x: x * pydoc.locate(s.where + ".FACTOR"),
+    "in a module by a path of two parts": lambda s, x: x * pkgutil.resolve_name(s.where + ":FACTOR"),
     "in one of many modules": lambda s, x: x * sys.modules[s.where].FACTOR,
     "in one of all modules": lambda s, x: x * [m for n, m in sys.modules.items() if n == s.where][0].FACTOR,
     "by code under another name": lambda s, x: x * run("FACT" + "OR"),
@@ -330,6 +333,42 @@ for name, forward in FORWARDS.items():
     FACTOR = module.factor = 3.0
     assert torch.equal(module(x), x * 3), name
 """
+
+
+IMPORTED = """
+import importlib, sys, torch, torchcache
+from torch import nn
+NAME, PART = "some" + "where_beside", "ACT"
+class Reads(nn.Module):
+    part = PART
+    def forward(self, x):
+        return %s(x)
+x = torch.linspace(-1, 1, 32).view(8, 4)
+module = torchcache.mark(Reads(), freeze=True, audit=0.0, persistent=True, persistent_cache_dir="rows")
+for given in (x, x, x, x, x + 100, x + 100):  # those that are served first are compared
+    assert torch.equal(module(given), Reads()(given))
+torchcache.flush()
+print(torchcache.stats(module).hits)
+"""
+BY_NAME = {
+    "a constant": "getattr(importlib.import_module('somewhere_beside'), self.part)",
+    "a global": "getattr(importlib.import_module(NAME), PART)",
+    "a global of another": "importlib.import_module(NAME).ACT",
+}
+
+
+@pytest.mark.parametrize("how", BY_NAME)
+def test_what_forward_imports_first_is_compared_between_runs(how, tmp_path):
+    served = []
+    for code in ("x", "x", "torch.where(x > 50, x * 5, x)"):
+        (tmp_path / "somewhere_beside.py").write_text(f"import torch\ndef ACT(x):\n    return {code}\n")
+        script = IMPORTED % BY_NAME[how]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), ROOT])}
+        run = [sys.executable, "-B", "-c", script]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        served.append(int(done.stdout))
+    assert served[1] > served[0] == served[2]
 
 
 def test_globals_count_however_they_are_found():

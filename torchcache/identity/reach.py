@@ -26,7 +26,7 @@ from torchcache.identity.homes import (
     named_class,
 )
 from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
-from torchcache.identity.node import Node, Space, home_around, is_own, owner_of, sentence
+from torchcache.identity.node import Check, Node, Space, home_around, is_own, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
 from torchcache.identity.reads import STREAMS, Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
 from torchcache.identity.values import ATOMS
@@ -381,7 +381,8 @@ class Reach:
                 self._todo.append(node)
 
     def _read_modules(self, node: Node) -> None:
-        """Some modules of the user's own are read, and which they are cannot be told."""
+        """Some modules of the user's own are read, and which they are cannot be told, nor which are still to come."""
+        node.checks.append(Check("content", sys.modules, read=len))
         for name, module in list(sys.modules.items()):
             if isinstance(module, types.ModuleType) and not is_named(name) and not is_installed(name):
                 node.parts.append((f"the global {name}", module))

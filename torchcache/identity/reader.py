@@ -369,6 +369,8 @@ class _Reader:
                 return self.found.read_access(last, given)
             if last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get"):
                 return self.found.read_module(first or NOTHING, top=last == "__import__")
+            if last == "resolve_name" or (*chain.module.split("."), *chain.names)[-2:] == ("pydoc", "locate"):
+                return self.found.read_module(UNKNOWN)
             if last in ("attrgetter", "methodcaller"):
                 self.found.read_paths(given)
             elif last in _FORMATS and len(chain.names) > 1:

@@ -40,7 +40,7 @@ STREAMS = frozenset({"stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__
 _WATCHED = {
     **dict.fromkeys(GETTERS | {"attrgetter", "methodcaller", "hasattr", "asdict", "astuple", "deepcopy"}, "getter"),
     "getmembers": "getter",
-    **dict.fromkeys(("__import__", "import_module"), "module"),
+    **dict.fromkeys(("__import__", "import_module", "resolve_name"), "module"),
     **dict.fromkeys(("_getframe", "currentframe"), "scope"),
     **dict.fromkeys(ENVIRONMENT, "environment"),
 }
@@ -60,7 +60,8 @@ def watched(symbol: tuple[Any, ...]) -> str:
     if symbol[0] != "global" or not symbol[2]:
         return ""
     last, owners = symbol[2][-1], (*symbol[1:2], *symbol[2][:-1])
-    if (*owners, last)[-2:] == ("sys", "modules") or (*owners, last)[-3:] == ("sys", "modules", "get"):
+    path = (*owners, last)
+    if path[-2:] in (("sys", "modules"), ("pydoc", "locate")) or path[-3:] == ("sys", "modules", "get"):
         return "module"
     builtin = owners in (("",), ("", "builtins"), ("builtins",))
     return _WATCHED.get(last) or (_WATCHED_BUILTINS.get(last, "") if builtin else "")
