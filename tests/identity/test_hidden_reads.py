@@ -340,7 +340,6 @@ import importlib, sys, torch, torchcache
 from torch import nn
 NAME, PART = "some" + "where_beside", "ACT"
 class Reads(nn.Module):
-    part = PART
     def forward(self, x):
         return %s(x)
 x = torch.linspace(-1, 1, 32).view(8, 4)
@@ -351,7 +350,6 @@ torchcache.flush()
 print(torchcache.stats(module).hits)
 """
 BY_NAME = {
-    "a constant": "getattr(importlib.import_module('somewhere_beside'), self.part)",
     "a global": "getattr(importlib.import_module(NAME), PART)",
     "a global of another": "importlib.import_module(NAME).ACT",
 }
