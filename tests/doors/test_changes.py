@@ -598,13 +598,6 @@ def import_module_by_function(monkeypatch):
 
 
 @case
-def entry_of_an_imported_module_by_a_variable(monkeypatch):
-    settings = settings_module(monkeypatch)
-    module = module_of(lambda self: getattr(importlib.import_module("settings_of_a_test"), self.held), "scale")
-    return module, lambda: setattr(settings, "scale", 3.0)
-
-
-@case
 def import_by_dunder(monkeypatch):
     settings = settings_module(monkeypatch)
     module = module_of(lambda self: __import__("settings_of_a_test").scale)

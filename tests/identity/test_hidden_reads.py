@@ -336,7 +336,7 @@ for name, forward in FORWARDS.items():
 
 
 IMPORTED = """
-import importlib, sys, torch, torchcache
+import importlib, packed, sys, torch, torchcache
 from torch import nn
 NAME, PART = "some" + "where_beside", "ACT"
 class Reads(nn.Module):
@@ -349,7 +349,13 @@ for given in (x, x, x, x, x + 100, x + 100):  # those that are served first are 
 torchcache.flush()
 print(torchcache.stats(module).hits)
 """
+PACKED = """
+import importlib
+def __getattr__(name):
+    return getattr(importlib.import_module("somewhere_beside"), name)
+"""
 BY_NAME = {
+    "what a package gives": "packed.ACT",
     "a global": "getattr(importlib.import_module(NAME), PART)",
     "a global of another": "importlib.import_module(NAME).ACT",
 }
@@ -358,11 +364,12 @@ BY_NAME = {
 @pytest.mark.parametrize("how", BY_NAME)
 def test_what_forward_imports_first_is_compared_between_runs(how, tmp_path):
     served = []
+    (tmp_path / "packed.py").write_text(PACKED)
     for code in ("x", "x", "torch.where(x > 50, x * 5, x)"):
         (tmp_path / "somewhere_beside.py").write_text(f"import torch\ndef ACT(x):\n    return {code}\n")
-        script = IMPORTED % BY_NAME[how]
+        (tmp_path / "reading.py").write_text(IMPORTED % BY_NAME[how])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), ROOT])}
-        run = [sys.executable, "-B", "-c", script]
+        run = [sys.executable, "-B", "reading.py"]
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         served.append(int(done.stdout))
