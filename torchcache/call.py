@@ -14,6 +14,7 @@ from torchcache.batch import Batch, Given, Subject, lacks, number_named, take
 from torchcache.checks.alarm import ANOTHER, DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
+from torchcache.checks.company import undone
 from torchcache.checks.learning import Learning
 from torchcache.checks.novelty import Novelty
 from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
@@ -331,6 +332,7 @@ class Region:
             plan.note(output)
         if leaves[0].shape[0] > len(missing):
             leaves = [select_rows(leaf, places) for leaf in leaves]
+        self._learning.check(batch, plan, places, leaves)
         start = time.perf_counter()
         with normal_tensors(), torch.no_grad():
             self.tiers.keep(key, list(missing), leaves, plan.precision, batch.who)
@@ -341,7 +343,7 @@ class Region:
         """What the original returns for rows of the batch; one is given twice, unless alone it is known to be alike."""
         twice = len(places) == 1 and plan.alone is not True
         rows = [select_rows(leaf, [*places] * 2 if twice else places) for leaf in batch.rows]
-        with normal_tensors():
+        with undone(self.subject, self.options), normal_tensors():
             output = take_outputs(batch.original(select(batch.taken.tensors, plan.learnt.rows, rows)))
         return plan.first_of_two(output) if twice else output
 

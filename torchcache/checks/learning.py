@@ -12,6 +12,7 @@ import torch
 from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import Draws, check_again, generators_kept
+from torchcache.checks.company import check_company, undone
 from torchcache.checks.gradients import Original, modes_agree
 from torchcache.checks.plan import CHANGED, Form, Plan
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
@@ -115,6 +116,15 @@ class Learning:
             raise
         proven.taken_over, proven.alone = plan.taken_over, plan.alone
         return proven
+
+    def check(self, batch: Batch, plan: Plan, places: Sequence[int], computed: Sequence[torch.Tensor]) -> None:
+        """Compare computed rows at ``places`` that are unlike all before, and refuse such calls where they differ."""
+        try:
+            with undone(self._subject, self._options):
+                check_company(self._subject.name, batch, plan, places, computed)
+        except Bypass as bypass:
+            self._form(batch).refuse(batch, bypass)
+            raise
 
     def _taken_over(self, batch: Batch, form: Form, tiers: Tiers) -> Plan | None:
         """What another process learnt of such calls."""
@@ -347,14 +357,15 @@ class Learning:
     def _noting(self, batch: Batch, names: list[str]) -> Iterator[None]:
         """Add what a probe writes to ``names``, and put it back: it must not show in what is kept.
 
-        It stays where a call of the caller's wrote nothing before: then it is set up for such rows as a probe has.
+        It stays where nothing was learnt before, and the caller's call wrote nothing: then it is set up for such rows
+        as a probe has.
         """
         written = self._watch(batch.wrote)
         try:
             yield
         finally:
             names += written.changes() if written is not None else []
-            if written is not None and (batch.wrote or not batch.given.ran):
+            if written is not None and (batch.wrote or not batch.given.ran or self._plans):
                 written.restore()
 
     def _settle(self, batch: Batch, form: Form, names: list[str], learnt: Learnt, whole: Taken | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torchcache.batch import Batch
 from torchcache.checks.alarm import Otherwise
 from torchcache.checks.chance import generators_kept
+from torchcache.checks.extremes import Extremes
 from torchcache.checks.probe import Learnt, Roles, rows_of
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
@@ -95,6 +96,8 @@ class Plan:
         Whether another process learnt it, so that rows were served before any could be computed.
     kept : set
         Under which keys it is kept for other processes, or cannot be.
+    extremes : Extremes
+        What the rows that were computed were like.
     """
 
     form: bytes
@@ -107,6 +110,7 @@ class Plan:
     believed: bool = False
     taken_over: bool = False
     kept: set[bytes] = dataclasses.field(default_factory=set)
+    extremes: Extremes = dataclasses.field(default_factory=Extremes)
     known_layouts: tuple[Layout, ...] | None = None
 
     @classmethod

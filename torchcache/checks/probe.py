@@ -163,7 +163,7 @@ def _without_rows(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Bypa
     without = {count: [i for i, leaf in enumerate(outputs) if count not in leaf.shape] for count in counts if count}
     count = min(without, key=lambda count: len(without[count]), default=0)
     if whole is not None and count and len(without[count]) < len(outputs):
-        return _not_rows(whole, without[count][0], tuple(outputs[without[count][0]].shape), count)
+        return not_rows(whole, without[count][0], tuple(outputs[without[count][0]].shape), count)
     small = "pass batches of two rows or more" if 1 in counts else "mark a part that returns one row a sample"
     return Bypass(
         "no argument has a first dimension that its outputs share, so there are no rows to cache",
@@ -171,7 +171,7 @@ def _without_rows(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Bypa
     )
 
 
-def _not_rows(taken: Taken, index: int, shape: tuple[int, ...], count: int) -> Bypass:
+def not_rows(taken: Taken, index: int, shape: tuple[int, ...], count: int) -> Bypass:
     """That an output has no rows, or that their size is not theirs alone."""
     if shape.count(count) == 1:
         return Bypass(
@@ -331,7 +331,7 @@ class _Trial:
             if len(found) != 1:
                 shown = tuple((three if whole is None else whole).shape)
                 count = 3 if whole is None else self._count
-                raise _InconsistentError(_not_rows(pair, index, shown, count))
+                raise _InconsistentError(not_rows(pair, index, shown, count))
             dims.append(found[0])
         return tuple(dims)
 
@@ -351,7 +351,7 @@ class _Trial:
         mine, other = self._row(pair, 0), self._row(beside, 0)
         for index, (one, another) in enumerate(zip(mine, other, strict=True)):
             if one.shape != another.shape:
-                raise _InconsistentError(_not_rows(pair, index, tuple(pair.tensors[index].shape), 2))
+                raise _InconsistentError(not_rows(pair, index, tuple(pair.tensors[index].shape), 2))
         if all(map(identical, mine, other)):
             return
         again = self._row(self._run((first, second)), 0)
