@@ -12,7 +12,7 @@ import torch
 # How far beyond what was seen a row is to be, in widths of what was seen: so there are few, however many rows come.
 MARGIN = 0.25
 # Rows of one call that are named.
-MOST = 4
+MOST = 2
 # Dtypes whose elements torch compares.
 _ORDERED = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
