@@ -81,8 +81,7 @@ def test_rows_that_begin_to_mix_are_not_believed_for_good(kind, seed, audit):
     for x in before * draw.randint(1, 2):
         assert same(cached(x), plain(cached, x))
     after = cached.late(draw)
-    # Nothing but the data tells of larger values: how soon they are looked at, the share of time says.
-    most = FEW if audit > 0.1 or kind not in (LargerValues, ConstantOfTheBatch) else None
+    most = 0 if kind in (LargerValues, ConstantOfTheBatch) else FEW  # such rows are compared before they are stored
     deadline, right, wrong = time.monotonic() + 30, 0, 0
     while right < 3:
         assert time.monotonic() < deadline
@@ -92,7 +91,7 @@ def test_rows_that_begin_to_mix_are_not_believed_for_good(kind, seed, audit):
             for batch in (x, x.flip(0), torch.cat((x[1:], after[0][:1]))):
                 wrong += not same(cached(batch), plain(cached, batch))
         right = right + 1 if wrong == before else 0
-    assert most is None or wrong <= most
+    assert wrong <= most
 
 
 def plain(cached, x):
