@@ -354,7 +354,9 @@ def _kind_of(kind: Any) -> Any:
         else:
             setattr(base, name, known)
 
-    return type(kind.__name__, (kind,), {"__setattr__": assign, "__delattr__": delete})
+    # A class inherits no annotations.
+    annotations = property(lambda made: getattr(vars(made).get("torchcache_base"), "__annotations__", {}))
+    return type(kind.__name__, (kind,), {"__setattr__": assign, "__delattr__": delete, "__annotations__": annotations})
 
 
 # As long as they are in use: a class that was made holds the user's, and a key must hold no function of the user's.

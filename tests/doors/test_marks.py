@@ -119,6 +119,21 @@ def test_methods_are_cached_each_for_itself(marked):
     assert counts(clip) == (15, 30)
 
 
+def test_code_reads_the_annotations_of_its_class():
+    class Annotated(nn.Module):
+        gain: "2.0"
+
+        def forward(self, x):
+            return x * float(type(self).__annotations__["gain"])
+
+    marked = torchcache.mark(Annotated())
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        assert torch.equal(marked(x), x * 2)
+    assert type(marked).__annotations__ == Annotated.__annotations__
+    assert counts(marked) == (4, 4)
+
+
 def test_a_method_decorated_in_its_class_may_call_its_parents():
     model = Taught().requires_grad_(False)
     x = torch.randn(5, 4)
