@@ -13,6 +13,8 @@ import torch
 MARGIN = 0.25
 # Rows of one call that are named.
 MOST = 2
+# What no float32 holds counts as this: widths of what was seen are to be finite.
+FAR = 1e300
 # Dtypes whose elements torch compares.
 _ORDERED = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -91,5 +93,8 @@ def _traits(rows: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
         if numbers.shape[1]:
             full = numbers.bool().view(torch.uint8).sum(1, dtype=torch.int32)  # ten times as fast as count_nonzero
             found += [full, numbers.amin(1), numbers.amax(1)]
-    columns = torch.stack([column.double() for column in found], 1) if found else torch.zeros(rows[0].shape[0], 1)
-    return np.nan_to_num(columns.cpu().numpy().astype(np.float64))
+    if not found:
+        return np.zeros((rows[0].shape[0], 1))
+    columns = torch.stack([column.to(rows[0].device, torch.float32) for column in found], 1)
+    traits = columns.cpu().numpy().astype(np.float64)
+    return np.nan_to_num(traits, nan=FAR, posinf=FAR, neginf=-FAR)
