@@ -255,8 +255,13 @@ def test_rows_that_depend_on_their_place_are_served_to_nobody(name, shuffled, mo
         order = torch.randperm(64) if shuffled or epoch == 5 else torch.arange(64)
         for chosen in order.split(16):
             arguments = (data[chosen],) if given is None else (data[chosen], given)
-            torch.testing.assert_close(module(*arguments), twin(*arguments))
-    assert region(module).alarms
+            try:
+                found = module(*arguments)
+            except torchcache.RowwiseError:
+                assert not torchcache.stats(module).hits
+                return
+            torch.testing.assert_close(found, twin(*arguments))
+    assert region(module).alarms or any("with the other rows" in reason for reason in region(module).reasons)
 
 
 class Gated(nn.Module):

@@ -11,7 +11,6 @@ from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.compare import Rounding
 from torchcache.checks.culprit import Run, find_culprit, mixing
-from torchcache.checks.extremes import Sample
 from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
 from torchcache.checks.probe import not_rows, select
 from torchcache.context import normal_tensors
@@ -72,44 +71,59 @@ def check_company(where: str, batch: Batch, plan: Plan, places: Sequence[int], c
     """
     if batch.count == 1:
         return
-    kept = [sample for sample in plan.extremes.samples if sample.shared == batch.shared]
+    check = _Check(where, batch, plan)
     with generators_kept(), normal_tensors(), torch.no_grad():
         given = batch.rows if len(places) == batch.count else [select_rows(leaf, places) for leaf in batch.rows]
+        before: list[tuple[Tensors, Tensors]] = []
         for index in plan.extremes.beyond([*given, *computed]):
             row, mine = ([select_rows(leaf, [index]) for leaf in leaves] for leaves in (given, computed))
             # One that was computed by itself, or twice, is compared with what it is beside another.
-            beside = (
-                row if len(places) > 1 else [select_rows(leaf, [(places[0] + 1) % batch.count]) for leaf in batch.rows]
-            )
-            _compare(where, batch, plan, [row, beside], [mine], Run([*given], index))
-            _compare(
-                where, batch, plan, [row, *(one.rows for one in kept)], [mine, *(one.outputs for one in kept)], None
-            )
-            kept = plan.extremes.keep(Sample(row, mine, batch.shared))
+            neighbour = [(places[0] + 1) % batch.count]
+            beside = row if len(places) > 1 else [select_rows(leaf, neighbour) for leaf in batch.rows]
+            check([row, beside], [mine], Run([*given], index))
+            before = before or [(one, check.by_itself(one)) for one in plan.extremes.samples]
+            if before:
+                check([row, *(one for one, _ in before)], [mine, *(outputs for _, outputs in before)])
+            plan.extremes.keep(row)
+            before = [*before[-1:], (row, mine)]
 
 
-def _compare(
-    where: str, batch: Batch, plan: Plan, rows: Sequence[Tensors], known: Sequence[Tensors], run: Run | None
-) -> None:
-    """Compute single rows together, and compare the first ones with what is known of them."""
-    if len(rows) < 2:
-        return
+class _Check:
+    """Computes single rows together, and compares them with what is known of them."""
 
-    def original(leaves: Tensors) -> Taken:
-        return take_outputs(batch.original(select(batch.taken.tensors, plan.learnt.rows, leaves)))
+    def __init__(self, where: str, batch: Batch, plan: Plan) -> None:
+        self._where, self._batch, self._plan = where, batch, plan
 
-    def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-        return Rounding([one], plan.learnt.rounding.width).learn([one], [other])
+    def __call__(self, rows: Sequence[Tensors], known: Sequence[Tensors], run: Run | None = None) -> None:
+        """Compare the first of ``rows`` with ``known``; the first of all was computed in ``run``, or by itself."""
+        together = [concatenate(parts) for parts in zip(*rows, strict=True)]
+        found = self._compute(together)
+        for place, outputs in enumerate(known):
+            now = [leaf.narrow(0, place, 1) for leaf in found]
+            if not self._plan.learnt.rounding.learn(outputs, now):
+                before = run if run is not None else Run(_twice(rows[place]), 0)
+                raise mixing(self._where, find_culprit(self._original, before, Run(together, place), self._same))
 
-    together = [concatenate(parts) for parts in zip(*rows, strict=True)]
-    again = original(together)
-    if not plan.fits(again, len(rows)):
-        raise _otherwise(plan, again, len(rows))
-    for place, outputs in enumerate(known):
-        now = [leaf.narrow(0, place, 1) for leaf in plan.rows_first(again)]
-        if not plan.learnt.rounding.learn(outputs, now):
-            before = run if run is not None else Run([concatenate([leaf, leaf]) for leaf in rows[place]], 0)
-            raise mixing(where, find_culprit(original, before, Run(together, place), same))
+    def by_itself(self, row: Tensors) -> Tensors:
+        """What a row comes out as without others."""
+        return [leaf.narrow(0, 0, 1) for leaf in self._compute(_twice(row))]
+
+    def _compute(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        output, count = self._original(rows), rows[0].shape[0]
+        if not self._plan.fits(output, count):
+            raise _otherwise(self._plan, output, count)
+        return self._plan.rows_first(output)
+
+    def _original(self, rows: Tensors) -> Taken:
+        batch = self._batch
+        return take_outputs(batch.original(select(batch.taken.tensors, self._plan.learnt.rows, rows)))
+
+    def _same(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        return Rounding([one], self._plan.learnt.rounding.width).learn([one], [other])
+
+
+def _twice(row: Tensors) -> list[torch.Tensor]:
+    return [concatenate([leaf, leaf]) for leaf in row]
 
 
 def _otherwise(plan: Plan, output: Taken, count: int) -> Bypass:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,22 +21,6 @@ _ORDERED = {
 }  # fmt: skip
 
 
-class Sample(NamedTuple):
-    """A row that was unlike all before it.
-
-    Parameters
-    ----------
-    rows, outputs : sequence of torch.Tensor
-        Its arguments and outputs, of shape ``(1, *)``.
-    shared : list of bytes
-        Digests of the arguments that all rows of its batch shared.
-    """
-
-    rows: Sequence[torch.Tensor]
-    outputs: Sequence[torch.Tensor]
-    shared: list[bytes]
-
-
 class Extremes:
     """The range of what rows were like: of each tensor how many elements are not zero, the smallest and the largest.
 
@@ -45,12 +28,12 @@ class Extremes:
 
     Attributes
     ----------
-    samples : list of Sample
-        The latest two rows that were unlike all before them.
+    samples : list of list of torch.Tensor
+        The arguments of the latest two rows that were unlike all before them, of shape ``(1, *)`` each.
     """
 
     def __init__(self) -> None:
-        self.samples: list[Sample] = []
+        self.samples: list[Sequence[torch.Tensor]] = []
         self._low: npt.NDArray[np.float64] | None = None
         self._high: npt.NDArray[np.float64] | None = None
 
@@ -76,10 +59,9 @@ class Extremes:
         self._high = np.where(far, np.maximum(self._high, high), self._high)
         return list(dict.fromkeys(excess[:, far].argmax(0).tolist()))[:MOST]
 
-    def keep(self, sample: Sample) -> list[Sample]:
-        """Keep one more, and return those of its kind."""
-        self.samples = [*self.samples[-1:], sample]
-        return [one for one in self.samples if one.shared == sample.shared]
+    def keep(self, row: Sequence[torch.Tensor]) -> None:
+        """Keep the arguments of one more."""
+        self.samples = [*self.samples[-1:], row]
 
 
 def _traits(rows: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
