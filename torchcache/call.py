@@ -14,13 +14,13 @@ from torchcache.batch import Batch, Given, Subject, lacks, number_named, take
 from torchcache.checks.alarm import ANOTHER, DEFERRED, MIXED, STALE, Alarm, Recomputation, inspect
 from torchcache.checks.audit import Schedule, choose
 from torchcache.checks.chance import generators_kept
-from torchcache.checks.company import undone
 from torchcache.checks.learning import Learning
 from torchcache.checks.novelty import Novelty
 from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
 from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
 from torchcache.checks.stored import keep
+from torchcache.checks.undone import undone
 from torchcache.context import ASKED, bypassed, current_explainer, current_ids, current_watcher, normal_tensors
 from torchcache.counters import Counters, History, Reasons
 from torchcache.digest.ahead import learn, prepared

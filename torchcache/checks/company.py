@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from torchcache.batch import Batch, Subject, lacks
+from torchcache.batch import Batch
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.compare import Rounding
 from torchcache.checks.culprit import Run, find_culprit, mixing
-from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
+from torchcache.checks.plan import OTHERWISE, Plan
 from torchcache.checks.probe import not_rows, select
+from torchcache.checks.undone import undone
 from torchcache.context import normal_tensors
 from torchcache.errors import Bypass
-from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
 from torchcache.store.select import concatenate, select_rows
 from torchcache.values.take import Taken, take_outputs
@@ -23,30 +22,9 @@ from torchcache.values.take import Taken, take_outputs
 Tensors = Sequence[torch.Tensor]
 
 
-@contextlib.contextmanager
-def undone(subject: Subject, options: CacheOptions) -> Iterator[None]:
-    """Put back what a run on some rows of a call writes: the caller's run on all of them may write something else.
-
-    Raises
-    ------
-    Bypass
-        When it wrote.
-    """
-    if options.pure or lacks(subject):
-        yield
-        return
-    written = Written(subject.module, subject.identity.outside())
-    try:
-        yield
-    finally:
-        changed = bool(written.differences())
-        if changed:
-            written.restore()
-    if changed:
-        raise Bypass(CHANGED, lasting=False, quiet=True)
-
-
-def check_company(where: str, batch: Batch, plan: Plan, places: Sequence[int], computed: Tensors) -> None:
+def check_company(
+    where: str, batch: Batch, plan: Plan, places: Sequence[int], computed: Tensors, options: CacheOptions
+) -> None:
     """Compare computed rows that are unlike all before with what they are by themselves, and beside the last such.
 
     Parameters
@@ -61,21 +39,27 @@ def check_company(where: str, batch: Batch, plan: Plan, places: Sequence[int], c
         Which rows were computed.
     computed : sequence of torch.Tensor
         What they are, rows first.
+    options : CacheOptions
+        The region's options.
 
     Raises
     ------
     RowwiseError
         When one comes out otherwise.
     Bypass
-        When the size or the structure of the output is another.
+        When the size or the structure of the output is another, or a run wrote.
     """
     if batch.count == 1:
         return
-    check = _Check(where, batch, plan)
-    with generators_kept(), normal_tensors(), torch.no_grad():
+    with normal_tensors(), torch.no_grad():
         given = batch.rows if len(places) == batch.count else [select_rows(leaf, places) for leaf in batch.rows]
+        beyond = plan.extremes.beyond([*given, *computed])
+    if not beyond:
+        return
+    check = _Check(where, batch, plan)
+    with undone(batch.given.subject, options), generators_kept(), normal_tensors(), torch.no_grad():
         before: list[tuple[Tensors, Tensors]] = []
-        for index in plan.extremes.beyond([*given, *computed]):
+        for index in beyond:
             row, mine = ([select_rows(leaf, [index]) for leaf in leaves] for leaves in (given, computed))
             # One that was computed by itself, or twice, is compared with what it is beside another.
             neighbour = [(places[0] + 1) % batch.count]

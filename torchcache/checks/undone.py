@@ -1,0 +1,35 @@
+"""Runs that are not the caller's: what they write is put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torchcache.batch import Subject, lacks
+from torchcache.checks.plan import CHANGED
+from torchcache.errors import Bypass
+from torchcache.identity.written import Written
+from torchcache.options import CacheOptions
+
+
+@contextlib.contextmanager
+def undone(subject: Subject, options: CacheOptions) -> Iterator[None]:
+    """Put back what a run on some rows of a call writes: the caller's run on all of them may write something else.
+
+    Raises
+    ------
+    Bypass
+        When it wrote.
+    """
+    if options.pure or lacks(subject):
+        yield
+        return
+    written = Written(subject.module, subject.identity.outside(), contents=True)
+    try:
+        yield
+    finally:
+        changed = bool(written.differences())
+        if changed:
+            written.restore()
+    if changed:
+        raise Bypass(CHANGED, lasting=False, quiet=True)
