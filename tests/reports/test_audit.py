@@ -23,9 +23,10 @@ def model(request, tmp_path):
 def test_a_sample_of_hits_is_computed_again_and_agrees(model):
     x = torch.randn(20, 4)
     first = torchcache.audit(model, x)
-    assert first.ok
+    assert not first.ok
     assert [region.recomputed for region in first.regions] == [0]
-    assert "nothing was compared" in str(first)
+    assert "NOTHING COMPARED" in str(first)
+    assert "no row was served" in str(first)
     again = torchcache.audit(model, x, rows=5)
     assert again.ok
     (region,) = again.regions
@@ -73,6 +74,25 @@ def test_a_wrong_sample_id_is_found():
     with torchcache.sample_keys([0, 1, 2, 4, 3, 5]):
         found = torchcache.audit(backbone, x)
     assert found.regions[0].wrong == (3, 4)
+
+
+def test_a_mark_that_is_refused_is_not_ok_and_says_why():
+    class Mixing(nn.Module):
+        def forward(self, x):
+            return x / 255 if x.max() > 1 else x * 1
+
+    backbone = torchcache.mark(Mixing())
+    x = torch.rand(6, 4)
+    backbone(x)
+    x[2] *= 255
+    backbone(x)
+    found = torchcache.audit(backbone, x)
+    assert not found.ok
+    (region,) = found.regions
+    assert (region.recomputed, region.wrong) == (0, ())
+    assert "other rows" in region.reason
+    assert "NOTHING COMPARED" in str(found)
+    assert "Mixing was computed: a row's output" in str(found)
 
 
 def test_arguments_are_checked_and_a_model_without_a_region_says_so():

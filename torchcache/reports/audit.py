@@ -14,6 +14,7 @@ from torchcache.checks.alarm import Otherwise
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.compare import difference
 from torchcache.context import watching_lookups
+from torchcache.counters import Reasons
 from torchcache.errors import ArgumentError
 from torchcache.looked import Looked
 from torchcache.regions import regions_in
@@ -39,6 +40,8 @@ class RegionAudit:
         Positions in the batch of the rows that differ by more than rounding.
     alarms : int
         How often the region itself found that rows it had served were wrong, and dropped them.
+    reason : str
+        Why rows were computed and not looked up; empty where none were.
     """
 
     name: str
@@ -49,6 +52,7 @@ class RegionAudit:
     largest_relative: float = 0.0
     wrong: tuple[int, ...] = ()
     alarms: int = 0
+    reason: str = ""
 
     def plus(self, other: RegionAudit) -> RegionAudit:
         """The sum of two calls of the region."""
@@ -61,6 +65,7 @@ class RegionAudit:
             max(self.largest_relative, other.largest_relative),
             tuple(sorted({*self.wrong, *other.wrong})),
             max(self.alarms, other.alarms),
+            self.reason or other.reason,
         )
 
 
@@ -78,8 +83,12 @@ class Audit(Tabular):
 
     @property
     def ok(self) -> bool:
-        """Whether no row differed by more than rounding, in this call or in one that a region looked at itself."""
-        return not any(region.wrong or region.alarms for region in self.regions)
+        """Whether rows were compared, and none differed by more than rounding, here or before."""
+        return not self._wrong and any(region.recomputed for region in self.regions)
+
+    @property
+    def _wrong(self) -> bool:
+        return any(region.wrong or region.alarms for region in self.regions)
 
     def table(self) -> Table:
         """One row a region."""
@@ -96,17 +105,19 @@ class Audit(Tabular):
             )
             for region in self.regions
         ]
-        return Table(f"torchcache audit: {'ok' if self.ok else 'WRONG ROWS'}", columns, rows, self._notes())
+        found = "WRONG ROWS" if self._wrong else "ok" if self.ok else "NOTHING COMPARED"
+        return Table(f"torchcache audit: {found}", columns, rows, self._notes())
 
     def _notes(self) -> list[str]:
         if not self.regions:
             return ["nothing was looked up: torchcache.explain(model, batch) tells why"]
+        notes = [f"{region.name} was computed: {region.reason}" for region in self.regions if region.reason]
         caught = [region.name for region in self.regions if region.alarms]
         if caught:
-            return [f"rows of {', '.join(caught)} were found to be wrong and dropped: see torchcache.stats(model)"]
-        if not any(region.recomputed for region in self.regions):
-            return ["no row was served by the cache, so nothing was compared: call it again with the same inputs"]
-        return []
+            notes.append(f"rows of {', '.join(caught)} were found to be wrong and dropped: see torchcache.stats(model)")
+        elif not (notes or any(region.recomputed for region in self.regions)):
+            notes.append("no row was served by the cache: call it again with the same inputs")
+        return notes
 
 
 def _positions(rows: tuple[int, ...]) -> str:
@@ -116,8 +127,9 @@ def _positions(rows: tuple[int, ...]) -> str:
 def audit(model: Callable[..., Any], *inputs: Any, rows: int = 16, **kwargs: Any) -> Audit:
     """Run a model once, and compute a sample of the rows that the store served again.
 
-    Rows that miss are computed and stored as in any call, and say nothing: audit a batch that was seen before. What
-    ``cache_dtype`` rounds away is in the differences that are shown, and makes no row wrong.
+    Rows that miss are computed and stored as in any call, and say nothing: audit a batch that was seen before. Where
+    nothing was compared the audit is not ``ok``. What ``cache_dtype`` rounds away is in the differences that are shown,
+    and makes no row wrong.
 
     Parameters
     ----------
@@ -147,14 +159,21 @@ def audit(model: Callable[..., Any], *inputs: Any, rows: int = 16, **kwargs: Any
         known = found.get(id(region))
         found[id(region)] = seen if known is None else known.plus(seen)
 
+    before = {id(region): region.reasons.copy() for region in _regions(model)}
     with watching_lookups(observe):
         model(*inputs, **kwargs)
-    with contextlib.suppress(TypeError):  # a function that calls marked ones has no regions of its own
-        for region in regions_in(model):
-            if region.counters.alarms:
-                known = found.get(id(region), RegionAudit(region.name))
-                found[id(region)] = dataclasses.replace(known, alarms=region.counters.alarms)
+    for region in _regions(model):
+        known = found.get(id(region), RegionAudit(region.name))
+        reason = next(iter(region.reasons - before.get(id(region), Reasons())), "")
+        if region.counters.alarms or reason:
+            found[id(region)] = dataclasses.replace(known, alarms=region.counters.alarms, reason=reason)
     return Audit(list(found.values()))
+
+
+def _regions(model: Callable[..., Any]) -> list[Region]:
+    with contextlib.suppress(TypeError):  # a function that calls marked ones has no regions of its own
+        return list(regions_in(model))
+    return []
 
 
 def _compare(region: Region, looked: Looked, rows: int) -> RegionAudit:
