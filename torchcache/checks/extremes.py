@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 # How far beyond what was seen a row is to be, in widths of what was seen: so there are few, however many rows come.
-MARGIN = 1.0
+MARGIN = 0.5
 # Rows of one call that are named.
 MOST = 2
 # What no float32 holds counts as this: widths of what was seen are to be finite.
