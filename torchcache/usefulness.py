@@ -109,8 +109,8 @@ class Usefulness:
             return f"Most of its rows are not cached, because {reason}"
         if self._changes():
             return (
-                f"Its weights or its program changed {self._turnover.changes} times, and no row outlives a change: "
-                "unmark what is updated while it is used"
+                f"No row outlives a change, and {self._turnover.what()} changed {self._turnover.changes} times: "
+                "unmark what reads what is updated while it is used"
             )
         if self._novelty.calls >= FIRST_LOOK:
             return (

@@ -592,6 +592,28 @@ def test_bypass_computes_and_stores_nothing(warnings):
     assert warnings == []
 
 
+STEP = 0
+
+
+def test_what_changes_between_calls_is_named(warnings):
+    global STEP
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4), requires_grad=False)
+
+        def forward(self, x):
+            return x * self.scale + STEP
+
+    backbone = torchcache.mark(Counting(), audit=0)
+    x = torch.randn(5, 4)
+    for STEP in range(20):
+        torch.testing.assert_close(backbone(x), x * backbone.scale + STEP)
+    assert "program (the global STEP) change between calls" in reasons(backbone)
+    assert len(warnings) == 1
+
+
 def test_weights_that_keep_changing_fill_nothing_and_are_looked_at_again(warnings):
     """As of a teacher that is the moving average of its student."""
     teacher = torchcache.mark(nn.Linear(4, 4), freeze=True, audit=0)
@@ -605,7 +627,7 @@ def test_weights_that_keep_changing_fill_nothing_and_are_looked_at_again(warning
     assert region.hits == 0
     assert region.bypasses > 100
     assert region.rows_stored <= 4 * 5
-    assert "change between calls" in reasons(teacher)
+    assert "program (weight) change between calls" in reasons(teacher)
     assert len(warnings) == 1
     for _ in range(100):  # the average is done
         for x in data:

@@ -106,6 +106,11 @@ class GraphIdentity:
             self._given.state, self._given.rows = before
 
     @property
+    def changed(self) -> list[str]:
+        """Names of what differed when a program became another, as far as they are known."""
+        return [name for identity, _ in self._parts for name in identity.changed]
+
+    @property
     def rows(self) -> Rows | None:
         """How many rows a call on this thread runs at a time, and of which inputs; ``None`` outside of calls."""
         return getattr(self._given, "rows", None)

@@ -55,6 +55,11 @@ class Identity:
         Whether what the original itself writes is no part of it, as the user promises.
     function : callable or None
         Gives the function that is marked, where a class may be given another one.
+
+    Attributes
+    ----------
+    changed : list of str
+        Names of what differed when it last became another, as far as they are known.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Identity:
         self._where = where
         self._name = name
         self._pure = pure
+        self.changed: list[str] = []
         self._program: Program | None = None
         self._other: Program | None = None
         self._state = State()
@@ -80,6 +86,8 @@ class Identity:
         if program is not None and program.unchanged():
             return program
         if other is None or not other.again():
+            if program is not None:
+                self.changed = program.changes()
             other = self._read()
         # Reading takes long, and what a flag switches in every step is two programs by turns: of the same tensors.
         kept = program is not None and list(map(id, program.tensors)) == list(map(id, other.tensors))
@@ -189,7 +197,17 @@ class Identity:
     def _digest(self, program: Program, state: State) -> bytes:
         if program.problem is not None:
             raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
-        return digest_bytes(b"who" + program.digest + state.current(program.tensors))
+        before = state.digest
+        now = state.current(program.tensors)
+        if before and now != before and state.changed:
+            self.changed = self._names([program.tensors[index] for index in state.changed])
+        return digest_bytes(b"who" + program.digest + now)
+
+    def _names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
+        subject = self._subject()
+        named = [*subject[0].named_parameters(), *subject[0].named_buffers()] if isinstance(subject, tuple) else []
+        names = {id(tensor): name for name, tensor in named}
+        return [names.get(id(tensor), "a tensor") for tensor in tensors]
 
     def steady(self) -> Steady:
         """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""

@@ -28,9 +28,15 @@ class State:
     What is suspected is hashed as a whole. Only other content is a change.
 
     It keeps no tensor alive. Several threads may call it at once.
+
+    Attributes
+    ----------
+    changed : list of int
+        Which tensors had other contents than before when they were hashed last; empty where their number was another.
     """
 
     def __init__(self) -> None:
+        self.changed: list[int] = []
         self._known: tuple[Record, str, bytes] | None = None
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
@@ -69,6 +75,9 @@ class State:
             plain, wrapping = plain_tensors(tensors)
             record = _watched(plain)
             record.contents = contents_of(plain)
+        known = self._known[0].contents if self._known is not None else []
+        alike = len(known) == len(record.contents) == len(tensors)
+        self.changed = [i for i, content in enumerate(record.contents) if content != known[i]] if alike else []
         return self._keep(record, wrapping)
 
     def current(self, tensors: Sequence[torch.Tensor]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torchcache.errors import Restless
 
 # Identities whose rows and plans are kept: weights may be swapped back and forth.
@@ -10,10 +12,17 @@ KEPT = 4
 USELESS = 6
 # As many, where there is another way to look the calls up; a first call may set a module up, which is a change.
 UNSTEADY = 2
+# Names of what changes that are told.
+MOST_NAMES = 3
 
 
 class Turnover:
     """The identities of one region, in the order of their last use.
+
+    Parameters
+    ----------
+    changed : callable
+        Gives the names of what was not as before when an identity took over.
 
     Attributes
     ----------
@@ -23,13 +32,23 @@ class Turnover:
         Whether a few new ones came in a row at some time, and no row was served meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[], Sequence[str]]) -> None:
         self.changes = 0
         self.unsteady = False
+        self._changed = changed
+        self._names = ""
         self._latest = b""
         self._known: dict[bytes, None] = {}
         self._useless = 0
         self._hits = 0
+
+    def what(self) -> str:
+        """What changes, for people: its first names are kept, so that it is told once."""
+        if not self._names:
+            names = list(dict.fromkeys(filter(None, self._changed())))
+            more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            self._names = f" ({', '.join(names[:MOST_NAMES])}{more})" if names else ""
+        return f"its weights or its program{self._names}"
 
     def note(self, who: bytes, hits: int) -> list[bytes]:
         """Take note of the identity of a call, with the hits so far; the identities to forget.
@@ -49,8 +68,8 @@ class Turnover:
             # The first identity after a pause gets a call; the next one decides.
             self._useless, self._latest = USELESS - 1, b""
             raise Restless(
-                "its weights or its program change between calls, and no row was served meanwhile",
-                "unmark what is updated in every step, such as an average of weights",
+                f"{self.what()} change between calls, and no row was served meanwhile",
+                "unmark what reads what is updated in every step, such as an average of weights",
                 lasting=False,
             )
         self._latest, self._hits = who, hits
