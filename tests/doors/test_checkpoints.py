@@ -72,3 +72,19 @@ def test_what_is_made_to_need_a_gradient_is_told_of(warnings):
     for _ in range(2):
         gradients(model, model(data))
     assert any("disable_input_require_grads()" in text for text in warnings)
+
+
+def test_a_view_that_is_taken_without_recording_is_not_taken_for_that(warnings):
+    class Matching(Blocks):
+        def forward(self, x):
+            x = self.head(self.blocks[0](x))
+            torch._dynamo.graph_break()
+            with torch.no_grad():  # as losses of detectors match boxes
+                order = x.view(-1).argsort()
+            return x.flatten()[order].view_as(x)
+
+    model, data = torchcache.transform(torchcache.mark(Matching("plain"), audit=0)), torch.randn(8, 6)
+    for _ in range(2):
+        gradients(model, model(data))
+    assert torchcache.stats(model).hits == 8
+    assert not [text for text in warnings if "made to need a gradient" in text]

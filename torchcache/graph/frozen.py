@@ -203,7 +203,7 @@ def _inherited(node: fx.Node, analysis: Analysis) -> Verdict | None:
 
 def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     value = tensor_of(node)
-    if value is not None and value.requires_grad and value.is_leaf and _is_computed(node, value):
+    if value is not None and _is_leaf(value) and _is_computed(node, value):
         why = "made to need a gradient, as gradient_checkpointing_enable() of transformers does with embeddings"
         return Verdict(MADE, f"what it computes is {why}: call disable_input_require_grads() after that")
     if node.op == "placeholder":
@@ -223,6 +223,12 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     if part_of(node) is None:
         return None  # upstream of a mark, dropout and the like only make the mark's input different every time
     return _operator_verdict(node, analysis)
+
+
+def _is_leaf(value: torch.Tensor) -> bool:
+    """Whether gradients end at ``value``; a view that is taken without recording of what needs one says so, too."""
+    base = value._base
+    return value.requires_grad and value.is_leaf and (base is None or not base.requires_grad)
 
 
 def _is_computed(node: fx.Node, value: torch.Tensor) -> bool:
