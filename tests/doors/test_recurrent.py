@@ -129,3 +129,12 @@ def test_rows_that_are_steps_are_computed_as_they_are():
     with torch._dynamo.config.patch(allow_rnn=True):
         for rows in (4, 4, 3):
             torch.testing.assert_close(model(data[:rows]), twin(data[:rows]))
+
+
+def test_tracing_that_takes_long_is_told_of(monkeypatch, warnings):
+    monkeypatch.setattr("torchcache.graph.traced.LONG", 0.0)
+    net = torchcache.mark(Unrolled())
+    for length in (2, 3, 4):
+        net(torch.randn(3, length, 4), None).sum().backward()
+    (text,) = [text for text in warnings if "Dynamo traces it" in text]
+    assert "pad inputs to few lengths" in text

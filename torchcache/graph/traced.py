@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.graph.trial import Trial
 from torchcache.identity.modules import backward_hooks
-from torchcache.logging import logger
+from torchcache.logging import logger, warn_once
 from torchcache.mark import Mark, and_then
 from torchcache.op import subject_name
 from torchcache.trainable import which_train
@@ -54,6 +55,9 @@ ENOUGH_CALLS = 8
 MOST_WANTED = 4
 # A trace is tried again after so many calls, then after so many times as many, and so on; not with ``audit=0``.
 LATER = 8
+
+# Seconds of tracing after which it is told of.
+LONG = 20.0
 
 Key = tuple[bytes, bytes, bool, tuple[int, ...]]
 
@@ -82,6 +86,7 @@ class Traced:
         self._trusted = MOST_TRUSTED
         self._wanted: dict[Key, int] = {}
         self._failed: Bypass | None = None
+        self._seconds = 0.0
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
@@ -123,7 +128,7 @@ class Traced:
 
     def _run(self, trace: _Trace, module: nn.Module, given: Given) -> Any:
         """The call, counted as computed where nothing in it is looked up."""
-        before, outer = trace.lookups, _running.call
+        before, outer, known, began = trace.lookups, _running.call, len(trace.graphs), time.perf_counter()
         call = _Call(trace, functools.partial(self._trial, module, given))
         if trace.due:
             call.trial = call.begin()
@@ -136,6 +141,8 @@ class Traced:
             raise
         finally:
             _running.call = outer
+        if len(trace.graphs) > known:
+            self._note_tracing(time.perf_counter() - began)
         trace.note(call)
         if trace.calls == ENOUGH_CALLS:
             self._trusted = MOST_TRUSTED
@@ -153,6 +160,16 @@ class Traced:
         if trace.failed is not None:
             self._region.note(trace.failed)
         return outputs
+
+    def _note_tracing(self, seconds: float) -> None:
+        """Take note of a call that was traced, and tell of it where such calls take long."""
+        before, self._seconds = self._seconds, self._seconds + seconds
+        if before <= LONG < self._seconds:
+            warn_once(
+                f"{self._region.name}: calls in which Dynamo traces it took {self._seconds:.0f} s so far. A loop that "
+                "runs longer with longer inputs is traced again for each length: mark the frozen part alone, which is "
+                "called and never traced, or pad inputs to few lengths"
+            )
 
     def _trial(self, module: nn.Module, given: Given) -> Trial | None:
         """A trial; ``None`` where what it may write cannot be put back, as of a layer that has no shape yet."""
