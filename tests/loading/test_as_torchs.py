@@ -329,6 +329,36 @@ def test_persistent_workers_once_nothing_is_left_out(dataset):
     assert not multiprocessing.active_children()
 
 
+class Held(data.Dataset):
+    def __init__(self):
+        self.x = np.random.default_rng(0).normal(size=(12, 4096)).astype("f4")
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.x[index] * 1), index
+
+
+def test_persistent_workers_keep_the_data_set_as_it_was(warnings):
+    def epochs(kind):
+        dataset, seen = Held(), []
+        torch.manual_seed(1)
+        model = torch.nn.Linear(4096, 2).requires_grad_(False)
+        model = torchcache.mark(model, audit=0) if kind is torchcache.DataLoader else model
+        loader = kind(dataset, batch_size=5, num_workers=2, persistent_workers=True)
+        for epoch in range(6):
+            if epoch == 3:
+                dataset.x[5] += 1
+            # what is left out as long as rows are cached is read in the end
+            seen.append(torch.cat([model(x) if epoch < 5 else x.sum(1, keepdim=True) for x, _ in loader]))
+        return seen
+
+    for got, expected in zip(epochs(torchcache.DataLoader), epochs(data.DataLoader), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert [text for text in warnings if "persistent workers have it as it was" in text]
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_several_passes_at_once(persistent):
     def nested(kind):

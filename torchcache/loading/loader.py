@@ -131,6 +131,7 @@ class DataLoader(data.DataLoader[Any]):
             return super().__iter__()
         if not (self.persistent_workers and self.num_workers):
             return _Pass(self)
+        self.remembered.copied = True
         if self._iterator is None:
             self._iterator = _Pass(self)
         else:

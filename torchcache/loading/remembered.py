@@ -58,6 +58,8 @@ class Remembered:
         Why samples are loaded in every epoch; empty where they are not.
     forgotten : int
         How often all that was remembered was dropped since it may be wrong.
+    copied : bool
+        Whether workers that persist have a copy of the data set: what changes from here on does not change in theirs.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Remembered:
         self.number = next(_numbers)
         self.loaded = self.skipped = 0
         self.reason = ""
+        self.copied = False
         self.forgotten = 0
         self.fetcher, self.reader, self._share = fetcher, reader, share
         self._subject, self._options = Subject(fetcher.dataset, name), options
@@ -174,7 +177,12 @@ class Remembered:
             return not self.reason
         self._forget()
         self._renewed += 1
-        if self._renewed >= RESTLESS:
+        if self.copied:
+            self.refuse(
+                f"what its code reads changed ({changes}), and persistent workers have it as it was: make the loader "
+                "anew, for the change to be seen as well"
+            )
+        elif self._renewed >= RESTLESS:
             self.refuse(
                 f"what its code reads changed {RESTLESS} times ({changes}): name the data set and all that it does "
                 "with dataset_id=... if its samples do not depend on that"
