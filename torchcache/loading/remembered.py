@@ -178,15 +178,11 @@ class Remembered:
         self._forget()
         self._renewed += 1
         if self.copied:
-            self.refuse(
-                f"what its code reads changed ({changes}), and persistent workers have it as it was: make the loader "
-                "anew, for the change to be seen as well"
-            )
+            why = "persistent workers have it as it was: make the loader anew for them to see it"
+            self.refuse(f"what its code reads changed ({changes}), and {why}")
         elif self._renewed >= RESTLESS:
-            self.refuse(
-                f"what its code reads changed {RESTLESS} times ({changes}): name the data set and all that it does "
-                "with dataset_id=... if its samples do not depend on that"
-            )
+            why = "name the data set and all it does with dataset_id=... if its samples do not depend on that"
+            self.refuse(f"what its code reads changed {RESTLESS} times ({changes}): {why}")
         else:
             self._identify()
         return False
@@ -367,11 +363,8 @@ class Remembered:
         if not (len(self._samples) and (believed or self.reader.apart)):
             return
         self._unchecked = False
-        wanted = (
-            min(len(self._samples), max(ENOUGH, int(self._share * len(self._samples))))
-            if self._share or not believed
-            else 0
-        )
+        count = len(self._samples)
+        wanted = min(count, max(ENOUGH, int(self._share * count))) if self._share or not believed else 0
         if self._checks and believed:
             since, cost = time.perf_counter() - self._checked_at, self._spent / self._checks
             wanted = min(wanted, int(MOST_TIME * since / cost))
