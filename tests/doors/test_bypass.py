@@ -11,6 +11,7 @@ import pytest
 import torch
 from marked import assert_same, counts, frozen, reasons, unmarked
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import torchcache
 from torchcache import cached
@@ -590,6 +591,37 @@ def test_bypass_computes_and_stores_nothing(warnings):
     module(x)
     assert counts(module) == (4, 0)
     assert warnings == []
+
+
+NESTS = {
+    "pairs": lambda kept: [(kept, torch.ones(4))],
+    "tuples": lambda kept: ((kept,), "scale"),
+    "tuples in a dict": lambda kept: {"first": (kept, 1)},
+    "dicts in a list": lambda kept: [{"first": [kept]}],
+}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("nest", NESTS)
+def test_tensors_in_containers_of_containers(nest, writes):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.kept = NESTS[nest](torch.zeros(4))
+
+        def forward(self, x):
+            (first,) = [leaf for leaf in pytree.tree_leaves(self.kept) if isinstance(leaf, torch.Tensor)][:1]
+            if writes:
+                first.data.add_(1)
+            return self.linear(x) + first
+
+    torch.manual_seed(0)
+    plain = Keeping().requires_grad_(False)
+    backbone, x = torchcache.mark(copy.deepcopy(plain), audit=0), torch.randn(5, 4)
+    for _ in range(6):
+        torch.testing.assert_close(backbone(x), plain(x))
+    assert torchcache.stats(backbone).hits == (0 if writes else 25)
 
 
 STEP = 0

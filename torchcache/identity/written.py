@@ -54,7 +54,7 @@ class Written:
         # A path in the tree says what somebody wrote to; a library that has installed hooks notes so in an attribute.
         self._containers = Containers((held, functools.partial(str, name)) for name, (held, _) in self._before.items())
         self._hooks = Containers((hooks, str) for hooks in _hooks(module))
-        held = {id(leaf): ("", leaf) for one in wrote for leaf in _tensors(one.now)}
+        held = {id(leaf): (one.name, leaf) for one in wrote for leaf in _tensors(one.now)}
         if contents:
             room = MOST_IN_ALL
             named = [(name, value) for name, (value, _) in self._before.items()]
@@ -85,7 +85,7 @@ class Written:
         found += [
             Difference(one.name, one.leaf, one.leaf)
             for one in self._contents
-            if one.name and one.name not in told and one.differs()
+            if one.name not in told and one.differs()
         ]
         return found if self._outside is None else [*found, *self._outside.differences()]
 
@@ -180,10 +180,12 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)]
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: Any, further: int = 4) -> list[Any]:
     """What of a value has contents of its own that a forward may write: tensors that are no parameters, and arrays."""
-    items = value.values() if type(value) is dict else value if type(value) in (tuple, list) else (value,)
-    return [leaf for leaf in items if isinstance(leaf, np.ndarray) or _tensors(leaf)]
+    if type(value) in (dict, tuple, list):
+        items = value.values() if type(value) is dict else value
+        return [leaf for item in items for leaf in _leaves(item, further - 1)] if further else []
+    return [value] if isinstance(value, np.ndarray) else _tensors(value)
 
 
 def _hooks(module: nn.Module | None) -> Iterable[Any]:
