@@ -450,3 +450,40 @@ def test_an_object_that_makes_up_what_is_read_of_it_is_computed():
         assert torch.equal(module(x), x * 2)
         assert module.log.info.call_count == calls
     assert torchcache.stats(module).bypasses == 24
+
+
+INSTALLED = """
+import sys, torch, torchcache, installed_elsewhere
+from torch import nn
+class Reads(nn.Module):
+    def forward(self, x):
+        return x * sys.modules[self.where].FACTOR
+FACTOR, module = 2.0, Reads()
+module.where = "__main__"
+torchcache.mark(module, freeze=True, audit=0.0)
+x = torch.randn(8, 4)
+assert all(torch.equal(module(x), x * 2) for _ in range(4))
+assert torchcache.stats(module).hits == 24, torchcache.stats(module)
+"""
+# An extension of C makes modules that have no file; what they hold cannot be read.
+EXTENSION = """
+import sys, types, zlib
+inner = types.ModuleType("installed_elsewhere.inner")
+inner.unreadable = zlib.compressobj()
+sys.modules["installed_elsewhere.inner"] = inner
+unreadable = zlib.compressobj()
+"""
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "chosen"])
+def test_what_is_installed_is_not_among_the_modules_of_the_user(folder, tmp_path):
+    place = tmp_path / folder
+    package, listed = place / "installed_elsewhere", place / "installed_elsewhere-1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(EXTENSION)
+    listed.mkdir()
+    (listed / "RECORD").write_text("installed_elsewhere/__init__.py,,\n")
+    path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", ""), ROOT])
+    run = [sys.executable, "-c", INSTALLED]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr

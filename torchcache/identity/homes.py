@@ -154,10 +154,16 @@ def is_foreign(member: Any) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def is_installed(module: str) -> bool:
-    """Whether the code of ``module`` lies where packages are installed, as opposed to the user's own project."""
-    found = sys.modules.get(module) or sys.modules.get(module.partition(".")[0])
-    file = getattr(found, "__file__", None)
-    return isinstance(file, str) and any(part in os.path.realpath(file) for part in _SITE)
+    """Whether the code of ``module`` lies where packages are installed, as opposed to the user's own project.
+
+    Modules that an extension of C makes have no file: they lie where the package does that they are of. Any folder that
+    an installer was told to use has its list of a package's files.
+    """
+    parts = module.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in names)
+    file = next((file for file in files if isinstance(file, str)), None)
+    return file is not None and (any(part in os.path.realpath(file) for part in _SITE) or bool(_record_of(parts[0])))
 
 
 def looks_inside(callee: Any) -> bool:

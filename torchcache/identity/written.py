@@ -83,9 +83,7 @@ class Written:
         found += self._containers.differences()
         told = {one.name for one in found}
         found += [
-            Difference(one.name, one.leaf, one.leaf)
-            for one in self._contents
-            if one.name not in told and one.differs()
+            Difference(one.name, one.leaf, one.leaf) for one in self._contents if one.name not in told and one.differs()
         ]
         return found if self._outside is None else [*found, *self._outside.differences()]
 
