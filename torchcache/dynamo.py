@@ -43,6 +43,8 @@ ENTER_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 # Whether a tensor is one of functorch's, as ``vmap`` and ``grad`` hand them around.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# What packs and unpacks what is saved for backward on this thread; ``None`` where nothing does.
+hooks_of_saved = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 # Compute with real tensors while a graph is traced.
 no_mode = unset_fake_temporarily
 # Have operators that are written in C++ take sizes that are traced as they are, as Dynamo does.
@@ -83,8 +85,7 @@ def keeps_parametrized(module: nn.Module | None) -> bool:
 
 def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
     """torch.compile's own backend, with a mode and options as ``torch.compile`` takes them."""
-    backend: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)  # type: ignore[no-untyped-call]
-    return backend
+    return cast(Callable[..., Any], torch._TorchCompileInductorWrapper(mode, dict(options) or None, None))  # type: ignore[no-untyped-call]
 
 
 def backend_named(name: str) -> Callable[..., Any] | None:
@@ -114,7 +115,7 @@ def constant(function: F) -> F:
 
 
 def untraced(function: F) -> F:
-    """Have Dynamo leave ``function`` and what it calls alone, and end a graph before it.
+    """Have Dynamo leave ``function`` and what it calls alone.
 
     As ``torch.compiler.disable``, which loads Dynamo. It may be watching the thread that gets there.
     """

@@ -88,3 +88,59 @@ def test_a_view_that_is_taken_without_recording_is_not_taken_for_that(warnings):
         gradients(model, model(data))
     assert torchcache.stats(model).hits == 8
     assert not [text for text in warnings if "made to need a gradient" in text]
+
+
+class Tuned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).requires_grad_(False)
+        self.head = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize("early", [0, 3])
+def test_a_checkpoint_around_a_mark_that_trains(early, transformed):
+    """The call in which a trace is tried runs it beside the code: a checkpoint is to see what one of them saves."""
+    twin, data = Tuned(), torch.randn(8, 6)
+    model = torchcache.mark(copy.deepcopy(twin))
+    model = torchcache.transform(model) if transformed else model
+    for _ in range(early):
+        gradients(model, model(data))
+    for number in range(12):
+        rows = data[number % 3 :]
+        got, expected = (gradients(net, checkpoint(net, rows, use_reentrant=False)) for net in (model, twin))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient)
+    assert torchcache.stats(model).hits > 60
+
+
+@pytest.mark.parametrize("kind", ["plain", "reentrant"])
+def test_checkpoints_in_and_around_a_mark(kind):
+    twin, data = Blocks(kind), torch.randn(8, 6)
+    model = torchcache.mark(copy.deepcopy(twin))
+    for number in range(12):
+        seen = []
+        for net in (model, twin):
+            torch.manual_seed(number)
+            outputs = checkpoint(net, data[number % 3 :], use_reentrant=False)
+            seen.append(gradients(net, outputs))
+        for name, gradient in seen[1].items():
+            torch.testing.assert_close(seen[0][name], gradient)
+
+
+def test_hooks_of_saved_tensors_see_them_once():
+    model, data, counts = torchcache.mark(Tuned()), torch.randn(8, 6), []
+
+    def pack(kept):
+        counts[-1] += 1
+        return kept
+
+    for _ in range(10):
+        counts.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+            gradients(model, model(data))
+    assert counts == [counts[0]] * 10

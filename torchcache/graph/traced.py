@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -23,6 +24,7 @@ from torchcache.dynamo import (
     forget_originals,
     guard,
     has_global_hooks,
+    hooks_of_saved,
     no_mode,
     takes_rows,
     tracing_failed,
@@ -44,6 +46,10 @@ UNTRACED = (
     "many traces of it as it may",
     "call such a layer in a statement of its own, raise torch._dynamo.config.recompile_limit, or mark a part that "
     "Dynamo traces",
+)
+SAVES = (
+    "a checkpoint around it, or other hooks of saved tensors, would see other tensors where Dynamo traces it",
+    "checkpoint parts of it, or mark the frozen part alone",
 )
 RESTLESS = "its program, or what of it trains, keeps changing", "mark a part that keeps no state"
 # Traces that are kept of one mark.
@@ -114,7 +120,10 @@ class Traced:
             trace = self._trace(module)
             if trace.failed is not None:
                 raise trace.failed
-            return self._run(trace, module, given)
+            hooked = hooks_of_saved() is not None
+            if hooked and trace.alike is False:
+                raise Bypass(*SAVES)
+            return self._run(trace, module, given, hooked)
         except Bypass as bypass:
             return self._region.compute(given, bypass)
         except Exception as error:
@@ -126,15 +135,16 @@ class Traced:
         finally:
             fix_rows()
 
-    def _run(self, trace: _Trace, module: nn.Module, given: Given) -> Any:
-        """The call, counted as computed where nothing in it is looked up."""
+    def _run(self, trace: _Trace, module: nn.Module, given: Given, hooked: bool) -> Any:
+        """The call, counted as computed where nothing in it is looked up; ``hooked`` says what is saved is hooked."""
         before, outer, known, began = trace.lookups, _running.call, len(trace.graphs), time.perf_counter()
         call = _Call(trace, functools.partial(self._trial, module, given))
-        if trace.due:
-            call.trial = call.begin()
-        _running.call = call
         try:
-            outputs = trace.compiled(module, *given.args, **given.kwargs)
+            with call.hidden:
+                if trace.due and not (hooked and trace.calls and trace.alike is None):
+                    call.begin_trial()
+                _running.call = call
+                outputs = trace.compiled(module, *given.args, **given.kwargs)
         except BaseException:
             if call.trial is not None:
                 call.trial.take_back(draws=trace.outcome.draws)
@@ -155,6 +165,8 @@ class Traced:
         returned = [outputs]
         del outputs  # and all that it was computed from, before its code is run
         outputs, trace.failed = call.trial.outcome(returned, draws=trace.outcome.draws)
+        alike = call.trial.saved.alike
+        trace.alike = trace.alike if alike is None else alike
         trace.triable = call.trial.undone
         trace.due &= trace.triable
         if trace.failed is not None:
@@ -236,6 +248,8 @@ class _Trace:
         How often it ran.
     triable, due : bool
         Whether what a run does can be undone, and whether the next call is to be a trial.
+    alike : bool or None
+        Whether it saves for backward what its code saves; ``None`` where no hooks of a caller asked so far.
     failed : Bypass or None
         Why it is not to run any more.
     """
@@ -245,6 +259,7 @@ class _Trace:
         self.outcome = Outcome()
         self.calls = 0
         self.due = self.triable = True
+        self.alike: bool | None = None
         self.failed: Bypass | None = None
         self._subject, self._next = subject, LATER if audited else 0
         self.compiled = compile_with(function, _backend_of(self))
@@ -294,6 +309,8 @@ class _Call:
         Begins a trial of it.
     trial : Trial or None
         The trial that this call is.
+    hidden : ExitStack
+        Ends with the run of the trace.
     graphs : int
         How many of its graphs ran so far.
     untried : bool
@@ -303,14 +320,21 @@ class _Call:
     trace: _Trace
     begin: Callable[[], Trial | None]
     trial: Trial | None = None
+    hidden: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     graphs: int = 0
     untried: bool = False
+
+    def begin_trial(self) -> None:
+        """Make this call a trial, where it can be undone."""
+        self.trial = self.begin()
+        if self.trial is not None:
+            self.hidden.enter_context(self.trial.saved.hide())
 
     def traced(self) -> None:
         """Something is traced anew: try it, if nothing of this call ran yet."""
         if self.trial is None and not self.graphs and not self.untried and self.trace.triable:
             with no_mode():
-                self.trial = self.begin()
+                self.begin_trial()
         self.untried |= self.trial is None
 
 

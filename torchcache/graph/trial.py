@@ -15,6 +15,7 @@ from torchcache.checks.arguments import Arguments, ArgumentWritten
 from torchcache.checks.chance import Chance
 from torchcache.checks.compare import LARGEST_ROUNDING, relative
 from torchcache.errors import Bypass, Unreadable
+from torchcache.graph.saved import Saved
 from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.state import State
@@ -43,6 +44,8 @@ class Trial:
 
     Attributes
     ----------
+    saved : Saved
+        What the trace saves for backward, and what its code does.
     undone : bool
         Whether all that the trace changed was put back.
 
@@ -62,6 +65,7 @@ class Trial:
         self._widths += [tensor.dtype.itemsize for tensor in module.parameters() if tensor.is_floating_point()]
         self._widths += [] if options.cache_dtype is None else [1]
         self._chance = Chance()
+        self.saved = Saved()
         self.undone = True
 
     def take_back(self, *, draws: bool) -> None:
@@ -85,7 +89,8 @@ class Trial:
             return outputs, None
         found = _leaves(outputs)
         del outputs
-        true = self._given.run()
+        with self.saved.show():
+            true = self._given.run()
         gap = _gap(found, _leaves(true))
         if not self._chance.repeated():
             drawn = Bypass("it draws other random numbers where Dynamo traces it", ADVICE)
