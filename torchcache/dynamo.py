@@ -90,10 +90,9 @@ def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]
 
 def backend_named(name: str) -> Callable[..., Any] | None:
     """The backend that is registered under a name; ``None`` where none is."""
-    try:
+    with contextlib.suppress(torch._dynamo.exc.InvalidBackend):
         return cast(Callable[..., Any], torch._dynamo.lookup_backend(name))
-    except torch._dynamo.exc.InvalidBackend:
-        return None
+    return None
 
 
 def vary(rows: torch.Tensor) -> None:
