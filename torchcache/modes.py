@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from torchcache.identity.homes import beneath
 from torchcache.logging import warn_once
 from torchcache.trainable import is_frozen
 
+# Marked modules that were last asked to be in train mode.
+_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
@@ -55,6 +58,7 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
     kept : bool
         Whether a mark on it is enabled.
     """
+    (_asked.add if mode else _asked.discard)(module)
     # Trainers call this in every step; a round trip through train mode would be a write to every part.
     if not (kept and _stays(module) and all(map(_sets_flags_only, module.modules()))):
         original(module, mode)
@@ -78,6 +82,30 @@ def _stays(module: nn.Module) -> bool:
     return is_frozen(module) and any(True for _ in itertools.chain(module.parameters(), module.buffers()))
 
 
+def estimate(module: nn.Module | None) -> bool:
+    """Put each BatchNorm in train mode whose statistics are to be taken anew, where train mode was asked for.
+
+    ``torch.optim.swa_utils.update_bn`` resets them, asks for train mode, and then sets the momentum to ``None``.
+
+    Returns
+    -------
+    bool
+        Whether there was any.
+    """
+    if module is None or module not in _asked:
+        return False
+    found = [part for part in module.modules() if not part.training and _is_estimated(part)]
+    for part in found:
+        part.training = True
+    return bool(found)
+
+
+def _is_estimated(part: nn.Module) -> bool:
+    if not isinstance(part, nn.modules.batchnorm._BatchNorm) or part.momentum is not None:
+        return False
+    return part.num_batches_tracked is not None and not part.num_batches_tracked.any()
+
+
 def _acting_in_training(parts: Iterable[nn.Module]) -> list[str]:
     return sorted({type(part).__name__ for part in parts if _acts_in_training(part)})
 
@@ -88,19 +116,24 @@ def _acts_in_training(part: nn.Module) -> bool:
         return bool(getattr(part, "p", 1.0))
     if isinstance(part, nn.MultiheadAttention):
         return bool(part.dropout)
-    if isinstance(part, nn.modules.batchnorm._BatchNorm) or any(map(_asks_for_mode, part._forward_hooks.values())):
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    if isinstance(part, nn.modules.batchnorm._BatchNorm) or any(map(_reads_mode, hooks)):
         return True
-    if not _asks_for_mode(type(part).forward):
+    if _is_of_torch(type(part).forward) or not _reads_mode(type(part).forward):
         return False
     # Many ask, to hand a rate on that is zero, or to recompute in backward.
     return any(value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float)))
 
 
-def _asks_for_mode(function: Any) -> bool:
-    """Whether code that is not of torch reads ``training``."""
-    code = getattr(beneath(function), "__code__", None)
-    home = str(getattr(function, "__module__", ""))
-    return code is not None and "training" in code.co_names and home.partition(".")[0] != "torch"
+def _reads_mode(function: Any) -> bool:
+    """Whether code reads ``training``: that of a function, or of what is called as one."""
+    function = beneath(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _is_of_torch(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
 def _sets_flags_only(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from marked import counts, frozen, reasons, unmarked
 from torch import nn
 from torch.autograd import forward_ad
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import torchcache
 from torchcache import cached
@@ -83,6 +84,7 @@ def _hooked(part):
         (DropPath(0.2), "DropPath"),
         (DropPath(0.0), None),
         (_hooked(nn.LayerNorm(3)), "LayerNorm"),
+        (nn.utils.spectral_norm(nn.Linear(3, 3)), "Linear"),
     ],
     ids=lambda value: str(value),
 )
@@ -96,6 +98,34 @@ def test_a_body_that_train_mode_would_change_says_so_once(part, said, warnings):
     told = [text for text in warnings if "eval mode" in text]
     assert len(told) == (said is not None)
     assert said is None or said in told[0]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_statistics_are_taken_anew_as_without_a_mark(whole):
+    data = torch.randn(64, 6) * 3 + 2
+
+    def averaged(cached):
+        torch.manual_seed(1)
+        body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+        for _ in range(20):
+            body(data)
+        model = nn.Sequential(body.eval().requires_grad_(False), nn.Linear(8, 2))
+        if cached:
+            torchcache.mark(model if whole else body, audit=0)
+        average = AveragedModel(model)
+        optimizer = torch.optim.SGD(model[1].parameters(), 0.01)
+        for _ in range(3):
+            model(data).square().mean().backward()
+            optimizer.step()
+            average.update_parameters(model)
+        update_bn([data[:32], data[32:]], average)
+        outputs = [average.eval()(data) for _ in range(3)]
+        return average, [*outputs, average.module[0][1].running_mean, average.module[0][1].running_var]
+
+    average, got = averaged(True)
+    for one, other in zip(got, averaged(False)[1], strict=True):
+        torch.testing.assert_close(one, other)
+    assert torchcache.stats(average.module if whole else average.module[0]).hits >= 64
 
 
 def test_parts_that_train_keep_their_mode():

@@ -38,6 +38,7 @@ from torchcache.graph.trial import Trial
 from torchcache.identity.modules import backward_hooks
 from torchcache.logging import logger, warn_once
 from torchcache.mark import Mark, and_then
+from torchcache.modes import estimate
 from torchcache.op import subject_name
 from torchcache.trainable import which_train
 
@@ -204,6 +205,8 @@ class Traced:
         key = program.digest, which_train(program.tensors), torch.is_grad_enabled(), backward_hooks(module)
         trace = self._traces.get(key)
         if trace is None:
+            if estimate(module):
+                raise Bypass("statistics of a BatchNorm in it are taken anew", lasting=False, quiet=True)
             self._check_worth(key)
             function, audited = traceable(self._mark, module), bool(self._region.options.audit)
             trace = self._traces[key] = _Trace(function, subject_name(self._mark, module), audited)
