@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import functools
 import inspect
@@ -356,7 +357,9 @@ def _kind_of(kind: Any) -> Any:
 
     # A class inherits no annotations.
     annotations = property(lambda made: getattr(vars(made).get("torchcache_base"), "__annotations__", {}))
-    return type(kind.__name__, (kind,), {"__setattr__": assign, "__delattr__": delete, "__annotations__": annotations})
+    # Code may make a class of a marked one and of an abstract one.
+    kinds = (abc.ABCMeta,) if kind is type else (kind,)
+    return type(kind.__name__, kinds, {"__setattr__": assign, "__delattr__": delete, "__annotations__": annotations})
 
 
 # As long as they are in use: a class that was made holds the user's, and a key must hold no function of the user's.

@@ -487,3 +487,21 @@ def test_a_forward_that_counts_in_its_class_is_computed(warnings):
     for _ in range(4):
         promised(x)
     assert torchcache.stats(promised).hits == 9
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_class_may_be_made_of_a_marked_one_and_of_an_abstract_one(transformed):
+    """As libraries do that patch a model for meta learning."""
+
+    class Patched(abc.ABC):
+        @property
+        def factor(self):
+            return 2.0
+
+    model = torchcache.mark(nn.Linear(4, 4), freeze=True)
+    model = torchcache.transform(model) if transformed else model
+    made = type("Made", (type(model), Patched), {})(4, 4).requires_grad_(False)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.bias))
+    assert (made.factor, isinstance(made, nn.Linear)) == (2.0, True)
