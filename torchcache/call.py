@@ -101,7 +101,7 @@ class Region:
         self.schedule = Schedule(options.audit, functools.partial(lacks, subject))
         self._learning = Learning(subject, options)
         self._early = Early(options.digest)
-        self._turnover = Turnover(lambda: subject.identity.changed)
+        self._turnover = Turnover(subject)
         self._novelty = Novelty()
         self._usefulness = Usefulness(self, self._turnover, self._novelty)
         self.writes, self.inlined, self.partial, self.apart, self.traces = False, False, False, "", 0

@@ -493,7 +493,7 @@ def test_a_forward_that_counts_in_its_class_is_computed(warnings):
 def test_a_class_may_be_made_of_a_marked_one_and_of_an_abstract_one(transformed):
     """As libraries do that patch a model for meta learning."""
 
-    class Patched(abc.ABC):
+    class Patched(abc.ABC):  # noqa: B024
         @property
         def factor(self):
             return 2.0

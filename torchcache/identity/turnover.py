@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from typing import Any
 
 from torchcache.errors import Restless
 
@@ -21,8 +22,8 @@ class Turnover:
 
     Parameters
     ----------
-    changed : callable
-        Gives the names of what was not as before when an identity took over.
+    subject : Subject
+        What they are the identities of. It is not kept alive: what is said in the end of a run is said of this.
 
     Attributes
     ----------
@@ -32,23 +33,27 @@ class Turnover:
         Whether a few new ones came in a row at some time, and no row was served meanwhile.
     """
 
-    def __init__(self, changed: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, subject: Any) -> None:
         self.changes = 0
         self.unsteady = False
-        self._changed = changed
-        self._names = ""
+        self._subject = weakref.ref(subject)
+        self._names, self._told = "", False
         self._latest = b""
         self._known: dict[bytes, None] = {}
         self._useless = 0
         self._hits = 0
 
     def what(self) -> str:
-        """What changes, for people: its first names are kept, so that it is told once."""
-        if not self._names:
-            names = list(dict.fromkeys(filter(None, self._changed())))
-            more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-            self._names = f" ({', '.join(names[:MOST_NAMES])}{more})" if names else ""
+        """What changes, for people: the names that are told first are kept, so that it is told once."""
+        self._told = bool(self._names)
         return f"its weights or its program{self._names}"
+
+    def _note_names(self) -> None:
+        subject = self._subject()
+        names = list(dict.fromkeys(filter(None, subject.identity.changed))) if subject is not None else []
+        if names and not self._told:
+            more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            self._names = f" ({', '.join(names[:MOST_NAMES])}{more})"
 
     def note(self, who: bytes, hits: int) -> list[bytes]:
         """Take note of the identity of a call, with the hits so far; the identities to forget.
@@ -62,6 +67,7 @@ class Turnover:
             return []
         if self._latest:
             self.changes += 1
+            self._note_names()
             self._useless = 0 if hits > self._hits else self._useless + 1
             self.unsteady |= self._useless >= UNSTEADY and who not in self._known
         if self._useless >= USELESS:
