@@ -365,7 +365,7 @@ class Region:
             layouts = plan.layouts(batch, lambda places: self._original(batch, plan, places))
             near, buffers = batch.rows[0].device, self.tiers.memory.buffers
             leaves = assemble(plan.precision, digests, missing, found, computed, layouts, near, buffers)
-            merged = [layout.apply(leaf, near, buffers) for layout, leaf in zip(layouts, leaves, strict=True)]
+            merged = plan.laid(layouts, leaves, near, buffers)
         self.counters.merge_seconds += time.perf_counter() - start
         return plan.output.rebuild(merged), plan.rows_first_of(merged)
 

@@ -560,6 +560,47 @@ def test_outputs_that_are_one_object_stay_one():
         torch.testing.assert_close(first, x + 1)
 
 
+class Views(nn.Module):
+    """Tokens, and parts of them, as encoders return them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+
+    def forward(self, x):
+        t = self.body(x)
+        return {
+            "class": t[:, 0],
+            "tokens": t,
+            "patches": t[:, 1:],
+            "steps": t.transpose(0, 1)[1:],
+            "flat": t.flatten(1),
+            "first": t[:, :1].expand(-1, 3, -1),
+            "part": t[:, 2, 1],
+            "own": t + 1,
+        }
+
+
+@pytest.mark.parametrize("options", [{}, {"persistent": True}, {"cache_dtype": torch.bfloat16}], ids=str)
+def test_outputs_that_are_views_of_others_stay_views(options, tmp_path, warnings):
+    torch.manual_seed(0)
+    directory = {"persistent_cache_dir": str(tmp_path)} if options.get("persistent") else {}
+    twin = Views().requires_grad_(False)
+    module, data = torchcache.mark(copy.deepcopy(twin), **options, **directory), torch.randn(9, 3, 4)
+    exact = "cache_dtype" not in options
+    for rows in ([0, 1, 2, 3], [3, 1, 7], [7, 0], [5], [8, 5, 4, 2, 6], [1, 0, 3]):
+        for written in ("tokens", "class", "flat", "patches"):
+            got, expected = module(data[rows]), twin(data[rows])
+            if exact:
+                got[written].mul_(3)
+                expected[written].mul_(3)
+            for name, leaf in expected.items():
+                assert got[name].shape == leaf.shape
+                torch.testing.assert_close(got[name], leaf, **({} if exact else {"rtol": 0.02, "atol": 0.02}))
+    assert torchcache.stats(module).hits > 50
+    assert not [text for text in warnings if "cached wrongly" in text]
+
+
 @pytest.mark.parametrize("door", ["call", "eager", "aot_eager"])
 def test_parameters_come_back_as_parameters(door):
     class Tokens(nn.Module):

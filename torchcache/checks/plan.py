@@ -17,8 +17,9 @@ from torchcache.errors import Bypass
 from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
-from torchcache.store.precision import Precision
-from torchcache.values.layout import Layout, is_alone, place_of
+from torchcache.store.buffers import Buffers
+from torchcache.store.precision import EXACT, Precision
+from torchcache.values.layout import Layout, View, is_alone, place_of
 from torchcache.values.take import Taken, take_outputs
 
 OTHERWISE = (
@@ -98,6 +99,10 @@ class Plan:
         Under which keys it is kept for other processes, or cannot be.
     extremes : Extremes
         What the rows that were computed were like.
+    known_layouts : tuple of Layout or None
+        How outputs lie in memory, as far as that was seen.
+    views : tuple of (View or None)
+        Which leaves of an output are views of others; empty where none is.
     """
 
     form: bytes
@@ -112,6 +117,7 @@ class Plan:
     kept: set[bytes] = dataclasses.field(default_factory=set)
     extremes: Extremes = dataclasses.field(default_factory=Extremes)
     known_layouts: tuple[Layout, ...] | None = None
+    views: tuple[View | None, ...] = ()
 
     @classmethod
     def of(cls, form: bytes, learnt: Learnt, output: Taken, where: str, options: CacheOptions, *, proven: bool) -> Plan:
@@ -191,9 +197,24 @@ class Plan:
             return self.note(compute(places))
         return self.known_layouts
 
+    def laid(
+        self, layouts: Sequence[Layout], leaves: Sequence[torch.Tensor], near: torch.device, buffers: Buffers
+    ) -> list[torch.Tensor]:
+        """``leaves``, row-major and rows first, as a call with inputs on ``near`` returns them."""
+        found = [layout.apply(leaf, near, buffers) for layout, leaf in zip(layouts, leaves, strict=True)]
+        for place, view in enumerate(self.views):
+            if view is not None:
+                found[place] = view.apply(found[view.base])
+        return found
+
     def note(self, output: Taken) -> tuple[Layout, ...]:
         """Remember how ``output`` lies in memory."""
-        self.known_layouts = tuple(map(Layout.of, output.tensors, self.learnt.output_dims))
+        leaves, dims = output.tensors, self.learnt.output_dims
+        self.known_layouts = tuple(map(Layout.of, leaves, dims))
+        # What is rounded as a part of a row is not what that is by itself.
+        exact = len(leaves) > 1 and set(self.precision.losses) == {EXACT}
+        views = tuple([View.of(place, leaves, dims) for place in range(len(leaves))]) if exact else ()
+        self.views = views if any(views) else ()
         return self.known_layouts
 
 

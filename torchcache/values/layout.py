@@ -66,6 +66,59 @@ class Layout:
         return _empty(turned.shape, self.dtype, place, buffers).copy_(turned).permute(*inverted(self.order))
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A leaf of the output that is a view of another one.
+
+    Parameters
+    ----------
+    base : int
+        Which leaf it is a view of, whose rows come first and lie without gaps.
+    shape, stride : tuple of int
+        Its own; the size of the batch is that of the base.
+    offset : int
+        Elements from the first of the base to its first.
+    batch_dim : int
+        Which of its dimensions is the batch.
+    """
+
+    base: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    batch_dim: int
+
+    @classmethod
+    def of(cls, place: int, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> View | None:
+        """Of which leaf one is a view: of the largest that holds each of its rows, the first of several."""
+        leaf, dim = leaves[place], dims[place]
+        within = [axis for axis in range(leaf.ndim) if axis != dim]
+        reach = sum((leaf.shape[axis] - 1) * leaf.stride(axis) for axis in within)
+        for index in sorted(range(len(leaves)), key=lambda index: -leaves[index].numel()):
+            base = leaves[index]
+            if index == place:
+                return None
+            if dims[index] or not _is_base(base, leaf) or base.stride(0) != leaf.stride(dim):
+                continue
+            offset = leaf.storage_offset() - base.storage_offset()
+            if offset >= 0 and offset + reach < base.stride(0):
+                return cls(index, tuple(leaf.shape), leaf.stride(), int(offset), dim)
+        return None
+
+    def apply(self, base: torch.Tensor) -> torch.Tensor:
+        """The leaf, where ``base`` is what it is a view of."""
+        shape = (*self.shape[: self.batch_dim], base.shape[0], *self.shape[self.batch_dim + 1 :])
+        return base.as_strided(shape, self.stride, base.storage_offset() + self.offset)
+
+
+def _is_base(base: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Whether a leaf may be a view of another: of the same memory, whose elements are read alike."""
+    if base.dtype != leaf.dtype or base.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+        return False
+    alike = (base.is_conj(), base.is_neg()) == (leaf.is_conj(), leaf.is_neg())
+    return alike and base.ndim > 0 and bool(base.numel()) and base.is_contiguous()
+
+
 def place_of(seen: torch.device, near: torch.device) -> torch.device:
     """Where an output of inputs on ``near`` lies that was ``seen`` elsewhere: devices of one kind share keys."""
     return near if near.type == seen.type else seen
