@@ -27,6 +27,7 @@ from torchcache.usefulness import note_call
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 LOOKUP, APART, PART, OWN, PLAIN = "lookup", "apart", "part", "own", "plain"
+WRITTEN = "code before it in the graph writes what it reads"
 
 
 def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
@@ -158,9 +159,13 @@ def _note_inlined(mark: Mark, module: nn.Module | None, needed: bool) -> None:
 
 
 def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
-    if region.subject.identity.reads(*dynamo.pending_writes()):
-        return PLAIN  # what was written does not show before the graph has run
     identity = region.subject.identity
+    if identity.reads(*dynamo.pending_writes()):  # what was written does not show before the graph has run
+        if not dynamo.is_whole():
+            region.apart = WRITTEN
+            return APART
+        region.note(Bypass(WRITTEN, "set it outside of what is compiled, or leave fullgraph=True out"))
+        return PLAIN
     if (exchange := identity.exchanges()) is not None:
         region.note(exchange)
         return PLAIN

@@ -170,3 +170,23 @@ def test_writes_before_a_graph_break_are_seen(door):
     before = torchcache.stats(model).misses
     torch.testing.assert_close(run(x, 3.0)[0], x * 3)
     assert torchcache.stats(model).misses == before
+
+
+@pytest.mark.parametrize("backend", ["torchcache", "aot_eager"])
+@pytest.mark.parametrize("place", ["attribute", "dict", "object", "global"])
+def test_what_is_written_before_each_call_is_served(place, backend):
+    model, x = Setting(place), torch.randn(3, 2)
+    torchcache.mark(model.backbone, freeze=True)
+    run = torch.compile(model, backend=backend)
+    for _ in range(4):
+        torch.testing.assert_close(run(x, 2.0)[0], x * 2)
+    assert torchcache.stats(model).hits >= 6
+
+
+def test_what_is_written_in_one_graph_says_why_nothing_is_served(warnings):
+    model, x = Setting("attribute"), torch.randn(3, 2)
+    torchcache.mark(model.backbone, freeze=True)
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(run(x, 2.0)[0], x * 2)
+    assert len([text for text in warnings if "code before it in the graph writes what it reads" in text]) == 1
