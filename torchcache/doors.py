@@ -22,7 +22,7 @@ from torchcache.graph.traced import Traced
 from torchcache.logging import inform_once, warn_once
 from torchcache.mark import Mark, and_then
 from torchcache.op import NOTHING, RECORDING, opaque, subject_name
-from torchcache.regions import region_of
+from torchcache.regions import note_reentry, region_of
 from torchcache.usefulness import note_call
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -204,6 +204,8 @@ def _still(region: Region, gradients: bool, *, looked_up: bool) -> Callable[[], 
 def _enter(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A marked call outside of any trace."""
     module = args[0] if args and isinstance(args[0], nn.Module) else None
+    if inside_region():
+        note_reentry(mark, module)
     if inside_region() or dynamo.is_scripted() or torch.compiler.is_exporting() or not mark.options_for(module).enabled:
         original = mark.original(module)
         return original(*args, **kwargs)

@@ -48,7 +48,9 @@ class Called:
         def function() -> Any:
             return mark.called(reference() if reference is not None else None)
 
-        return Identity(subject, self.name, options.persistent_module_hash, options.pure, function)
+        # Those of a module run around the call of its forward, on hits as well.
+        hooked = reference is None or mark.name != "forward"
+        return Identity(subject, self.name, options.persistent_module_hash, options.pure, function, hooked)
 
     def rename(self) -> None:
         """Take the name that the module has by its path."""
@@ -222,6 +224,13 @@ def region_of(mark: Mark, module: nn.Module | None) -> Region:
         subject = CalledLater(mark, module) if isinstance(module, Deferred) else Called(mark, module)
         region = regions[mark] = Region(subject, options)
     return region
+
+
+def note_reentry(mark: Mark, module: nn.Module | None) -> None:
+    """Take note of a marked call that is made while an original is computed, which may be its own."""
+    region = _held(module).get(mark) if module is not None else None
+    if region is not None:
+        region.subject.identity.enters_itself()
 
 
 def add_region(owner: Any, key: Any, region: Region) -> None:

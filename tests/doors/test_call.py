@@ -628,3 +628,44 @@ class Both(nn.Module):
     def forward(self, x):
         y = x + 1
         return y, y
+
+
+class Twice(nn.Module):
+    """Calls itself on inputs that are large."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, further=True):
+        if further and x.shape[1] > 2:
+            return self(x[:, 1:], False)
+        return self.linear(x).sum(1) if x.shape[1] == 4 else x.sum(1)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_hooks_of_a_marked_module_run_around_its_call(early):
+    """As those that keep features do; what they keep is no part of who computes."""
+    module, kept, data = nn.Linear(4, 3).requires_grad_(False), [], torch.randn(9, 4)
+    if not early:
+        torchcache.mark(module, audit=0)
+    module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    module.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    if early:
+        torchcache.mark(module, audit=0)
+    twin = unmarked(module)
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7, 8], [8, 0, 3], [1, 2, 4, 5, 6, 7], [3, 3, 0]):
+        torch.testing.assert_close(module(data[rows]), twin(data[rows]))
+        torch.testing.assert_close(kept[-1], kept[-2])
+    assert torchcache.stats(module).hits >= 12
+
+
+def test_hooks_of_a_module_that_calls_itself_are_a_part_of_it():
+    module, factor, data = Twice().requires_grad_(False), [2.0], torch.randn(6, 4)
+    torchcache.mark(module, audit=0)
+    module.register_forward_hook(lambda module, inputs, output: output * factor[0])
+    twin = unmarked(module)
+    for value in (2.0, 2.0, 3.0, 3.0, 2.0):
+        factor[0] = value
+        for rows in (data, data[:, :3], data[[2, 1]]):
+            torch.testing.assert_close(module(rows), twin(rows))

@@ -20,8 +20,8 @@ from torchcache.identity.values import describe_value
 _GENERATORS = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
 
 
-def describe(value: Any) -> Node:
-    """The node of an object that is no atom."""
+def describe(value: Any, bare: int = 0) -> Node:
+    """The node of an object that is no atom; of the module with the id ``bare`` hooks are no part."""
     if any(value is generator for generator in _GENERATORS):
         return Node(value, ("generator", type(value).__qualname__))
     if value is GlobalHooks:
@@ -33,5 +33,5 @@ def describe(value: Any) -> Node:
     if torch.Tensor in type(value).__mro__:
         return describe_tensor(value)
     if nn.Module in type(value).__mro__:
-        return describe_module(value)
+        return describe_module(value, hooked=id(value) != bare)
     return describe_code(value) or describe_value(value)

@@ -55,6 +55,8 @@ class Identity:
         Whether what the original itself writes is no part of it, as the user promises.
     function : callable or None
         Gives the function that is marked, where a class may be given another one.
+    hooked : bool
+        Whether hooks of the module itself run within a call, or around it.
 
     Attributes
     ----------
@@ -69,8 +71,10 @@ class Identity:
         name: str | None,
         pure: bool,
         function: Callable[[], Any] | None = None,
+        hooked: bool = True,
     ) -> None:
         self._subject, self._function = subject, function
+        self._hooked = hooked
         self._where = where
         self._name = name
         self._pure = pure
@@ -95,10 +99,15 @@ class Identity:
         return other
 
     def _read(self, given: tuple[type, ...] = ()) -> Program:
-        program = Program(self._subject(), self._where, self._pure, given)
+        program = Program(self._subject(), self._where, self._pure, given, self._hooked)
         if self._function is not None:
             program.follow(self._function)
         return program
+
+    def enters_itself(self) -> None:
+        """Take note that the original calls its module again: hooks of this run within a call from here on."""
+        if not self._hooked:
+            self._hooked, self._program, self._other, self._given = True, None, None, {}
 
     def look(self) -> Seen:
         """The program and the tensors that it can reach, as they are now.

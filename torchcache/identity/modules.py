@@ -40,8 +40,8 @@ class GlobalHooks:
     """The hooks that run with every module's forward, as one value of a program."""
 
 
-def describe_module(value: nn.Module) -> Node:
-    """The node of a module; its hooks always belong to it, all else where its name is read."""
+def describe_module(value: nn.Module, hooked: bool = True) -> Node:
+    """The node of a module; its hooks always belong to it if it is ``hooked``, all else where its name is read."""
     members = vars(value)
     kind = beneath_class(type(value))
     node = Node(value, ("nn.Module",), [("", kind)], kind="module")
@@ -57,6 +57,8 @@ def describe_module(value: nn.Module) -> Node:
         if live is not None:
             node.spaces.append(member_space(kind_of, live, ordered=kind_of == "child"))
     node.names, node.whole = names_of_class(kind)
+    if not hooked:
+        return node
     # They are given the module, and torch's own read what they were told to: weight_g, weight_mask.
     hooks = [hook for group in _HOOKS for hook in (members.get(group) or {}).values()]
     node.whole |= any(named_class(type(hook)) for hook in hooks if not isinstance(hook, _FUNCTIONS))

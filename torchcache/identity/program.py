@@ -41,6 +41,8 @@ class Program:
         Whether what the code itself writes is no part, as the user promises with ``pure=True``.
     given : tuple of type
         Classes of arguments. Where there are any, digest and tensors are of what the code takes from them alone.
+    hooked : bool
+        Whether hooks of the module itself run within a call.
 
     Attributes
     ----------
@@ -56,7 +58,9 @@ class Program:
         Why there can be no identity: what the code reads and torchcache cannot compare, with its path and its type.
     """
 
-    def __init__(self, subject: Any, where: str, pure: bool = False, given: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self, subject: Any, where: str, pure: bool = False, given: tuple[type, ...] = (), hooked: bool = True
+    ) -> None:
         module, function = subject if isinstance(subject, tuple) else (None, subject)
         self.where = where
         self.digest = bytes(16)
@@ -70,10 +74,11 @@ class Program:
         self.tensors: list[torch.Tensor] = []
         self._watch = Watch()
         try:
-            reach = Reach()
+            bare = 0 if hooked else id(module)
+            reach = Reach(bare=bare)
             reach.from_subject(module, function, given)
             if pure and reach.written:
-                reach = Reach(frozenset(reach.written))
+                reach = Reach(frozenset(reach.written), bare)
                 reach.from_subject(module, function, given)
             self.problem = reach.problem or None
             if module is None:

@@ -40,10 +40,12 @@ _WRITTEN = ("attribute", "buffer", "global")
 class Reach:
     """The objects of a program, found from its roots; what is reached and what is read grow until neither does.
 
-    ``without`` are names of attributes and variables that are no part, whatever reads them.
+    ``without`` are names of attributes and variables that are no part, whatever reads them, nor are hooks of
+    the module with the id ``bare``.
     """
 
-    def __init__(self, without: frozenset[str] = frozenset()) -> None:
+    def __init__(self, without: frozenset[str] = frozenset(), bare: int = 0) -> None:
+        self._bare = bare
         self.nodes: dict[int, Node] = {}
         self.bindings: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.written: set[str] = set()
@@ -116,7 +118,7 @@ class Reach:
         depth = parent.depth + further
         if node is None or (node.kind == "items" and level >= 0):
             try:
-                node = describe_items(value) if level < 0 else describe(value)
+                node = describe_items(value) if level < 0 else describe(value, self._bare)
             except Exception as error:  # code of the object's own, which failed
                 node = Node(value, problem=f"cannot be read: {type(error).__name__}: {error}")
             node.parent, node.label = parent, label
