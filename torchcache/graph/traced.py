@@ -179,9 +179,9 @@ class Traced:
         before, self._seconds = self._seconds, self._seconds + seconds
         if before <= LONG < self._seconds:
             warn_once(
-                f"{self._region.name}: calls in which Dynamo traces it took {self._seconds:.0f} s so far. A loop that "
-                "runs longer with longer inputs is traced again for each length: mark the frozen part alone, which is "
-                "called and never traced, or pad inputs to few lengths"
+                f"{self._region.name}: calls in which Dynamo traced it took {self._seconds:.0f} s so far: mark the "
+                "frozen part alone, which is called and never traced. Where a loop runs longer with longer inputs, "
+                "each length is traced: pad them to few"
             )
 
     def _trial(self, module: nn.Module, given: Given) -> Trial | None:

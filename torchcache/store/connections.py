@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 import os
 import sqlite3
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torchcache.forks import without_forks
@@ -54,6 +56,10 @@ class _Held:
         self.connection = connection
         self.process = os.getpid()
 
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # else the names that are used in here may be gone, and it is closed without
+            self._close()
+
     @without_forks
-    def __del__(self) -> None:
+    def _close(self) -> None:
         self.connection.close()

@@ -349,7 +349,8 @@ class _Walk:
         opened = open_container(value)
         if opened.mutable:
             if id(value) in self._mutable:
-                raise Bypass(f"{type_name(value)} that stands in two places", "pass a copy in one of them")
+                verb = "pass" if self._what == "argument" else "return"
+                raise Bypass(f"{type_name(value)} that stands in two places", f"{verb} a copy in one of them")
             self._mutable[id(value)] = value
         if self._stack_lists and kind in _STACKED and _is_stackable(value):
             return _Stacked(self._leaf(torch.stack(tuple(value)), _STACKED[kind]).place, kind)
