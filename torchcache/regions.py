@@ -228,7 +228,8 @@ def region_of(mark: Mark, module: nn.Module | None) -> Region:
 
 def note_reentry(mark: Mark, module: nn.Module | None) -> None:
     """Take note of a marked call that is made while an original is computed, which may be its own."""
-    region = _held(module).get(mark) if module is not None else None
+    held = vars(module).get(_ATTRIBUTE) if module is not None else None
+    region = held.get(mark) if held is not None and held.is_of(module) else None
     if region is not None:
         region.subject.identity.enters_itself()
 

@@ -71,7 +71,8 @@ def _record_of(top: str) -> str:
     file = getattr(sys.modules.get(top), "__file__", None)
     if not isinstance(file, str):
         return ""
-    site = os.path.dirname(os.path.dirname(file))
+    inside = os.path.basename(file).startswith("__init__.")
+    site = os.path.dirname(os.path.dirname(file) if inside else file)
     plain = top.lower().replace("-", "_")
     try:
         names = [name for name in os.listdir(site) if name.endswith(".dist-info")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import layout_check
@@ -214,8 +216,9 @@ class Identity:
 
     def _names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         subject = self._subject()
-        named = [*subject[0].named_parameters(), *subject[0].named_buffers()] if isinstance(subject, tuple) else []
-        names = {id(tensor): name for name, tensor in named}
+        module = subject[0] if isinstance(subject, tuple) else nn.Module()
+        named = nn.Module.named_parameters(module), nn.Module.named_buffers(module)  # not code of the user's
+        names = {id(tensor): name for name, tensor in itertools.chain(*named)}
         return [names.get(id(tensor), "a tensor") for tensor in tensors]
 
     def steady(self) -> Steady:
