@@ -563,18 +563,21 @@ def test_outputs_that_are_one_object_stay_one():
 class Views(nn.Module):
     """Tokens, and parts of them, as encoders return them."""
 
-    def __init__(self):
+    def __init__(self, channels_last):
         super().__init__()
-        self.body = nn.Linear(4, 6)
+        self.body, self.channels_last = nn.Linear(4, 6), channels_last
 
     def forward(self, x):
         t = self.body(x)
+        t = t.mT.contiguous().mT if self.channels_last else t
         return {
             "class": t[:, 0],
+            "turned": t.transpose(0, 1),
+            "windows": t.unfold(1, 2, 1),
             "tokens": t,
             "patches": t[:, 1:],
             "steps": t.transpose(0, 1)[1:],
-            "flat": t.flatten(1),
+            "flat": t.mT.flatten(1) if self.channels_last else t.flatten(1),
             "first": t[:, :1].expand(-1, 3, -1),
             "part": t[:, 2, 1],
             "own": t + 1,
@@ -582,14 +585,15 @@ class Views(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"persistent": True}, {"cache_dtype": torch.bfloat16}], ids=str)
-def test_outputs_that_are_views_of_others_stay_views(options, tmp_path, warnings):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_outputs_that_are_views_of_others_stay_views(channels_last, options, tmp_path, warnings):
     torch.manual_seed(0)
     directory = {"persistent_cache_dir": str(tmp_path)} if options.get("persistent") else {}
-    twin = Views().requires_grad_(False)
+    twin = Views(channels_last).requires_grad_(False)
     module, data = torchcache.mark(copy.deepcopy(twin), **options, **directory), torch.randn(9, 3, 4)
     exact = "cache_dtype" not in options
     for rows in ([0, 1, 2, 3], [3, 1, 7], [7, 0], [5], [8, 5, 4, 2, 6], [1, 0, 3]):
-        for written in ("tokens", "class", "flat", "patches"):
+        for written in ("tokens", "class", "flat", "patches", "windows", "turned"):
             got, expected = module(data[rows]), twin(data[rows])
             if exact:
                 got[written].mul_(3)

@@ -73,7 +73,7 @@ class View:
     Parameters
     ----------
     base : int
-        Which leaf it is a view of, whose rows come first and lie without gaps.
+        Which leaf it is a view of, whose rows come first and lie behind each other without gaps.
     shape, stride : tuple of int
         Its own; the size of the batch is that of the base.
     offset : int
@@ -92,16 +92,16 @@ class View:
     def of(cls, place: int, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> View | None:
         """Of which leaf one is a view: of the largest that holds each of its rows, the first of several."""
         leaf, dim = leaves[place], dims[place]
-        within = [axis for axis in range(leaf.ndim) if axis != dim]
-        reach = sum((leaf.shape[axis] - 1) * leaf.stride(axis) for axis in within)
+        reach = sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+        reach -= (leaf.shape[dim] - 1) * leaf.stride(dim)
         for index in sorted(range(len(leaves)), key=lambda index: -leaves[index].numel()):
             base = leaves[index]
-            if index == place:
-                return None
-            if dims[index] or not _is_base(base, leaf) or base.stride(0) != leaf.stride(dim):
+            if dims[index] or not (_share(base, leaf) and _is_base(base)):
                 continue
+            if index == place:  # what holds it comes before it
+                return None
             offset = leaf.storage_offset() - base.storage_offset()
-            if offset >= 0 and offset + reach < base.stride(0):
+            if base.stride(0) == leaf.stride(dim) and offset >= 0 and offset + reach < base.stride(0):
                 return cls(index, tuple(leaf.shape), leaf.stride(), int(offset), dim)
         return None
 
@@ -111,12 +111,17 @@ class View:
         return base.as_strided(shape, self.stride, base.storage_offset() + self.offset)
 
 
-def _is_base(base: torch.Tensor, leaf: torch.Tensor) -> bool:
-    """Whether a leaf may be a view of another: of the same memory, whose elements are read alike."""
-    if base.dtype != leaf.dtype or base.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in the same memory, and their elements are read alike."""
+    if one.dtype != other.dtype or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return False
-    alike = (base.is_conj(), base.is_neg()) == (leaf.is_conj(), leaf.is_neg())
-    return alike and base.ndim > 0 and bool(base.numel()) and base.is_contiguous()
+    return (one.is_conj(), one.is_neg()) == (other.is_conj(), other.is_neg())
+
+
+def _is_base(base: torch.Tensor) -> bool:
+    """Whether the rows of a tensor, which come first, lie behind each other without gaps."""
+    order = memory_order(base.shape, base.stride())
+    return bool(base.numel()) and not order[0] and base.stride() == _strides(base.shape, order)
 
 
 def place_of(seen: torch.device, near: torch.device) -> torch.device:
