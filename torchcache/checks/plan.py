@@ -212,9 +212,7 @@ class Plan:
         leaves, dims = output.tensors, self.learnt.output_dims
         self.known_layouts = tuple(map(Layout.of, leaves, dims))
         # What is rounded as a part of a row is not what that is by itself.
-        exact = len(leaves) > 1 and set(self.precision.losses) == {EXACT}
-        views = tuple([View.of(place, leaves, dims) for place in range(len(leaves))]) if exact else ()
-        self.views = views if any(views) else ()
+        self.views = View.among(leaves, dims) if set(self.precision.losses) == {EXACT} else ()
         return self.known_layouts
 
 
