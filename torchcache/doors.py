@@ -204,9 +204,10 @@ def _still(region: Region, gradients: bool, *, looked_up: bool) -> Callable[[], 
 def _enter(mark: Mark, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A marked call outside of any trace."""
     module = args[0] if args and isinstance(args[0], nn.Module) else None
-    if inside_region():
+    inside = inside_region()
+    if inside:
         note_reentry(mark, module)
-    if inside_region() or dynamo.is_scripted() or torch.compiler.is_exporting() or not mark.options_for(module).enabled:
+    if inside or dynamo.is_scripted() or torch.compiler.is_exporting() or not mark.options_for(module).enabled:
         original = mark.original(module)
         return original(*args, **kwargs)
     region = region_of(mark, module)

@@ -114,7 +114,7 @@ def constant(function: F) -> F:
 
 
 def untraced(function: F) -> F:
-    """Have Dynamo leave ``function`` and what it calls alone.
+    """Have Dynamo leave ``function`` and what it calls alone, and end a graph before it.
 
     As ``torch.compiler.disable``, which loads Dynamo. It may be watching the thread that gets there.
     """

@@ -1,6 +1,11 @@
-"""How sizes, shares and durations are written for people, in every table and message."""
+"""How sizes, shares, durations and lists of names are written for people, in every table and message."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+# Names of one list that are told.
+MOST_NAMES = 3
 
 
 def size_text(count: float) -> str:
@@ -26,3 +31,10 @@ def seconds_text(seconds: float | None) -> str:
         if size < limit:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds / 3600:.1f} h"
+
+
+def names_text(names: Iterable[str]) -> str:
+    """The first of some names: ``a, b, c and 4 more``; empty where there are none."""
+    found = list(dict.fromkeys(filter(None, names)))
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return ", ".join(found[:MOST_NAMES]) + more

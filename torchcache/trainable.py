@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from torchcache.quantity import names_text
+
 _requires_grad = operator.attrgetter("requires_grad")
 
 
@@ -24,8 +26,7 @@ def which_train(tensors: Sequence[torch.Tensor]) -> bytes:
 def trained(module: nn.Module | None) -> str:
     """The parameters of ``module`` that are trainable, for people."""
     found = [name for name, held in module.named_parameters() if held.requires_grad] if module is not None else []
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more or "a tensor that it reads"
+    return names_text(found) or "a tensor that it reads"
 
 
 def goes_by_parts(state: Sequence[torch.Tensor], *, partial: bool, unsteady: bool) -> bool:

@@ -110,7 +110,7 @@ class Usefulness:
         if self._changes():
             return (
                 f"No row outlives a change, and {self._turnover.what()} changed {self._turnover.changes} times: "
-                "unmark what reads what is updated while it is used"
+                "unmark what is updated while it is used, or what reads it"
             )
         if self._novelty.calls >= FIRST_LOOK:
             return (

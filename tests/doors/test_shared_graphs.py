@@ -86,7 +86,8 @@ def test_a_block_that_is_updated_in_every_step_is_told_and_the_others_are_found(
     assert hits == 11 * 4 * steady
     assert bypasses > 0
     assert bypasses + misses == 12 * 4 + 4 * steady
-    assert ["what is updated in every step" in text for text in warnings] == [True]
+    assert ["unmark what is updated in every step" in text for text in warnings] == [True]
+    assert "(blocks.11.linear.weight) change" in warnings[0]
 
 
 def test_states_that_are_gone_leave_no_rows_behind():

@@ -82,6 +82,11 @@ class GraphIdentity:
         Whether the graph calls nothing but torch.
     places : Places
         Where the marked modules hold the state.
+
+    Attributes
+    ----------
+    changed : list of str
+        Names of the tensors that differed when it last became another, as far as they are known.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class GraphIdentity:
         self._closed = closed
         self._state = State()
         self._places = places
+        self.changed: list[str] = []
         self._named = all(name is not None for _, name in parts)
         self._given = threading.local()
 
@@ -104,11 +110,6 @@ class GraphIdentity:
             yield
         finally:
             self._given.state, self._given.rows = before
-
-    @property
-    def changed(self) -> list[str]:
-        """Names of what differed when a program became another, as far as they are known."""
-        return [name for identity, _ in self._parts for name in identity.changed]
 
     @property
     def rows(self) -> Rows | None:
@@ -133,9 +134,11 @@ class GraphIdentity:
             When a program reads something that has no identity.
         """
         tensors = (seen or self.look()).tensors
-        programs = self._programs_now(tensors)
+        programs, before = self._programs_now(tensors), self._state.digest
         # The graph of a named mark may be that of several of its parts.
         state = (self._places.digest if self._named else self._state.current)(tensors)
+        if before and self._state.digest != before:
+            self.changed = self._places.names([tensors[index] for index in self._state.changed])
         return digest_bytes(b"part" + self._graph + b"".join(map(digest_bytes, [*programs, state])))
 
     def gone(self) -> bool:

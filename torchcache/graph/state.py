@@ -87,6 +87,13 @@ class Places:
         rest = self._rest.current([tensors[index] for index in self._elsewhere]) if self._elsewhere else b""
         return digest_bytes(self._text.encode("utf-8", "surrogatepass") + rest)
 
+    def names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
+        """What people call those of ``tensors`` that a module holds."""
+        modules = [reference() for reference in self._modules]
+        held = [pair for module in modules if module is not None for pair in _named(module)]
+        found = {id(tensor): ".".join(path) for path, tensor in held}
+        return [found[id(tensor)] for tensor in tensors if id(tensor) in found]
+
     def gone(self) -> bool:
         """Whether there are other tensors in those places by now."""
         try:

@@ -142,6 +142,7 @@ class Traced:
         call = _Call(trace, functools.partial(self._trial, module, given))
         try:
             with call.hidden:
+                # Backward may recompute calls that went by the trace: its code might save other tensors for them.
                 if trace.due and not (hooked and trace.calls and trace.alike is None):
                     call.begin_trial()
                 _running.call = call

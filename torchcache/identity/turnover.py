@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from torchcache.errors import Restless
+from torchcache.quantity import names_text
 
 # Identities whose rows and plans are kept: weights may be swapped back and forth.
 KEPT = 4
@@ -13,8 +14,6 @@ KEPT = 4
 USELESS = 6
 # As many, where there is another way to look the calls up; a first call may set a module up, which is a change.
 UNSTEADY = 2
-# Names of what changes that are told.
-MOST_NAMES = 3
 
 
 class Turnover:
@@ -50,10 +49,9 @@ class Turnover:
 
     def _note_names(self) -> None:
         subject = self._subject()
-        names = list(dict.fromkeys(filter(None, subject.identity.changed))) if subject is not None else []
+        names = names_text(subject.identity.changed) if subject is not None else ""
         if names and not self._told:
-            more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-            self._names = f" ({', '.join(names[:MOST_NAMES])}{more})"
+            self._names = f" ({names})"
 
     def note(self, who: bytes, hits: int) -> list[bytes]:
         """Take note of the identity of a call, with the hits so far; the identities to forget.
@@ -75,7 +73,7 @@ class Turnover:
             self._useless, self._latest = USELESS - 1, b""
             raise Restless(
                 f"{self.what()} change between calls, and no row was served meanwhile",
-                "unmark what reads what is updated in every step, such as an average of weights",
+                "unmark what is updated in every step, such as an average of weights, or what reads it",
                 lasting=False,
             )
         self._latest, self._hits = who, hits

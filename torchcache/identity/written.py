@@ -18,6 +18,7 @@ from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import Outside
 from torchcache.identity.watch import same
+from torchcache.quantity import names_text
 
 # Larger tensors, and what is beyond so many bytes in all, are compared by their versions only.
 MOST_BYTES, MOST_IN_ALL = 1 << 24, 1 << 28
@@ -216,6 +217,5 @@ def _equal(before: _Entry | None, after: _Entry | None) -> bool:
 
 def written_text(names: Sequence[str]) -> tuple[str, str]:
     """That a forward writes to what has these names, and what to do about it."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
-    return f"its forward writes to {shown}", advice
+    return f"its forward writes to {names_text(names)}", advice

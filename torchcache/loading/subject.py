@@ -8,6 +8,7 @@ from typing import Any
 from torchcache.errors import Bypass
 from torchcache.identity.program import Program
 from torchcache.identity.state import State
+from torchcache.quantity import names_text
 
 # A comparison that takes more seconds than this, as one of a list of a million files does, is made within this share of
 # the time. Others are made whenever somebody asks.
@@ -72,7 +73,7 @@ class Subject:
         assert self._program is not None
         names, before = self._program.changes(), self.who
         self.who, self.problem = self._read()
-        return "" if self.who == before else ", ".join([name for name in names if name][:3]) or "its tensors"
+        return "" if self.who == before else names_text(names) or "its tensors"
 
     def holds(self) -> bool:
         """Whether nothing that its code reads moved."""

@@ -93,11 +93,11 @@ class View:
         """Which leaves of an output, whose rows lie along ``dims``, are views of others; empty where none is."""
         if len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves):
             return ()
-        found = tuple([cls.of(place, leaves, dims) for place in range(len(leaves))])
+        found = tuple([cls._of(place, leaves, dims) for place in range(len(leaves))])
         return found if any(found) else ()
 
     @classmethod
-    def of(cls, place: int, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> View | None:
+    def _of(cls, place: int, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> View | None:
         """Of which leaf one is a view: of the largest that holds each of its rows, the first of several."""
         leaf, dim = leaves[place], dims[place]
         reach = sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
