@@ -208,6 +208,12 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+def more(size: torch.SymInt, other: Any) -> int | None:
+    """By how much a traced size is more than another; ``None`` where that varies."""
+    found = size.node.expr - other.node.expr if isinstance(other, torch.SymInt) else None
+    return int(found) if found is not None and found.is_Integer else None
+
+
 def hints(tensors: Sequence[torch.Tensor]) -> str:
     """Dtypes, sizes and strides of traced tensors as they were in the call that was traced, where that is known."""
     sizes = [(leaf.dtype, *leaf.shape, *leaf.stride()) for leaf in tensors]

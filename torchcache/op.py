@@ -30,7 +30,7 @@ from torchcache.lazy.use import stand_in
 from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
-from torchcache.returned import looks_so, not_passed
+from torchcache.returned import Link, linked, links_of, looks_so, not_passed
 from torchcache.unreal import Unreal
 from torchcache.values.layout import dense, inverted, memory_order
 
@@ -90,6 +90,7 @@ class _Traced:
     output_leaves: list[Any] = dataclasses.field(default_factory=list)
     orders: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     looks: list[tuple[torch.dtype, list[int | None]]] = dataclasses.field(default_factory=list)
+    links: list[Link | None] = dataclasses.field(default_factory=list)
     latest: tuple[Any, list[tuple[Any, ...]]] = (None, [])
 
     def arguments(self, tensors: Leaves, numbers: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -105,7 +106,7 @@ class _Traced:
     def outputs(self, tensors: Leaves) -> Any:
         """What the call returns, with these tensors."""
         assert self.output_spec is not None
-        given = iter(tensors)
+        given = iter(linked(tensors, self.links))
         leaves = [next(given) if leaf is _Tensor else _Constant(leaf) for leaf in self.output_leaves]
         return pytree.tree_unflatten(leaves, self.output_spec)
 
@@ -116,7 +117,8 @@ class _Traced:
             self.latest = (seen, self._look(tensors, numbers))
         return [
             torch.empty([shape[dim] for dim in order], dtype=dtype, device=device).permute(inverted(order))
-            for (shape, dtype, device), order in zip(self.latest[1], self.orders, strict=True)
+            for (shape, dtype, device), order, link in zip(self.latest[1], self.orders, self.links, strict=True)
+            if link is None
         ]
 
     def _look(self, tensors: Leaves, numbers: Leaves) -> list[tuple[Any, ...]]:
@@ -163,6 +165,10 @@ class _Traced:
         lie = [([*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]) for leaf in made]
         self.orders = [memory_order(shape, stride) for shape, stride in lie]
         self.looks = [(leaf.dtype, [size if type(size) is int else None for size in leaf.shape]) for leaf in made]
+        if not self.links:  # the graph is made by what is known here, for all sizes
+            region = region_of(self.mark, module)
+            separate = region.subject.deferred is not None or region.options.cache_dtype is not None  # on hits
+            self.links = [None] * len(made) if separate else links_of(made)
         return [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in made]
 
     def _apart(self, module: nn.Module | None, why: str) -> RuntimeError:
@@ -183,13 +189,19 @@ class _Traced:
         leaves, spec = pytree.tree_flatten(outputs)
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         constants = [_Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        if spec != self.output_spec or constants != self.output_leaves or not all(map(looks_so, made, self.looks)):
+        if not (
+            spec == self.output_spec
+            and constants == self.output_leaves
+            and all(map(looks_so, made, self.looks))
+            and all(link is None or link.holds(made[link.base], made[place]) for place, link in enumerate(self.links))
+        ):
             region.traces += 1
             raise MarkError(
                 f"{region.name} returns another structure, shape, dtype or number than when it was compiled: "
                 "repeat this call, which compiles it again"
             )
-        return unaliased([*map(dense, made, self.orders)], tensors)
+        own = [leaf for leaf, link in zip(map(dense, made, self.orders), self.links, strict=True) if link is None]
+        return unaliased(own, tensors)
 
 
 _library = torch.library.Library("torchcache", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -343,6 +355,7 @@ def _name(subject: str, traced: _Traced, outputs: Sequence[torch.Tensor]) -> str
             str(traced.spec),
             str(traced.output_spec),
             [leaf for leaf in traced.leaves if leaf is not _Tensor],
+            traced.links,
             traced.gradients,
         )
     )

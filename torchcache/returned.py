@@ -1,15 +1,18 @@
-"""What a graph returns of a call: whether it can, and whether that looks as it was traced."""
+"""What a graph returns of a call: whether it can, whether that looks as it was traced, and what of it are views."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchcache import dynamo
+from torchcache.store.select import element_bytes
+from torchcache.values.layout import is_dense
 
 _PASSED = (torch.Tensor, type(None), bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -45,3 +48,113 @@ def looks_so(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -
     if leaf.dtype != dtype or leaf.ndim != len(sizes):
         return False
     return all(known is None or size == known for size, known in zip(leaf.shape, sizes, strict=True))
+
+
+class _OfBase(NamedTuple):
+    """A number that varies: one of the base's sizes or strides, and a number that does not vary."""
+
+    place: int
+    more: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """An output that is another one, or a view of it. A graph takes it from that: an operator returns no views.
+
+    Parameters
+    ----------
+    base : int
+        Which output it is taken from.
+    numbers : tuple of (int or _OfBase)
+        Its sizes, its strides, and how many elements after the first of the base its first is; empty where the two are
+        one object.
+    """
+
+    base: int
+    numbers: tuple[int | _OfBase, ...] = ()
+
+    def take(self, base: torch.Tensor) -> torch.Tensor:
+        """The output, of ``base`` as the call returned it."""
+        if not self.numbers:
+            return base
+        given = (*base.shape, *base.stride())
+        *lie, offset = [given[each.place] + each.more if isinstance(each, _OfBase) else each for each in self.numbers]
+        ndim = len(lie) // 2
+        return base.as_strided(lie[:ndim], lie[ndim:], base.storage_offset() + offset)
+
+    def holds(self, base: torch.Tensor, leaf: torch.Tensor) -> bool:
+        """Whether ``leaf`` has the shape and the elements of what is taken from ``base``."""
+        taken = self.take(base)
+        if taken.shape != leaf.shape:
+            return False
+        here = (taken.data_ptr(), taken.stride()) == (leaf.data_ptr(), leaf.stride())
+        return here or torch.equal(element_bytes(taken.contiguous()), element_bytes(leaf.contiguous()))
+
+
+def links_of(leaves: Sequence[torch.Tensor]) -> list[Link | None]:
+    """Which outputs of a call on tensors without data are others, or views of others, where it is so for all sizes."""
+    return [_link(place, leaves) for place in range(len(leaves))]
+
+
+def linked(given: Sequence[torch.Tensor], links: Sequence[Link | None]) -> list[torch.Tensor]:
+    """All outputs, where ``given`` are those that are taken from no other."""
+    rest = iter(given)
+    own = [next(rest) if link is None else None for link in links]
+
+    def output(place: int) -> torch.Tensor:
+        known, link = own[place], links[place]
+        if known is None and link is not None:
+            known = own[place] = link.take(output(link.base))
+        assert known is not None
+        return known
+
+    return [output(place) for place in range(len(links))]
+
+
+def _link(place: int, leaves: Sequence[torch.Tensor]) -> Link | None:
+    """Of which output one is a view: of the largest that holds it, the first of several."""
+    leaf = leaves[place]
+    shape, stride = _hints(leaf)
+    reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    elements = [dynamo.hint(each.numel()) for each in leaves]
+    for index in sorted(range(len(leaves)), key=lambda index: -elements[index]):
+        base = leaves[index]
+        if base is leaf and index < place:
+            return Link(index)
+        if not (_share(base, leaf) and is_dense(*_hints(base))):
+            continue
+        if index == place:  # what holds it comes before it
+            return None
+        offset = leaf.storage_offset() - base.storage_offset()
+        numbers = _known((*leaf.shape, *leaf.stride(), offset), (*base.shape, *base.stride()))
+        if numbers and 0 <= dynamo.hint(offset) < elements[index] - reach:
+            return Link(index, numbers)
+    return None
+
+
+def _hints(leaf: torch.Tensor) -> tuple[list[int], list[int]]:
+    return [*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]
+
+
+def _known(numbers: Sequence[Any], of_base: Sequence[Any]) -> tuple[int | _OfBase, ...]:
+    """Sizes, strides and an offset, as they are said whatever the sizes of the base; empty where they cannot be."""
+    found: list[int | _OfBase] = []
+    for number in numbers:
+        if isinstance(number, torch.SymInt):
+            more = [dynamo.more(number, other) for other in of_base]
+            alike = [_OfBase(place, by) for place, by in enumerate(more) if by is not None]
+            if not alike:
+                return ()
+            found.append(alike[0])
+        else:
+            found.append(number)
+    return tuple(found)
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in one memory, and their elements are read alike."""
+    if type(one) is not type(other) or one.dtype != other.dtype or not one.layout == other.layout == torch.strided:
+        return False
+    if (one.is_conj(), one.is_neg()) != (other.is_conj(), other.is_neg()):
+        return False
+    return one.untyped_storage() is other.untyped_storage()

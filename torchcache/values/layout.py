@@ -128,8 +128,7 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _is_base(base: torch.Tensor) -> bool:
     """Whether the rows of a tensor, which come first, lie behind each other without gaps."""
-    order = memory_order(base.shape, base.stride())
-    return bool(base.numel()) and not order[0] and base.stride() == _strides(base.shape, order)
+    return bool(base.numel()) and not memory_order(base.shape, base.stride())[0] and is_dense(base.shape, base.stride())
 
 
 def place_of(seen: torch.device, near: torch.device) -> torch.device:
@@ -230,6 +229,11 @@ def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]
     """Dimensions by falling stride, of equal ones those of one element last; as they are where one is broadcast."""
     dims = range(len(shape))
     return tuple(dims if 0 in stride else sorted(dims, key=lambda dim: (-stride[dim], shape[dim] == 1)))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor has no gaps and no element twice, whatever the order of its dimensions."""
+    return tuple(stride) == _strides(shape, memory_order(shape, stride))
 
 
 def _strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
