@@ -67,6 +67,14 @@ class _Held:
             (kind.update if kind is set else kind.extend)(self.container, self.items)
 
 
+class _Kinds(dict[type, bool]):
+    """Whether objects of a class are containers."""
+
+    def __missing__(self, kind: type) -> bool:
+        found = self[kind] = issubclass(kind, KINDS)
+        return found
+
+
 class Containers:
     """What containers hold, and those in them.
 
@@ -78,30 +86,37 @@ class Containers:
 
     def __init__(self, roots: Iterable[Place]) -> None:
         self._held: list[_Held] = []
-        room, seen = MOST_ITEMS, set[int]()
-        todo = [(value, path, DEEPEST) for value, path in roots][::-1]
+        self._empty: list[Place] = []
+        room, seen, kinds = MOST_ITEMS, set[int](), _Kinds()
+        todo = [(value, path, DEEPEST) for value, path in roots if kinds[type(value)]][::-1]
         while todo:  # what is in a container goes by its name, even where it is met elsewhere, too
             value, path, depth = todo.pop()
-            if id(value) in seen or not issubclass(type(value), KINDS):
+            if id(value) in seen or not kinds[type(value)]:
                 continue
             seen.add(id(value))
+            if not value and type(value) in KINDS:
+                self._empty += [(value, path)] if type(value) is not tuple else []
+                continue
             items = _items(value, room)
             room -= len(items)
             if not issubclass(type(value), tuple):
                 self._held.append(_Held(value, path, _length(value), items, _versions(items)))
-            if items and depth and any(issubclass(kind, KINDS) for kind in set(map(type, items))):
+            if items and depth and any(kinds[kind] for kind in set(map(type, items))):
                 todo += [(item, path, depth - 1) for item in items]
 
     def differences(self) -> list[Difference]:
         """Those that were written to since, and those with a tensor that was."""
         differing = [held for held in self._held if held.differs()]
-        return [Difference(held.path(), held.items, _values(held.container)) for held in differing]
+        found = [Difference(held.path(), held.items, _values(held.container)) for held in differing]
+        return found + [Difference(path(), (), _values(container)) for container, path in self._empty if container]
 
     def restore(self) -> None:
         """Put back what they held."""
         for held in self._held:
             if held.differs():
                 held.restore()
+        for container, _ in self._empty:
+            container.clear()
 
 
 def names_of(differences: Iterable[Difference]) -> list[str]:

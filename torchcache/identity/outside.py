@@ -39,6 +39,7 @@ class Outside:
         tensors: Sequence[torch.Tensor],
     ) -> None:
         self._given = places, containers, names, tensors
+        self._slots_by_kind: dict[type, Sequence[tuple[str, Any]]] = {}
         self._names = frozenset(name for name in names if not ignored(name))
         self._before = [(owner, path, self._held(owner)) for owner, path in places if self._names]
         held = [(value, path) for _, path, found in self._before for value in found.values()]
@@ -83,7 +84,8 @@ class Outside:
 
     def _held(self, owner: Any) -> dict[str, Any]:
         members = _members(owner)
-        held = {name: members[name] for name in sorted(members.keys() & self._names)}
+        names = self._names
+        held = {name: value for name, value in list(members.items()) if name in names}
         for name, slot in self._slots(owner):
             with contextlib.suppress(AttributeError, ValueError):  # an empty one
                 held[name] = slot.__get__(owner)
@@ -91,9 +93,11 @@ class Outside:
 
     def _slots(self, owner: Any) -> Sequence[tuple[str, Any]]:
         kind: Any = type(owner)
-        if kind is types.CellType:
-            return _CELL
-        return [] if isinstance(owner, type) else [slot for slot in slots_of(kind) if slot[0] in self._names]
+        known = self._slots_by_kind.get(kind)
+        if known is None:
+            slots = [] if isinstance(owner, type) else [slot for slot in slots_of(kind) if slot[0] in self._names]
+            known = self._slots_by_kind[kind] = _CELL if kind is types.CellType else slots
+        return known
 
 
 def _members(owner: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from torchcache.quantity import names_text
 
 # Larger tensors, and what is beyond so many bytes in all, are compared by their versions only.
 MOST_BYTES, MOST_IN_ALL = 1 << 24, 1 << 28
+# Holds no contents that a forward writes, as most of what modules hold.
+_WITHOUT = frozenset({nn.Parameter, bool, int, float, str, type(None)})
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name and isinstance(vars(nn.Module())[name], dict)]
 
 
@@ -51,7 +54,9 @@ class Written:
     ) -> None:
         self._module = module
         self._outside = outside
+        self._dicts = [(members, tuple(members), tuple(members.values())) for members in _members(module)]
         self._before = _snapshot(module)
+        self._versions = [entry for entry in self._before.values() if isinstance(entry[0], torch.Tensor)]
         # A path in the tree says what somebody wrote to; a library that has installed hooks notes so in an attribute.
         self._containers = Containers((held, functools.partial(str, name)) for name, (held, _) in self._before.items())
         self._hooks = Containers((hooks, str) for hooks in _hooks(module))
@@ -60,6 +65,7 @@ class Written:
             room = MOST_IN_ALL
             named = [(name, value) for name, (value, _) in self._before.items()]
             named += [("a tensor that it reads", leaf) for leaf in (outside.tensors if outside is not None else ())]
+            named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
             for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
                 if id(leaf) not in held and leaf.nbytes <= min(MOST_BYTES, room):
                     held[id(leaf)] = (name, leaf)
@@ -75,18 +81,28 @@ class Written:
 
         Containers are compared by their items' identities, tensors by the counter that writes in place move.
         """
-        after, nothing = _snapshot(self._module), (None, 0)
-        found = [
-            Difference(name, self._before.get(name, nothing)[0], after.get(name, nothing)[0])
-            for name in dict.fromkeys([*self._before, *after])
-            if not _equal(self._before.get(name), after.get(name))
-        ]
+        found = [] if self._is_as_before() else self._differing()
         found += self._containers.differences()
         told = {one.name for one in found}
         found += [
             Difference(one.name, one.leaf, one.leaf) for one in self._contents if one.name not in told and one.differs()
         ]
         return found if self._outside is None else [*found, *self._outside.differences()]
+
+    def _is_as_before(self) -> bool:
+        """Whether all attributes are the very same objects, and no tensor among them has another version."""
+        return all(version_of(tensor) == version for tensor, version in self._versions) and all(
+            tuple(members) == names and all(map(operator.is_, members.values(), values))
+            for members, names, values in self._dicts
+        )
+
+    def _differing(self) -> list[Difference]:
+        after, nothing = _snapshot(self._module), (None, 0)
+        return [
+            Difference(name, self._before.get(name, nothing)[0], after.get(name, nothing)[0])
+            for name in dict.fromkeys([*self._before, *after])
+            if not _equal(self._before.get(name), after.get(name))
+        ]
 
     def changes(self) -> list[str]:
         """The names of what differs."""
@@ -191,6 +207,14 @@ def _hooks(module: nn.Module | None) -> Iterable[Any]:
     """The dicts of hooks of a tree."""
     modules = module.modules() if module is not None else ()
     return [members[name] for inner in modules for members in [vars(inner)] for name in _HOOKS if name in members]
+
+
+def _members(module: nn.Module | None) -> list[dict[str, Any]]:
+    """The dicts in which the modules of a tree keep what they hold."""
+    found = []
+    for members in map(vars, module.modules() if module is not None else ()):
+        found += [members, *(members[group] for group in GROUPS if members.get(group) is not None)]
+    return found
 
 
 def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:
