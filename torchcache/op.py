@@ -167,8 +167,8 @@ class _Traced:
         self.looks = [(leaf.dtype, [size if type(size) is int else None for size in leaf.shape]) for leaf in made]
         if not self.links:  # the graph is made by what is known here, for all sizes
             region = region_of(self.mark, module)
-            separate = region.subject.deferred is not None or region.options.cache_dtype is not None  # on hits
-            self.links = [None] * len(made) if separate else links_of(made)
+            views = region.subject.deferred is None and region.options.stored_alike  # else there are none on hits
+            self.links = links_of(made) if views else [None] * len(made)
         return [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in made]
 
     def _apart(self, module: nn.Module | None, why: str) -> RuntimeError:

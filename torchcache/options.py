@@ -271,6 +271,11 @@ class CacheOptions:
         chosen = self.cache_dtype
         return [name for name, _ in chosen if name != OTHERS] if isinstance(chosen, tuple) else []
 
+    @property
+    def stored_alike(self) -> bool:
+        """Whether equal elements of outputs come back equal: none has a scale, or a dtype by its name."""
+        return not isinstance(self.cache_dtype, tuple) and self.cache_dtype not in SCALED
+
     def dtype_for(self, output: str) -> torch.dtype | None:
         """What ``cache_dtype`` says of an output."""
         if not isinstance(self.cache_dtype, tuple):

@@ -18,7 +18,7 @@ from torchcache.logging import warn_once
 from torchcache.options import CacheOptions
 from torchcache.store.blob import RowSpec
 from torchcache.store.buffers import Buffers
-from torchcache.store.precision import EXACT, Precision
+from torchcache.store.precision import Precision
 from torchcache.values.layout import Layout, View, is_alone, place_of
 from torchcache.values.take import Taken, take_outputs
 
@@ -211,8 +211,7 @@ class Plan:
         """Remember how ``output`` lies in memory."""
         leaves, dims = output.tensors, self.learnt.output_dims
         self.known_layouts = tuple(map(Layout.of, leaves, dims))
-        # What is rounded as a part of a row is not what that is by itself.
-        self.views = View.among(leaves, dims) if set(self.precision.losses) == {EXACT} else ()
+        self.views = View.among(leaves, dims, self.precision.alike)
         return self.known_layouts
 
 

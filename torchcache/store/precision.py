@@ -65,6 +65,11 @@ class Precision:
         self.stored = RowSpec((*zip(kept, shapes, strict=True), *scales))
         self.losses = [_loss(old, new) for old, new in pairs]
 
+    def alike(self, index: int, other: int) -> bool:
+        """Whether equal elements of these two leaves come back equal: what has a scale depends on its row."""
+        one, two = self.stored.leaves[index][0], self.stored.leaves[other][0]
+        return one is two and not {index, other} & {*self._scaled}
+
     def pack(self, rows: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Computed rows as they are stored.
 

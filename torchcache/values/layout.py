@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -89,22 +89,29 @@ class View:
     batch_dim: int
 
     @classmethod
-    def among(cls, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> tuple[View | None, ...]:
-        """Which leaves of an output, whose rows lie along ``dims``, are views of others; empty where none is."""
+    def among(
+        cls, leaves: Sequence[torch.Tensor], dims: Sequence[int], alike: Callable[[int, int], bool]
+    ) -> tuple[View | None, ...]:
+        """Which leaves of an output, whose rows lie along ``dims``, are views of others; empty where none is.
+
+        Only two of which ``alike`` says that equal elements of them come back equal.
+        """
         if len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves):
             return ()
-        found = tuple([cls._of(place, leaves, dims) for place in range(len(leaves))])
+        found = tuple([cls._of(place, leaves, dims, alike) for place in range(len(leaves))])
         return found if any(found) else ()
 
     @classmethod
-    def _of(cls, place: int, leaves: Sequence[torch.Tensor], dims: Sequence[int]) -> View | None:
+    def _of(
+        cls, place: int, leaves: Sequence[torch.Tensor], dims: Sequence[int], alike: Callable[[int, int], bool]
+    ) -> View | None:
         """Of which leaf one is a view: of the largest that holds each of its rows, the first of several."""
         leaf, dim = leaves[place], dims[place]
         reach = sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
         reach -= (leaf.shape[dim] - 1) * leaf.stride(dim)
         for index in sorted(range(len(leaves)), key=lambda index: -leaves[index].numel()):
             base = leaves[index]
-            if dims[index] or not (_share(base, leaf) and _is_base(base)):
+            if dims[index] or not (_share(base, leaf) and _is_base(base) and alike(index, place)):
                 continue
             if index == place:  # what holds it comes before it
                 return None
