@@ -149,6 +149,29 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # it would be imported
 
 
+def at_the_top() -> contextlib.AbstractContextManager[None]:
+    """Have all of torch's dispatcher again, where a mode handed a call on and has left out what is above it."""
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.PythonTLSSnapshot):
+        return contextlib.nullcontext()
+    guard: Any = torch._C._ForceDispatchKeyGuard(*_keys(torch.is_inference_mode_enabled()))
+    return cast(contextlib.AbstractContextManager[None], guard)
+
+
+@functools.cache
+def _keys(inference: bool) -> Sequence[Any]:
+    """The keys of the dispatcher that a thread includes and excludes which has done nothing yet."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        with torch.inference_mode(inference):
+            found.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+    thread = threading.Thread(target=ask, name="torchcache-keys")
+    thread.start()
+    thread.join()
+    return found
+
+
 def is_watched() -> bool:
     """Whether operators on this thread are seen by a mode or a transform that a lookup would hide them from."""
     modes = range(torch._C._len_torch_function_stack())
@@ -236,7 +259,10 @@ def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[d
     before = fake_tensor_tls.allow_non_fake_inputs_override
     fake_tensor_tls.allow_non_fake_inputs_override = True  # tensors that are no parameters and no buffers
     try:
-        with mode:
+        with (
+            mode,
+            torch.compiler.set_stance("force_eager"),
+        ):  # Dynamo would leave code alone for good that it meets here
             yield {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in held}
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before

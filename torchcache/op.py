@@ -213,7 +213,7 @@ _library.define(  # type: ignore[no-untyped-call]
 @torch.library.impl(_library, "lookup", "CompositeExplicitAutograd")
 def _lookup(tensors: list[torch.Tensor], numbers: list[int], call: str) -> list[torch.Tensor]:
     name, _, autocast = call.partition("@")
-    with _autocast(autocast):
+    with dynamo.at_the_top(), _autocast(autocast):
         return _find(name).real(tensors, numbers)
 
 
