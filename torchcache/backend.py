@@ -67,7 +67,8 @@ def torchcache_backend(
         compile_misses = inner == "inductor"
     compile_graph = functools.partial(_compile, inner=inner, mode=mode, options=given)
     # A region's original is compiled when it first runs, for any number of rows.
-    cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
+    outcome = cache_regions(module, functools.partial(torch.compile, backend=compile_graph) if compile_misses else None)
+    outcome.tell_of_nothing()
     smaller, kept = _without_unused_inputs(module)
     compiled = compile_graph(smaller, [example_inputs[position] for position in kept])
     dynamo.forget_originals(module.graph, smaller.graph)

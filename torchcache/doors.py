@@ -19,8 +19,9 @@ from torchcache.call import Region
 from torchcache.context import bypassed, inside_region, number_of_call
 from torchcache.errors import NEEDED, Bypass
 from torchcache.graph.traced import Traced
-from torchcache.logging import inform_once, warn_once
+from torchcache.logging import inform_once
 from torchcache.mark import Mark, and_then
+from torchcache.modes import resume
 from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import note_reentry, region_of
 from torchcache.usefulness import note_call
@@ -129,15 +130,13 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
     how = PLAIN
     if not (inside_region() or bypassed() or torch.compiler.is_exporting()) and mark.options_for(module).enabled:
         region = region_of(mark, module)
+        resume(module)
         how = _how(region, module, gradients)
         dynamo.guard(_still(region, gradients, looked_up=how == LOOKUP))
         if how == PART:
             dynamo.vary_rows()
         if how == PART and not dynamo.is_ours():
-            warn_once(
-                f"{region.name} is computed, not cached: it is partly trainable, and torch.compile caches the frozen "
-                "part of it with backend=torchcache_backend only"
-            )
+            region.note(Bypass(*OF_OTHERS))
         if how == APART and region.subject.deferred is None:
             why = region.apart or f"torch {torch.__version__} cannot hold the frozen part of what is trained in one"
             inform_once(f"{region.name} is looked up between two graphs: {why}")
@@ -147,6 +146,12 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
     if how not in (LOOKUP, APART) and module is not None and mark.own in vars(module):
         how = OWN
     return f"{how} {name}"
+
+
+OF_OTHERS = (
+    "it is partly trainable, and torch.compile caches the frozen part of it with backend=torchcache_backend only",
+    "compile with that, or mark a part that is frozen as a whole",
+)
 
 
 def _note_inlined(mark: Mark, module: nn.Module | None, needed: bool) -> None:

@@ -11,6 +11,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from traceback import walk_tb
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -561,9 +562,12 @@ _without = itertools.count()
 def tracing_failed(error: BaseException) -> str | None:
     """Why Dynamo could not trace what it was given; ``None`` for an error of the program itself."""
     exc = torch._dynamo.exc
+    where = vars(torch._dynamo.convert_frame)
     if isinstance(error, exc.BackendCompilerFailed):
         error = error.inner_exception
-    elif not isinstance(error, (exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.Unsupported)):
+    elif not isinstance(error, (exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.Unsupported)) and not any(
+        frame.f_globals is where for frame, _ in walk_tb(error.__traceback__)
+    ):
         return None
     said = (str(error).strip().splitlines() or [""])[0][:200]
     return f"{type(error).__name__}: {said}"

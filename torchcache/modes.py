@@ -15,6 +15,8 @@ from torchcache.trainable import is_frozen
 
 # Marked modules that were last asked to be in train mode.
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# By marked module: its parts that would be in train mode, were they not frozen.
+_held: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
@@ -27,6 +29,8 @@ def settle(module: nn.Module) -> None:
     changed = [part for part in _kept_in_eval(module) if part.training]
     for part in changed:  # only where needed: a write costs those who watch the module a closer look
         part.training = False
+    if changed:
+        _held.setdefault(module, weakref.WeakSet()).update(changed)
     kinds = _acting_in_training(changed)
     if kinds:
         name = type(module).__name__
@@ -62,6 +66,11 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
     # Trainers call this in every step; a round trip through train mode would be a write to every part.
     if not (kept and _stays(module) and all(map(_sets_flags_only, module.modules()))):
         original(module, mode)
+        _held.pop(module, None)
+    elif mode:
+        _held[module] = weakref.WeakSet(module.modules())
+    else:
+        _held.pop(module, None)
     if kept:
         settle(module)
     return module
@@ -80,6 +89,25 @@ def _kept_in_eval(module: nn.Module) -> Iterator[nn.Module]:
 def _stays(module: nn.Module) -> bool:
     """Whether all of a marked module stays in eval mode: it has weights, and they are frozen."""
     return is_frozen(module) and any(True for _ in itertools.chain(module.parameters(), module.buffers()))
+
+
+def resume(module: nn.Module | None) -> bool:
+    """Put parts in train mode that stayed in eval mode, and are not frozen any more.
+
+    Returns
+    -------
+    bool
+        Whether there was any.
+    """
+    held = _held.get(module) if module is not None else None
+    if module is None or not held or _stays(module):
+        return False
+    kept = set(_kept_in_eval(module))
+    found = [part for part in held if part not in kept]
+    for part in found:
+        part.training = True
+        held.discard(part)
+    return bool(found)
 
 
 def estimate(module: nn.Module | None) -> bool:

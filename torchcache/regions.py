@@ -13,7 +13,7 @@ from torchcache.identity.identity import Identity
 from torchcache.identity.later import LaterIdentity
 from torchcache.logging import logger
 from torchcache.mark import Mark, and_then
-from torchcache.modes import estimate, settle
+from torchcache.modes import estimate, resume, settle
 from torchcache.options import CacheOptions
 from torchcache.stand_in import Deferred
 from torchcache.usefulness import note_call
@@ -84,6 +84,7 @@ class Called:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original."""
         module = self.marked
+        resume(module)
         estimate(module)
         original = self.mark.original(module)
         return original(*args, **kwargs) if module is None else original(module, *args, **kwargs)

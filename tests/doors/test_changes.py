@@ -88,6 +88,59 @@ def class_method():
     return module, lambda: setattr(type(module), "get", lambda self: 3.0)
 
 
+class Shown:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __repr__(self):
+        return f"{self.scale}"
+
+
+class Formatted:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __format__(self, spec):
+        return str(self.scale)
+
+
+@case
+def text_of_what_a_loop_gives():
+    def get(self):
+        return sum(float(f"{each}") for _, each in self.held.items())
+
+    held = {"one": Shown(2.0)}
+    return module_of(get, held), lambda: setattr(held["one"], "scale", 3.0)
+
+
+@case
+def text_of_what_a_call_returns():
+    held = [Shown(2.0)]
+    module = module_of(lambda self: float(str(self.first())), held)
+    type(module).first = lambda self: self.held[0]
+    return module, lambda: setattr(held[0], "scale", 3.0)
+
+
+@case
+def text_of_a_closed_over_object():
+    shown = Shown(2.0)
+    return module_of(lambda self: float(repr(shown))), lambda: setattr(shown, "scale", 3.0)
+
+
+@case
+def formatted_item():
+    held = {"one": Formatted(2.0)}
+    return module_of(lambda self: float(f"{self.held['one']}"), held), lambda: setattr(held["one"], "scale", 3.0)
+
+
+@case
+def autocast_dtype_that_is_asked_for(request):
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    request.addfinalizer(functools.partial(torch.set_autocast_dtype, "cpu", torch.bfloat16))
+    module = module_of(lambda self: 2.0 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else 3.0)
+    return module, lambda: torch.set_autocast_dtype("cpu", torch.float16)
+
+
 @case
 def class_forward():
     module = module_of(lambda self: 2.0)

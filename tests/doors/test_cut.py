@@ -427,3 +427,36 @@ def test_rows_that_mix_in_another_mode_end_no_run(warnings):
         with torch.no_grad():
             torch.testing.assert_close(model(x), twin(x))
     assert torchcache.stats(model).hits >= 6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.new_zeros((LENGTH, LENGTH)),
+        lambda x: torch.ones_like(x[0, :, :LENGTH]),
+        lambda x: x.new_full((LENGTH, LENGTH), 2.0),
+    ],
+)
+def test_what_is_made_of_the_kind_of_rows_holds_none(make):
+    """As the masks of shifted windows."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            mask = make(x)
+            mask[2:] = 1.0
+            return self.head(self.last(x + mask.sum(-1, keepdim=True)).mean(1))
+
+    net = Masked().requires_grad_(False)
+    net.head.requires_grad_(True)
+    twin, model = copy.deepcopy(net), torchcache.mark(net, audit=0)
+    x = torch.randn(ROWS, LENGTH, WIDTH)
+    for _ in range(3):
+        assert_trains_the_same(model, model, twin, [x])
+    (region,) = torchcache.stats(model).regions
+    assert region.memory_bytes <= 2 * ROWS * WIDTH * 4

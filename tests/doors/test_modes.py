@@ -137,6 +137,64 @@ def test_parts_that_train_keep_their_mode():
     assert not body[0][1].training
 
 
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.first(x)))
+
+
+@pytest.mark.parametrize("door", ["eager", "transform", "compile"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_unfrozen_after_train_is_in_train_mode(door, whole):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Stages().requires_grad_(False)
+    model.head.requires_grad_(True)
+    twin, data = copy.deepcopy(model), torch.randn(8, 8)
+    torchcache.mark(model, audit=0)
+    run = DOORS[door](model)
+    model.eval(), twin.eval()
+    for net in (model, twin):
+        (run if net is model else net)(data).sum().backward()
+    model.train(), twin.train()
+    for _ in range(2):
+        run(data).sum().backward()
+    for net in (model, twin):
+        net.zero_grad()
+        (net if whole else net.block).requires_grad_(True)
+    for _ in range(2):
+        found = []
+        for call, net in ((run, model), (twin, twin)):
+            torch.manual_seed(1)
+            found.append(call(data))
+            assert [part.training for part in net.block.modules()] == [True] * 4
+        torch.testing.assert_close(*found)
+    torch.testing.assert_close(model.block[1].running_mean, twin.block[1].running_mean)
+    model.eval(), twin.eval()
+    torch.testing.assert_close(run(data), twin(data))
+    assert not any(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("make", [lambda x: nn.LayerNorm(4)(x), lambda x: x.detach().requires_grad_() * 2])
+def test_an_output_that_needs_a_gradient_by_itself_needs_it_after_rows_were_stored_without(make, warnings):
+    module = torchcache.mark(frozen(lambda self, x: make(self.parts[0](x)), nn.Linear(4, 4)), audit=0)
+    data = torch.randn(8, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = module(data)
+    assert torchcache.stats(module).hits >= 8
+    for _ in range(2):
+        found = module(data)
+        torch.testing.assert_close(found, expected)
+        found.sum().backward()
+    assert any("its output needs a gradient" in text for text in warnings)
+
+
 def test_what_has_no_weights_keeps_its_mode():
     model = torchcache.mark(nn.Sequential(nn.Dropout(0.5), nn.Flatten()))
     model.train()

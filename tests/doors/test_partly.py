@@ -736,3 +736,44 @@ def test_a_frozen_part_whose_rows_meet_is_computed(door, warnings):
     assert counted(model) == (0, 0, 15)
     (told,) = [text for text in warnings if "other rows of the batch" in text]
     assert "is computed, not cached: a row's output changes" in told
+
+
+@pytest.mark.parametrize("door", ["call", "transform"])
+def test_what_dynamo_cannot_trace_later_is_computed(door, monkeypatch):
+    """It asserts of a global of Python's own that is found anew."""
+    monkeypatch.setattr("builtins.torchcache_scale", 1.0, raising=False)
+
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x) * torchcache_scale)  # noqa: F821
+
+    model, data = Scales(), torch.randn(4, 8)
+    twin = copy.deepcopy(model)
+    run = opened(door, torchcache.mark(model, audit=0))
+    for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 3.0):
+        monkeypatch.setattr("builtins.torchcache_scale", scale)
+        assert_trains_the_same(run, model, twin, [data])
+
+
+def test_a_graph_that_ends_before_the_frozen_part_is_no_reason_to_warn(warnings):
+    class Checks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x, labels):
+            if labels.max() >= 3:
+                raise ValueError
+            return nn.functional.cross_entropy(self.head(self.body(x)), labels)
+
+    model, data, labels = torchcache.mark(Checks()), torch.randn(8, 8), torch.arange(8) % 3
+    for _ in range(2):
+        for some in (slice(0, 4), slice(4, 8)):
+            model(data[some], labels[some]).backward()
+    assert torchcache.stats(model).hits >= 8
+    assert not [text for text in warnings if "no part of" in text]

@@ -97,11 +97,22 @@ def test_what_cannot_work_is_told_before_training(tmp_path):
     trainer.add_callback(TorchCacheCallback(trainer))
     with pytest.raises(torchcache.MarkError, match="nothing in ViTForImageClassification is marked"):
         trainer.train()
-    trainer = trainer_for(classifier(), tmp_path)
+    trainer = trainer_for(torchcache.mark(classifier()), tmp_path)
     trainer.add_callback(TorchCacheCallback(trainer))
     trainer.args.torch_compile = True
     with pytest.raises(torchcache.TorchcacheError, match=r'call model.compile\(backend="torchcache"\)'):
         trainer.train()
+
+
+def test_what_is_frozen_as_a_whole_is_cached_in_compiled_models(tmp_path):
+    from torchcache.integrations.transformers import TorchCacheCallback
+
+    model = classifier()
+    torchcache.mark(model.vit, freeze=True)
+    trainer = trainer_for(model, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    trainer.add_callback(TorchCacheCallback(trainer))
+    trainer.train()
+    assert torchcache.stats(model).hits >= 24
 
 
 class Words(Dataset):

@@ -1,4 +1,4 @@
-"""Whether it matters to an original that gradients are recorded: asked only of programs that ask for it themselves."""
+"""Whether it matters to an original that gradients are recorded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from torchcache.batch import Batch
+from torchcache.batch import Batch, lacks
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import generators_kept
-from torchcache.checks.probe import Learnt, rows_of, select
+from torchcache.checks.plan import Form
+from torchcache.checks.probe import Learnt, Roles, rows_of, select
 from torchcache.context import normal_tensors
+from torchcache.errors import Bypass
 from torchcache.lazy.use import loaded
 from torchcache.store.select import select_rows
 from torchcache.values.take import Taken, take_outputs
@@ -54,12 +56,41 @@ class Original:
         return take_outputs(outputs)
 
 
+def check_outputs(form: Form, batch: Batch, output: Taken) -> None:
+    """Raise ``Bypass`` where an output needs a gradient; take note where gradients were recorded and none does."""
+    if any(leaf.requires_grad for leaf in output.tensors):
+        raise Bypass(
+            "its output needs a gradient",
+            "freeze what it reads, turn off what makes frozen parts need one (gradient checkpointing of "
+            "transformers does, by enable_input_require_grads), or call it under torch.no_grad()",
+        )
+    if batch.given.gradients:
+        form.recorded = batch.who
+
+
+def check_recorded(form: Form, batch: Batch, roles: Roles) -> None:
+    """Raise ``Bypass`` where an output needs a gradient in this mode, though rows were stored in the other one."""
+    if not batch.given.gradients or form.recorded == batch.who or lacks(batch.given.subject):
+        return
+    rows, _ = _two_rows(batch, roles)
+    try:
+        with generators_kept(), normal_tensors():
+            check_outputs(form, batch, take_outputs(batch.original(rows)))
+    except Bypass as bypass:
+        form.refuse(batch, bypass)
+        raise
+
+
+def _two_rows(batch: Batch, roles: Roles) -> tuple[list[torch.Tensor], list[int]]:
+    """The arguments of a call on two of the caller's rows, and which these are."""
+    given = rows_of(batch.taken.tensors, roles)
+    some = [0, min(1, given[0].shape[0] - 1)]
+    return select(batch.taken.tensors, roles, [select_rows(leaf, some) for leaf in given]), some
+
+
 def modes_agree(batch: Batch, learnt: Learnt, whole: Taken | None) -> bool:
     """Whether two rows come out the same in both grad modes."""
-    tensors = batch.taken.tensors
-    given = rows_of(tensors, learnt.rows)
-    some = [0, min(1, given[0].shape[0] - 1)]
-    rows = select(tensors, learnt.rows, [select_rows(leaf, some) for leaf in given])
+    rows, some = _two_rows(batch, learnt.rows)
     with generators_kept(), normal_tensors():
         here = take_outputs(batch.original(rows)) if whole is None or some == [0, 0] else whole
         there = take_outputs(batch.original(rows, gradients=not batch.given.gradients)).tensors

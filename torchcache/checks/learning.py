@@ -13,7 +13,7 @@ from torchcache.batch import Batch, Subject, lacks, take
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import Draws, check_again, generators_kept
 from torchcache.checks.company import check_company
-from torchcache.checks.gradients import Original, modes_agree
+from torchcache.checks.gradients import Original, check_outputs, check_recorded, modes_agree
 from torchcache.checks.plan import CHANGED, Form, Plan
 from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
 from torchcache.checks.said import check_said
@@ -78,6 +78,7 @@ class Learning:
         if form.roles is not None and self._assign(batch, form.roles):
             plan = self._plans.get(self._key(batch, form.roles))
             if plan is not None and (not lacks(self._subject) or suffices(plan, batch, self._options)):
+                check_recorded(form, batch, form.roles)
                 return plan
         first, dim = batch.taken.tensors[0], self._options.batch_dim
         if first.ndim > dim and not first.shape[dim]:
@@ -152,6 +153,7 @@ class Learning:
             return None
         if any(leaf.ndim <= dim or leaf.shape[dim] != 2 for leaf, dim in zip(output.tensors, dims, strict=True)):
             return None
+        check_recorded(form, batch, form.roles)
         return self._keep(batch, dataclasses.replace(learnt, alone=None), output, proven=False)
 
     def _keep(self, batch: Batch, learnt: Learnt, output: Taken, *, proven: bool) -> Plan:
@@ -331,12 +333,7 @@ class Learning:
         if draws.unclear():
             self._check_draws(batch, form)
         taken = take_outputs(outputs)
-        if any(leaf.requires_grad for leaf in taken.tensors):
-            raise Bypass(
-                "its output needs a gradient",
-                "freeze what it reads, turn off what makes frozen parts need one (gradient checkpointing of "
-                "transformers does, by enable_input_require_grads), or call it under torch.no_grad()",
-            )
+        check_outputs(form, batch, taken)
         again = take_arguments(batch.given.args, batch.given.kwargs, self._subject.names)
         same = again.key == given.key and all(map(operator.is_, again.tensors, given.tensors))
         arguments.check(same=same)

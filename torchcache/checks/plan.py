@@ -51,6 +51,8 @@ class Form:
         The arguments of a call with one row, to probe others with.
     unsettled : int
         Calls in a row that changed what computes them.
+    recorded : bytes
+        The identity of which no output needs a gradient where gradients are recorded.
     """
 
     roles: Roles | None = None
@@ -58,6 +60,7 @@ class Form:
     refused: tuple[bytes, Bypass | str] | None = None
     spare: list[torch.Tensor] | None = None
     unsettled: int = 0
+    recorded: bytes = b""
 
     def refuse(self, batch: Batch, bypass: Bypass) -> None:
         """Refuse such calls as long as the same computes them, where the reason lasts."""

@@ -208,12 +208,20 @@ def _mixing(members: dict[fx.Node, None], batch: Any) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in members if symbols else ():
         given, made = node.all_input_nodes, tensor_of(node)
-        meet = made is not None and (_counts(made, symbols) > 1 or not _counts(made, symbols))
+        meet = made is not None and _counts(made, symbols) != 1
+        if made is not None and not _counts(made, symbols) and operator_name(node) in _OF_A_KIND:
+            given = [source for source in given if source not in node.args[:1]]  # of which no element is read
         if any(source in found for source in given) or (
             meet and any((tensor := tensor_of(source)) is not None and _counts(tensor, symbols) for source in given)
         ):
             found.add(node)
     return found
+
+
+# Operators that make another tensor of the same kind as their first argument.
+_OF_A_KIND = frozenset(
+    "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like".split()
+)
 
 
 def _counts(tensor: torch.Tensor, symbols: Any) -> int:

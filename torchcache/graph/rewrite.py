@@ -39,13 +39,21 @@ class Outcome:
         The regions of the parts that are looked up.
     reasons : list of str
         Why other parts are not.
+    nothing : dict of str to str
+        By their names, marks of which no part in the graph is cached, and why.
     draws : bool
         Whether anything in the graph draws random numbers, or may.
     """
 
     regions: list[Beside] = dataclasses.field(default_factory=list)
     reasons: list[str] = dataclasses.field(default_factory=list)
+    nothing: dict[str, str] = dataclasses.field(default_factory=dict)
     draws: bool = False
+
+    def tell_of_nothing(self) -> None:
+        """Say of which marks no part is cached."""
+        for name, why in self.nothing.items() if not self.regions else ():
+            warn_once(f"no part of {name} is cached while it trains: {why}")
 
 
 def cache_regions(
@@ -258,7 +266,7 @@ def _erase(graph: fx.Graph, nodes: Sequence[fx.Node], inside: set[fx.Node], anal
 
 
 def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
-    """Log what else of the marks in a graph is not cached, and why."""
+    """Log what else of the marks in a graph is not cached, and why; note those of which nothing is."""
     verdicts: dict[Part, Verdict] = {}
     for node, verdict in analysis.verdicts.items():
         part = part_of(node) if node.op != "placeholder" else None
@@ -273,4 +281,4 @@ def _tell(graph: fx.Graph, analysis: Analysis, outcome: Outcome) -> None:
         if tells and not outcome.regions and not region_of(part.mark, part.module).partial:
             outcome.reasons += [verdicts[part].reason] if part in verdicts else []
             why = outcome.reasons[0] if outcome.reasons else "nothing in it is frozen and gives rows"
-            warn_once(f"no part of {name} is cached while it trains: {why}")
+            outcome.nothing.setdefault(name, why)

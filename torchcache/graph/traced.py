@@ -38,7 +38,7 @@ from torchcache.graph.trial import Trial
 from torchcache.identity.modules import backward_hooks
 from torchcache.logging import logger, warn_once
 from torchcache.mark import Mark, and_then
-from torchcache.modes import estimate
+from torchcache.modes import estimate, resume
 from torchcache.op import subject_name
 from torchcache.trainable import which_train
 
@@ -154,6 +154,7 @@ class Traced:
         finally:
             _running.call = outer
         if len(trace.graphs) > known:
+            trace.outcome.tell_of_nothing()
             self._note_tracing(time.perf_counter() - began)
         trace.note(call)
         if trace.calls == ENOUGH_CALLS:
@@ -206,6 +207,8 @@ class Traced:
         key = program.digest, which_train(program.tensors), torch.is_grad_enabled(), backward_hooks(module)
         trace = self._traces.get(key)
         if trace is None:
+            if resume(module):
+                return self._trace(module)
             if estimate(module):
                 raise Bypass("statistics of a BatchNorm in it are taken anew", lasting=False, quiet=True)
             self._check_worth(key)
@@ -290,6 +293,7 @@ class _Trace:
         run_as_code(graph)
         self.outcome.regions += [regions for regions in found.regions if regions not in self.outcome.regions]
         self.outcome.reasons = found.reasons
+        self.outcome.nothing |= found.nothing
         self.outcome.draws |= found.draws
         self.graphs.append(graph)
 

@@ -44,8 +44,6 @@ _NOT_IMPLIED = CONSTRUCTORS | frozenset(
     "__abstractmethods__ __class_cell__ __classcell__ __test__ __file__ __path__ __spec__ __loader__ __builtins__ "
     "__cached__ __package__ __name__ __all__ __version__".split()
 )
-# How an object that is read as a whole may be turned into text.
-DISPLAYED = frozenset({"__str__", "__repr__", "__format__"})
 
 
 def is_implied(name: str, constructed: bool) -> bool:

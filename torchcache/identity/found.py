@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from torchcache.identity.reads import ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named, watched
-from torchcache.identity.symbols import UNKNOWN, Symbol, Value, chains
+from torchcache.identity.symbols import DISPLAYED, UNKNOWN, Symbol, Value, chains
 
 
 @dataclasses.dataclass
@@ -94,7 +94,9 @@ class Found:
                 self.whole_chains.add(Chain(symbol[1], symbol[2]))
             elif symbol[0] == "local" and symbol[1] == self.first:
                 self.whole_first = self.dynamic = True
-            elif symbol[0] != "const" and not display:
+            elif symbol[0] != "const" and display:
+                self.names |= DISPLAYED  # the methods of whatever class it is of
+            elif symbol[0] != "const":
                 self.anything = self.dynamic = True
 
     def read_variable(self, key: Value) -> None:

@@ -58,6 +58,8 @@ class NumericMode(NamedTuple):
         The autocast dtype on this device, ``None`` where autocast is off.
     autocasts : tuple of (str, torch.dtype)
         Device types on which autocast is on: a forward may compute elsewhere than where its arguments are.
+    dtypes : tuple of torch.dtype
+        What autocast casts to by device type, on or off: a forward may turn it on itself.
     default : torch.dtype
         ``torch.get_default_dtype()``.
     made_on : str
@@ -77,6 +79,7 @@ class NumericMode(NamedTuple):
     device: str
     autocast: torch.dtype | None
     autocasts: tuple[tuple[str, torch.dtype], ...]
+    dtypes: tuple[torch.dtype, ...]
     default: torch.dtype
     made_on: str
     deterministic: bool
@@ -92,6 +95,7 @@ class NumericMode(NamedTuple):
             device,
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             autocasts(),
+            tuple(map(torch.get_autocast_dtype, _KINDS)),
             torch.get_default_dtype(),
             dynamo.default_device(),
             torch.are_deterministic_algorithms_enabled(),

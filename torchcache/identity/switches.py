@@ -13,7 +13,7 @@ from torchcache.identity.node import Check, Node, Space
 _NAMES = {
     torch: "get_num_threads get_num_interop_threads is_anomaly_enabled is_anomaly_check_nan_enabled initial_seed "
     "get_deterministic_debug_mode is_deterministic_algorithms_warn_only_enabled is_warn_always_enabled "
-    "get_float32_matmul_precision",
+    "get_float32_matmul_precision is_autocast_cache_enabled",
     torch.backends.cuda: "flash_sdp_enabled mem_efficient_sdp_enabled math_sdp_enabled cudnn_sdp_enabled "
     "fp16_bf16_reduction_math_sdp_allowed",
     torch.distributed: "is_initialized get_rank get_world_size get_backend",

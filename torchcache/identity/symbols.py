@@ -17,6 +17,8 @@ Value = frozenset[Symbol]
 UNKNOWN: Value = frozenset({("unknown",)})
 NOTHING: Value = frozenset()
 
+# How an object may be turned into text.
+DISPLAYED = frozenset({"__str__", "__repr__", "__format__"})
 
 _LENGTHS = {"global": 3, "attr": 2, "lookup": 1}
 

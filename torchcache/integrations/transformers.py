@@ -8,6 +8,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from torchcache.errors import TorchcacheError
 from torchcache.integrations.progress import Epochs, show_summary
+from torchcache.marks import marked_modules
+from torchcache.trainable import is_frozen
 from torchcache.transform import transform
 
 __all__ = ["TorchCacheCallback"]
@@ -33,7 +35,8 @@ class TorchCacheCallback(TrainerCallback):
     Raises
     ------
     TorchcacheError
-        When training begins, for what ``transform`` refuses, and for ``TrainingArguments(torch_compile=True)``.
+        When training begins, for what ``transform`` refuses, and for ``TrainingArguments(torch_compile=True)`` where a
+        marked module is partly trainable.
 
     Examples
     --------
@@ -50,10 +53,10 @@ class TorchCacheCallback(TrainerCallback):
     ) -> None:
         """Transform the model."""
         model: Any = self._trainer.model
-        if args.torch_compile:
+        if args.torch_compile and not all(is_frozen(module) for _, module, _ in marked_modules(model)):
             raise TorchcacheError(
-                "TrainingArguments(torch_compile=True) knows other backends only, and they do not cache: leave it out, "
-                'and call model.compile(backend="torchcache") before training instead'
+                "TrainingArguments(torch_compile=True) knows other backends only, and they cache only marks that are "
+                'frozen as a whole: leave it out, and call model.compile(backend="torchcache") before training instead'
             )
         if self._transforms:
             transform(model)
