@@ -91,6 +91,16 @@ def _stays(module: nn.Module) -> bool:
     return is_frozen(module) and any(True for _ in itertools.chain(module.parameters(), module.buffers()))
 
 
+def held(module: nn.Module) -> list[nn.Module]:
+    """The parts of a marked module that would be in train mode, were they not frozen."""
+    return list(_held.get(module, ()))
+
+
+def hold(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Have ``parts`` be those that were ``held`` before something else set modes back that it had taken down."""
+    _held[module] = weakref.WeakSet(parts)
+
+
 def resume(module: nn.Module | None) -> bool:
     """Put parts in train mode that stayed in eval mode, and are not frozen any more.
 
@@ -99,14 +109,14 @@ def resume(module: nn.Module | None) -> bool:
     bool
         Whether there was any.
     """
-    held = _held.get(module) if module is not None else None
-    if module is None or not held or _stays(module):
+    parts = _held.get(module) if module is not None else None
+    if module is None or not parts or _stays(module):
         return False
     kept = set(_kept_in_eval(module))
-    found = [part for part in held if part not in kept]
+    found = [part for part in parts if part not in kept]
     for part in found:
         part.training = True
-        held.discard(part)
+        parts.discard(part)
     return bool(found)
 
 

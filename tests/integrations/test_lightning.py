@@ -188,3 +188,38 @@ def test_lightning_takes_our_loader_as_it_is(tmp_path, workers):
     assert torch.allclose(got, expected, atol=1e-5)
     assert torchcache.stats(loader).skipped >= 80
     assert workers or Images.loaded < loaded
+
+
+class Unfreezes(Probe):
+    def __init__(self, marked):
+        super().__init__(marked=False)
+        self.backbone.append(nn.Dropout(0.5))
+        if marked:
+            torchcache.mark(self.backbone)
+        self.modes = []
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.modes += [[part.training for part in self.backbone]]
+        return loss
+
+
+def test_a_backbone_that_is_unfrozen_later_is_in_train_mode(tmp_path, callback):
+    """Though the trainer validates before, and sets the mode of each part back to what it saw."""
+    data = DataLoader(TensorDataset(torch.randn(8, 8), torch.arange(8) % 3), 4)
+    module, plain = Unfreezes(True), Unfreezes(False)
+    for each, callbacks in ((module, [callback()]), (plain, [])):
+        unfreezing = pl.callbacks.BackboneFinetuning(1)
+        trainer = pl.Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[unfreezing, *callbacks],
+        )
+        trainer.fit(each, data, data)
+    assert not any(map(any, module.modes[:2]))
+    assert module.modes[2:] == plain.modes[2:] == [[True] * 4] * 4

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 from torch import nn
 
 from torchcache.integrations.progress import Epochs, show_summary
 from torchcache.marks import marked_modules
+from torchcache.modes import held, hold
 from torchcache.transform import transform
 
 __all__ = ["TorchCacheCallback"]
@@ -37,6 +40,8 @@ class TorchCacheCallback(pl.Callback):
     def __init__(self, *, transform: bool = True, summary: bool = True) -> None:
         self._transforms, self._summarizes = transform, summary
         self._epochs: Epochs | None = None
+        self._modes: list[tuple[nn.Module, list[nn.Module]]] = []
+        self._validated = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Transform the module."""
@@ -44,6 +49,28 @@ class TorchCacheCallback(pl.Callback):
             for part in _called(pl_module):
                 transform(part)
         self._epochs = Epochs(pl_module)
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note which parts stay in eval mode: after a validation the trainer has each in the mode that it saw."""
+        self._modes = [(module, held(module)) for _, module, _ in marked_modules(pl_module)]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Note them before a validation that may follow."""
+        self.on_sanity_check_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The trainer is about to set modes."""
+        self._validated = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is unfrozen from here on is to be in the mode that was asked for."""
+        for module, parts in self._modes if self._validated else ():
+            hold(module, parts)
+        self._validated = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """The same within an epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch."""
