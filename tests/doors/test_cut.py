@@ -460,3 +460,27 @@ def test_what_is_made_of_the_kind_of_rows_holds_none(make):
         assert_trains_the_same(model, model, twin, [x])
     (region,) = torchcache.stats(model).regions
     assert region.memory_bytes <= 2 * ROWS * WIDTH * 4
+
+
+def test_of_what_is_computed_beside_it_only_the_shape_is_read():
+    """As decision transformers read that of the mask that they make."""
+
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+            self.places, self.head = nn.Embedding(4, WIDTH), nn.Linear(WIDTH, 3)
+
+        def forward(self, x, mask):
+            twice = torch.stack((mask, mask), 1).reshape(len(x), -1)
+            x = x + self.places(torch.zeros(twice.shape, dtype=torch.long))
+            return self.head(self.body(x)).view(*twice.shape, 3).mean(1)
+
+    net = Stacked().requires_grad_(False)
+    net.head.requires_grad_(True)
+    twin, model = copy.deepcopy(net), torchcache.mark(net, audit=0)
+    x, mask = torch.randn(8, 6, WIDTH), torch.ones(8, 3)
+    for _ in range(3):
+        for some in (slice(0, 4), slice(4, 8)):
+            assert_trains_the_same(model, model, twin, [x[some], mask[some]])
+    assert torchcache.stats(model).hits >= 8

@@ -22,6 +22,7 @@ from torchcache.graph.general import generalised
 from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
 from torchcache.graph.region import GraphCall, Original, Plan, regions_for
+from torchcache.graph.shapes import spread_shapes
 from torchcache.graph.sizes import Rows, Unfit
 from torchcache.graph.state import ModuleState, Paths, find_state
 from torchcache.logging import logger, warn_once
@@ -100,6 +101,7 @@ def _cache_graph(
         return Analysis()
     before = len(outcome.regions)
     try:
+        spread_shapes(graph)
         analysis = analyse(graph)
         groups = partition(graph, analysis)
     except Exception as error:
