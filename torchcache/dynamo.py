@@ -260,13 +260,19 @@ def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[d
     before = fake_tensor_tls.allow_non_fake_inputs_override
     fake_tensor_tls.allow_non_fake_inputs_override = True  # tensors that are no parameters and no buffers
     try:
-        with (
-            mode,
-            torch.compiler.set_stance("force_eager"),
-        ):  # Dynamo would leave code alone for good that it meets here
+        with mode, _uncompiled():
             yield {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in held}
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Have compiled code run as it is: what Dynamo meets while it traces it leaves alone for good."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # it is running compiled code at this time
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def stands_for(value: Any, tensor: Any) -> bool:

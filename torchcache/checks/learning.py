@@ -153,7 +153,7 @@ class Learning:
             return None
         if any(leaf.ndim <= dim or leaf.shape[dim] != 2 for leaf, dim in zip(output.tensors, dims, strict=True)):
             return None
-        check_recorded(form, batch, form.roles)
+        check_outputs(form, batch, output)
         return self._keep(batch, dataclasses.replace(learnt, alone=None), output, proven=False)
 
     def _keep(self, batch: Batch, learnt: Learnt, output: Taken, *, proven: bool) -> Plan:
