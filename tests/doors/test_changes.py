@@ -134,6 +134,27 @@ def formatted_item():
 
 
 @case
+def function_of_an_installed_module_that_is_closed_over(monkeypatch):
+    import math as held
+
+    module = module_of(lambda self: held.sqrt(4.0))
+    return module, lambda: monkeypatch.setattr(held, "sqrt", lambda value: 3.0)
+
+
+@case
+def function_of_an_installed_module_that_is_an_attribute(monkeypatch):
+    module = module_of(lambda self: self.held.norm(torch.ones(4)), torch.linalg)
+    return module, lambda: monkeypatch.setattr(torch.linalg, "norm", lambda value: 3.0)
+
+
+@case
+def method_of_an_installed_class_that_is_no_module(monkeypatch):
+    cauchy = torch.distributions.Cauchy
+    module = module_of(lambda self: torch.distributions.Cauchy(2.0, 1.0, validate_args=False).mode)
+    return module, lambda: monkeypatch.setattr(cauchy, "mode", property(lambda self: 3.0))
+
+
+@case
 def autocast_dtype_that_is_asked_for(request):
     torch.set_autocast_dtype("cpu", torch.bfloat16)
     request.addfinalizer(functools.partial(torch.set_autocast_dtype, "cpu", torch.bfloat16))

@@ -116,9 +116,9 @@ def _class(value: type) -> Node:
             if not named_class(base):
                 node.parts.append((".__mro__", base))
                 continue
-            foreign = dict(_foreign(base))
-            if issubclass(base, nn.Module):
-                node.checks.append(Check("foreign", base, read=_foreign))
+            read = _foreign if issubclass(base, nn.Module) else _patches
+            foreign = dict(read(base))
+            node.checks.append(Check("foreign", base, read=read))
             if foreign:
                 node.spaces.append(Space("member", foreign, foreign))
         node.names = names_of_class(value)[0] | _OF_A_CALL
@@ -186,6 +186,20 @@ def _foreign(owner: Any) -> tuple[tuple[str, Any], ...]:
         if came or (type(member) in _PATCHES and is_foreign(member)):
             found.append((name, member))
     return tuple(found)
+
+
+def _patches(owner: Any) -> tuple[tuple[str, Any], ...]:
+    """Functions and classes that somebody else put into something named; of a module, in the place of others.
+
+    What a library notes on its classes is no patch, nor what a module loads when it is asked for.
+    """
+    known: Any = _known(owner) if isinstance(owner, types.ModuleType) else vars(owner)
+    foreign = _foreign(owner)
+    return tuple((name, member) for name, member in foreign if name in known and (callable(member) or _is_slot(member)))
+
+
+def _is_slot(member: Any) -> bool:
+    return isinstance(member, (property, staticmethod, classmethod))
 
 
 def _is_torchs_own(member: Any, known: Any) -> bool:
@@ -288,6 +302,10 @@ def _python_module(value: types.ModuleType) -> Node:
     if is_named(name):
         node.head = ("named module", name, version_of(name))
         node.spaces += switches_of(value)
+        node.checks.append(Check("foreign", value, read=_patches))
+        patches = dict(_patches(value))
+        if patches:
+            node.spaces.append(Space("global", patches, patches))
         return node
     node.spaces.append(member_space("global", members))
     return node
