@@ -155,14 +155,6 @@ def method_of_an_installed_class_that_is_no_module(monkeypatch):
 
 
 @case
-def autocast_dtype_that_is_asked_for(request):
-    torch.set_autocast_dtype("cpu", torch.bfloat16)
-    request.addfinalizer(functools.partial(torch.set_autocast_dtype, "cpu", torch.bfloat16))
-    module = module_of(lambda self: 2.0 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else 3.0)
-    return module, lambda: torch.set_autocast_dtype("cpu", torch.float16)
-
-
-@case
 def class_forward():
     module = module_of(lambda self: 2.0)
     return module, lambda: setattr(type(module), "forward", lambda self, x: x * 3.0)

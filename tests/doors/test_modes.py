@@ -351,6 +351,24 @@ def test_autocast_is_part_of_the_key(door):
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_the_dtype_of_autocast_is_part_of_the_key_where_that_is_off(door, request):
+    """A forward may turn it on."""
+
+    def forward(self, x):
+        with torch.autocast("cpu"):
+            return self.parts[0](x).double()
+
+    torch._dynamo.reset()
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    request.addfinalizer(lambda: torch.set_autocast_dtype("cpu", torch.bfloat16))
+    run, twin = opened(frozen(forward, nn.Linear(4, 4)), door)
+    data = torch.randn(6, 4)
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float16, torch.float16, torch.bfloat16):
+        torch.set_autocast_dtype("cpu", dtype)
+        torch.testing.assert_close(run(data), twin(data), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("door", DOORS)
 def test_a_batch_of_one_element_with_a_stride(door):
     model, twin = opened(nn.Embedding(9, 5), door)
     x = torch.arange(8).reshape(4, 2)
