@@ -86,7 +86,7 @@ def row_dtypes_left_out(patch):
 
 
 def autocast_left_out(patch):
-    _key_of(patch, lambda *given: (*given[:3], given[3]._replace(autocast=None, autocasts=()), *given[4:]))
+    _key_of(patch, lambda *given: (*given[:3], given[3]._replace(autocast=None, autocasts=(), dtypes=()), *given[4:]))
 
 
 def contents_of_shared_arguments_left_out(patch):

@@ -85,8 +85,8 @@ class Found:
         for chain in chains(value):
             self.loads[chain] = self.loads.get(chain, 0) + 1
 
-    def read_whole(self, value: Value, deep: bool = False, display: bool = False) -> None:
-        """Note an object that is read under names which are not known."""
+    def read_whole(self, value: Value, deep: bool = False, display: bool = False, text: bool = True) -> None:
+        """Note an object that is read under names which are not known; for ``display``, which may make a ``text``."""
         for symbol in value or UNKNOWN:
             if symbol[0] == "attr" and (display or not symbol[1].startswith("__")):  # no namespace has __class__
                 (self.deep if deep else self.whole).add(symbol[1])
@@ -95,7 +95,7 @@ class Found:
             elif symbol[0] == "local" and symbol[1] == self.first:
                 self.whole_first = self.dynamic = True
             elif symbol[0] != "const" and display:
-                self.names |= DISPLAYED  # the methods of whatever class it is of
+                self.names |= DISPLAYED if text else frozenset()  # the methods of whatever class it is of
             elif symbol[0] != "const":
                 self.anything = self.dynamic = True
 

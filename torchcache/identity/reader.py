@@ -233,8 +233,9 @@ class _Reader:
                 self.found.read_variable(key)
             stack.append(UNKNOWN)
         else:
-            if name.startswith("FORMAT") or name in ("CONVERT_VALUE", "BINARY_MODULO") or is_modulo(at):
-                self.found.read_whole(stack[-1] if stack else UNKNOWN, display=True)
+            modulo = name == "BINARY_MODULO" or is_modulo(at)
+            if name.startswith("FORMAT") or name == "CONVERT_VALUE" or modulo:
+                self.found.read_whole(stack[-1] if stack else UNKNOWN, display=True, text=not modulo)
             self._other(at)
 
     def _match(self, at: Instruction) -> None:
