@@ -269,10 +269,18 @@ def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[d
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
     """Have compiled code run as it is: what Dynamo meets while it traces it leaves alone for good."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(RuntimeError):  # it is running compiled code at this time
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    # It holds this lock while it traces. No other thread may switch the same meanwhile.
+    lock = torch._dynamo.convert_frame.compile_lock if "torch._dynamo.convert_frame" in sys.modules else None
+    if lock is None or not lock.acquire(blocking=False):
         yield
+        return
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(RuntimeError):  # compiled code runs at this time
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        lock.release()
 
 
 def stands_for(value: Any, tensor: Any) -> bool:
