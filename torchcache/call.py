@@ -49,7 +49,7 @@ from torchcache.padding import Padding
 from torchcache.store.found import Found
 from torchcache.store.select import select_rows
 from torchcache.store.tiers import Tiers
-from torchcache.trainable import goes_by_parts, trained
+from torchcache.trainable import FREEZE, goes_by_parts, trained
 from torchcache.usefulness import Usefulness
 from torchcache.values.merge import assemble
 from torchcache.values.take import Taken, take_outputs
@@ -227,8 +227,7 @@ class Region:
         seen = given.seen or self.subject.identity.look()
         unsteady = self.partly is not None and self._turnover.unsteady
         if goes_by_parts(seen.tensors, partial=self.partial, unsteady=unsteady):
-            advice = "freeze what is not to train with requires_grad_(False), or all with mark(module, freeze=True)"
-            raise Trains(lambda: f"it trains {trained(self.subject.module)}", advice)
+            raise Trains(lambda: f"it trains {trained(self.subject.module)}", FREEZE)
         who = seen.who or self.subject.identity.current(seen)
         for gone in self._turnover.note(who, self.counters.hits):
             self._learning.forget(gone)

@@ -24,6 +24,7 @@ from torchcache.mark import Mark, and_then
 from torchcache.modes import resume
 from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import note_reentry, region_of
+from torchcache.trainable import FREEZE, trained
 from torchcache.usefulness import note_call
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -136,7 +137,8 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
         if how == PART:
             dynamo.vary_rows()
         if how == PART and not dynamo.is_ours():
-            region.note(Bypass(*OF_OTHERS))
+            whole = module is not None and all(parameter.requires_grad for parameter in module.parameters())
+            region.note(Bypass(f"it trains {trained(module)}", FREEZE) if whole else Bypass(*OF_OTHERS))
         if how == APART and region.subject.deferred is None:
             why = region.apart or f"torch {torch.__version__} cannot hold the frozen part of what is trained in one"
             inform_once(f"{region.name} is looked up between two graphs: {why}")

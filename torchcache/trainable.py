@@ -10,6 +10,8 @@ from torch import nn
 
 from torchcache.quantity import names_text
 
+# What to do where something trains that is not to.
+FREEZE = "freeze what is not to train with requires_grad_(False), or all with mark(module, freeze=True)"
 _requires_grad = operator.attrgetter("requires_grad")
 
 
