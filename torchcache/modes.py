@@ -117,6 +117,12 @@ def resume(module: nn.Module | None) -> bool:
     for part in found:
         part.training = True
         parts.discard(part)
+    kinds = _acting_in_training(found)
+    if kinds:
+        warn_once(
+            f"what was unfrozen of {type(module).__name__} is in train mode, as train() asked: call eval() on what is to "
+            f"stay in eval mode of its {', '.join(kinds)}"
+        )
     return bool(found)
 
 

@@ -150,7 +150,7 @@ class Stages(nn.Module):
 
 @pytest.mark.parametrize("door", ["eager", "transform", "compile"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_is_unfrozen_after_train_is_in_train_mode(door, whole):
+def test_what_is_unfrozen_after_train_is_in_train_mode(door, whole, warnings):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Stages().requires_grad_(False)
@@ -175,6 +175,7 @@ def test_what_is_unfrozen_after_train_is_in_train_mode(door, whole):
             assert [part.training for part in net.block.modules()] == [True] * 4
         torch.testing.assert_close(*found)
     torch.testing.assert_close(model.block[1].running_mean, twin.block[1].running_mean)
+    assert any("what was unfrozen of Stages is in train mode" in text for text in warnings)
     model.eval(), twin.eval()
     torch.testing.assert_close(run(data), twin(data))
     assert not any(part.training for part in model.modules())
