@@ -120,8 +120,8 @@ def resume(module: nn.Module | None) -> bool:
     kinds = _acting_in_training(found)
     if kinds:
         warn_once(
-            f"what was unfrozen of {type(module).__name__} is in train mode, as train() asked: call eval() on what is to "
-            f"stay in eval mode of its {', '.join(kinds)}"
+            f"what was unfrozen of {type(module).__name__} is in train mode, as train() asked: call eval() on what of "
+            f"its {', '.join(kinds)} is to stay in eval mode"
         )
     return bool(found)
 
