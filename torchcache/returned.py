@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchcache import dynamo
 from torchcache.store.select import element_bytes
-from torchcache.values.layout import is_dense
+from torchcache.values.layout import is_dense, share_memory
 
 _PASSED = (torch.Tensor, type(None), bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -121,7 +121,7 @@ def _link(place: int, leaves: Sequence[torch.Tensor]) -> Link | None:
         base = leaves[index]
         if base is leaf and index < place:
             return Link(index)
-        if not (_share(base, leaf) and is_dense(*_hints(base))):
+        if not (share_memory(base, leaf) and is_dense(*_hints(base))):
             continue
         if index == place:  # what holds it comes before it
             return None
@@ -149,12 +149,3 @@ def _known(numbers: Sequence[Any], of_base: Sequence[Any]) -> tuple[int | _OfBas
         else:
             found.append(number)
     return tuple(found)
-
-
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors lie in one memory, and their elements are read alike."""
-    if type(one) is not type(other) or one.dtype != other.dtype or not one.layout == other.layout == torch.strided:
-        return False
-    if (one.is_conj(), one.is_neg()) != (other.is_conj(), other.is_neg()):
-        return False
-    return one.untyped_storage() is other.untyped_storage()

@@ -1201,3 +1201,36 @@ def test_a_hook_that_comes_late_and_notes_what_it_sees_is_called_each_time():
             torch.testing.assert_close(NOTED["seen"], twin[1](twin[0](x)))
     finally:
         NOTED.clear()
+
+
+class Settings:
+    """Shows all that it holds, as configurations of one's own do."""
+
+    def __init__(self):
+        self.rate, self.scale = 0.1, 2.0
+
+    def __repr__(self):
+        return f"Settings({self.__dict__})"
+
+
+class Asserts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x):
+        length = x.shape[1]
+        assert length % 2 == 0, f"{length} is odd"
+        if length > 7:
+            raise ValueError(f"{length!r} is more than 7")
+        return x * self.settings.scale
+
+
+def test_what_an_object_shows_of_itself_in_messages_is_no_part():
+    module, x = torchcache.mark(Asserts(), audit=0), torch.randn(3, 4)
+    for _ in range(6):
+        torch.testing.assert_close(module(x), 2 * x)
+        module.settings.rate *= 0.9
+    assert torchcache.stats(module).hits >= 12
+    module.settings.scale = 3.0
+    torch.testing.assert_close(module(x), 3 * x)

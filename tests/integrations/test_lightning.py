@@ -70,7 +70,7 @@ class Log(pl.loggers.logger.DummyLogger):
             self.epochs.append(metrics)
 
 
-def fit(module, tmp_path, callbacks, validate=True):
+def fit(module, tmp_path, callbacks, validate=True, sanity=0):
     generator = torch.Generator().manual_seed(2)
     data = TensorDataset(torch.randn(40, 8, generator=generator), torch.randint(3, (40,), generator=generator))
     train = DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3))
@@ -83,7 +83,7 @@ def fit(module, tmp_path, callbacks, validate=True):
         default_root_dir=tmp_path,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=sanity,
     )
     trainer.fit(module, train, DataLoader(data, batch_size=20) if validate else None)
     return trainer, log.epochs
@@ -206,20 +206,8 @@ class Unfreezes(Probe):
 
 def test_a_backbone_that_is_unfrozen_later_is_in_train_mode(tmp_path, callback):
     """Though the trainer validates before, and sets the mode of each part back to what it saw."""
-    data = DataLoader(TensorDataset(torch.randn(8, 8), torch.arange(8) % 3), 4)
     module, plain = Unfreezes(True), Unfreezes(False)
     for each, callbacks in ((module, [callback()]), (plain, [])):
-        unfreezing = pl.callbacks.BackboneFinetuning(1)
-        trainer = pl.Trainer(
-            max_epochs=3,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            callbacks=[unfreezing, *callbacks],
-        )
-        trainer.fit(each, data, data)
-    assert not any(map(any, module.modes[:2]))
-    assert module.modes[2:] == plain.modes[2:] == [[True] * 4] * 4
+        fit(each, tmp_path, [pl.callbacks.BackboneFinetuning(1), *callbacks], sanity=2)
+    assert not any(map(any, module.modes[:5]))
+    assert module.modes[5:] == plain.modes[5:] == [[True] * 4] * 10

@@ -7,7 +7,7 @@ import dis
 import struct
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _NAMES = frozenset(dis.hasname)
@@ -139,3 +139,18 @@ def argument_bytes(instruction: Instruction) -> bytes:
     if instruction.name in ("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST", "KW_NAMES") or type(value) in (str, tuple):
         return constant_bytes(value)
     return b"%d" % instruction.arg
+
+
+# How the names of instructions begin that the next one does not follow.
+ENDS = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACK")
+
+
+def before_raise(listed: Sequence[Instruction]) -> set[int]:
+    """Offsets of instructions that nothing but an exception comes of: on the straight way to where it is raised."""
+    found: set[int] = set()
+    raises = False
+    for one in reversed(listed):
+        raises = one.name.startswith("RAISE") or (raises and one.target < 0 and not one.name.startswith(ENDS))
+        if raises:
+            found.add(one.offset)
+    return found

@@ -264,8 +264,9 @@ class Reach:
                     self._name(key)
 
     def _code(self, node: Node, reads: Reads) -> None:
-        scope = node.value.__globals__
-        for name in sorted(reads.names):
+        scope, home = node.value.__globals__, home_of(node.value)
+        # What libraries make texts of are messages.
+        for name in sorted(reads.names - DISPLAYED if is_installed(home) else reads.names):
             self._name(name)
             if name in TREE:
                 self._read_tree()
@@ -283,7 +284,7 @@ class Reach:
             value = resolve(chain, scope).value
             if isinstance(value, types.ModuleType):
                 if holds_readers(value):
-                    self._read_anything(home_of(node.value))
+                    self._read_anything(home)
                     self._read_scopes()
                 if any(map(is_environment, list(vars(value).values()))):
                     self._read_environment(node)
@@ -291,7 +292,6 @@ class Reach:
                     self._reach(value, node, f"the global {chain}", 1)
             elif value is not MISSING and not (is_class(value) and named_class(value)):
                 self._reach(value, node, f"the global {chain}", 1)
-        home = home_of(node.value)
         if not is_installed(home):
             if reads.scopes:
                 self._read_scopes()

@@ -8,7 +8,15 @@ import hashlib
 import types
 from collections.abc import Mapping
 
-from torchcache.identity.bytecode import Instruction, argument_bytes, constant_bytes, instructions, key_of
+from torchcache.identity.bytecode import (
+    ENDS,
+    Instruction,
+    argument_bytes,
+    before_raise,
+    constant_bytes,
+    instructions,
+    key_of,
+)
 from torchcache.identity.found import Found
 from torchcache.identity.reads import (
     DISPLAYS,
@@ -91,6 +99,7 @@ class _Reader:
         self.pending: set[int] = set()
         self.keywords = False
         self.ahead: list[Instruction] = []
+        self.raises: set[int] = set()
 
     def run(self) -> None:
         code = self.code
@@ -100,6 +109,7 @@ class _Reader:
         ended = False
         previous: Instruction | None = None
         listed = list(instructions(code))
+        self.raises = before_raise(listed)
         for index, instruction in enumerate(listed):
             # A jump may lead to an instruction in front that computes nothing.
             for offset in range(listed[index - 1].offset + 2 if index else 0, instruction.offset + 1, 2):
@@ -118,9 +128,7 @@ class _Reader:
             if instruction.target >= 0:
                 stack = self.stack if kept is None else kept
                 self.at[instruction.target] = joined(self.at.get(instruction.target, stack), stack)
-            ended = instruction.name.startswith(
-                ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACK")
-            )
+            ended = instruction.name.startswith(ENDS)
             previous = instruction
         self.hash.update(b"\0".join(parts))
         self.found.misused(kind for number in self.pending for kind in self.kinds[number])
@@ -235,7 +243,8 @@ class _Reader:
         else:
             modulo = name == "BINARY_MODULO" or is_modulo(at)
             if name.startswith("FORMAT") or name == "CONVERT_VALUE" or modulo:
-                self.found.read_whole(stack[-1] if stack else UNKNOWN, display=True, text=not modulo)
+                text = not (modulo or at.offset in self.raises)
+                self.found.read_whole(stack[-1] if stack else UNKNOWN, display=True, text=text)
             self._other(at)
 
     def _match(self, at: Instruction) -> None:

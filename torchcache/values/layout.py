@@ -111,7 +111,7 @@ class View:
         reach -= (leaf.shape[dim] - 1) * leaf.stride(dim)
         for index in sorted(range(len(leaves)), key=lambda index: -leaves[index].numel()):
             base = leaves[index]
-            if dims[index] or not (_share(base, leaf) and _is_base(base) and alike(index, place)):
+            if dims[index] or not (share_memory(base, leaf) and _is_base(base) and alike(index, place)):
                 continue
             if index == place:  # what holds it comes before it
                 return None
@@ -126,11 +126,13 @@ class View:
         return base.as_strided(shape, self.stride, base.storage_offset() + self.offset)
 
 
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors lie in the same memory, and their elements are read alike."""
-    if one.dtype != other.dtype or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, which may have no data, lie in one memory, and their elements are read alike."""
+    if type(one) is not type(other) or one.dtype != other.dtype or not one.layout == other.layout == torch.strided:
         return False
-    return (one.is_conj(), one.is_neg()) == (other.is_conj(), other.is_neg())
+    if (one.is_conj(), one.is_neg()) != (other.is_conj(), other.is_neg()):
+        return False
+    return one.untyped_storage() is other.untyped_storage()
 
 
 def _is_base(base: torch.Tensor) -> bool:
