@@ -1220,9 +1220,10 @@ class Asserts(nn.Module):
 
     def forward(self, x):
         length = x.shape[1]
-        assert length % 2 == 0, f"{length} is odd"
+        if length % 2:
+            raise ValueError(f"{length} is odd")
         if length > 7:
-            raise ValueError(f"{length!r} is more than 7")
+            raise ValueError("%s is more than 7" % repr(length))  # noqa: UP031
         return x * self.settings.scale
 
 
