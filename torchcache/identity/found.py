@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from torchcache.identity.reads import ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named, watched
+from torchcache.identity.reads import DISPLAYS, ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named, watched
 from torchcache.identity.symbols import DISPLAYED, UNKNOWN, Symbol, Value, chains
 
 
@@ -27,6 +27,7 @@ class Found:
 
     first: str
     names: set[str] = dataclasses.field(default_factory=set)
+    used: set[str] = dataclasses.field(default_factory=set)
     items: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     written: set[str] = dataclasses.field(default_factory=set)
     texts: set[str] = dataclasses.field(default_factory=set)
@@ -38,6 +39,7 @@ class Found:
     handed: set[tuple[Chain, frozenset[str], bool]] = dataclasses.field(default_factory=set)
     variables: set[str] = dataclasses.field(default_factory=set)
     keys: set[Chain] = dataclasses.field(default_factory=set)
+    used_first: bool = False
     whole_first: bool = False
     anything: bool = False
     scope: bool = False
@@ -51,9 +53,9 @@ class Found:
         for mine, its in ((self.loads, inner.loads), (self.typed, inner.typed)):
             for chain, count in its.items():
                 mine[chain] = mine.get(chain, 0) + count
-        for name in "names items written texts whole deep whole_chains handed variables keys".split():
+        for name in "names used items written texts whole deep whole_chains handed variables keys".split():
             getattr(self, name).update(getattr(inner, name))
-        for name in ("whole_first", "anything", "scope", "environment", "modules", "scopes"):
+        for name in ("used_first", "whole_first", "anything", "scope", "environment", "modules", "scopes"):
             setattr(self, name, getattr(self, name) or getattr(inner, name))
 
     def reads(self, digest: bytes) -> Reads:
@@ -61,6 +63,8 @@ class Found:
         return Reads(
             digest,
             frozenset(self.names),
+            frozenset(self.used),
+            self.used_first,
             frozenset(self.items),
             tuple(sorted(self.loads)),
             frozenset(chain for chain, count in self.typed.items() if self.loads.get(chain, 0) <= count),
@@ -84,6 +88,16 @@ class Found:
         """A global is loaded."""
         for chain in chains(value):
             self.loads[chain] = self.loads.get(chain, 0) + 1
+
+    def use(self, value: Value) -> None:
+        """A value is used for more than to take an attribute of it."""
+        for symbol in value:
+            if symbol[0] == "attr":
+                self.used.add(symbol[1])
+            elif symbol[0] == "global" and symbol[2]:
+                self.used.add(symbol[2][-1])
+            elif symbol[0] == "local" and symbol[1] == self.first:
+                self.used_first = True
 
     def read_whole(self, value: Value, deep: bool = False, display: bool = False, text: bool = True) -> None:
         """Note an object that is read under names which are not known; for ``display``, which may make a ``text``."""
@@ -157,10 +171,20 @@ class Found:
         texts = [symbol[1] for value in given for symbol in value if symbol[0] == "const"]
         for name in [part for text in texts for part in str(text).split(".")]:
             self.names.add(name)
+            self.used.add(name)
             self.read_name(name, UNKNOWN)
             self.environment |= name in ENVIRONMENT
         if len(texts) < len(given):
             self.anything = self.dynamic = True
+
+    def passed_on(self, callee: Value, given: list[Value]) -> None:
+        """Functions that make texts, given to another that calls them with the other arguments."""
+        if any(chain.names[-1:] in (("isinstance",), ("issubclass",)) for chain in chains(callee)):
+            return
+        for place, value in enumerate(given):
+            if any(len(chain.names) == 1 and chain.names[0] in DISPLAYS for chain in chains(value)):
+                for other in (*given[:place], *given[place + 1 :]):
+                    self.read_whole(other, display=True)
 
     def read_module(self, name: Value, top: bool = False) -> Value:
         """A module that is taken by its name."""

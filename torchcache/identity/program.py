@@ -86,14 +86,14 @@ class Program:
                 self.exchange = exchange([(node.path(), node.value) for node in nodes], None)
             self.asks_for_gradients = id(torch.is_grad_enabled) in reach.nodes
             self.asks_for_inference = not reach.nodes.keys().isdisjoint(_ASK_FOR_INFERENCE)
-            self.asks_for_inference |= "is_inference" in reach.names
+            self.asks_for_inference |= "is_inference" in reach.known.names
             self._names = frozenset(reach.written)
             self._places = _places(reach, module)
             self._containers = [(node.value, node.path) for node in reach.nodes.values() if node.kind == "group"]
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, [*given] or roots)
             self._watch = _watch(reach, module)
-            if "grad" in reach.names:
+            if "grad" in reach.known.names:
                 self._read_gradients()
         except Exception as error:
             self.problem = f"{where or 'the program'} cannot be read: {type(error).__name__}: {error}"
@@ -267,7 +267,7 @@ def _add_space(watch: Watch, reach: Reach, node: Node, space: Space) -> None:
     def differs(live: Mapping[str, Any]) -> list[str]:
         now = member_space(space.kind, live, space.leave).held
         found = [name for name, value in chosen.items() if not same(now.get(name, ABSENT), value)]
-        found += [name for name in now if name not in space.held and reach.wanted(node, space, name)]
+        found += [name for name in now if name not in space.held and reach.known.wanted(node, space, name)]
         if space.ordered and not found and [*filter(chosen.__contains__, now)] != list(chosen):
             found = list(chosen)
         path = node.path()

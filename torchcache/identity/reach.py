@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.callables import CONSTRUCTORS, MISSING, Torch, is_implied, resolve, simplify
+from torchcache.identity.callables import MISSING, Torch, resolve, simplify
 from torchcache.identity.describe import describe
 from torchcache.identity.entries import OwnEntries, describe_items, has_items
 from torchcache.identity.environment import is_environment, named_variables, variables_of
@@ -25,6 +25,7 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
+from torchcache.identity.known import Known
 from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
 from torchcache.identity.node import Check, Node, Space, home_around, is_own, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
@@ -34,8 +35,6 @@ from torchcache.identity.values import ATOMS
 
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
-# Namespaces that code writes to; of a class's, what is no method.
-_WRITTEN = ("attribute", "buffer", "global")
 
 
 class Reach:
@@ -50,38 +49,33 @@ class Reach:
         self.nodes: dict[int, Node] = {}
         self.bindings: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.written: set[str] = set()
-        self.names: set[str] = {"__call__"}
+        self.known = Known(without)
         self.problem = ""
-        self.own_forward: Node | None = None
-        self._kind: type | None = None
-        self._without = without
         self._todo: list[Node] = []
         self._waiting: dict[str, list[tuple[Node, Space, str]]] = {}
         self._under: dict[str, list[Any]] = {}
-        self._whole: dict[str, int] = {}
-        self._whole_classes: set[type] = set()
-        self._packages: set[str] = set()
-        self._fragments: set[str] = set()
-        self._everything = self._tree = self._scopes = False
+        self._scopes = False
         self._tables: OwnEntries | None = None
 
     def from_subject(self, module: nn.Module | None, function: Any, given: Iterable[type] = ()) -> None:
         """Find all that a call of ``function`` can reach, on ``module`` first and objects of the classes ``given``."""
         owner, classes = None, [(f"the class {kind.__qualname__}", kind) for kind in given]
+        for kind in given:
+            self._use(kind)
         self._todo.append(root := Node(None, parts=classes, kind="object"))
         if module is not None:
             self._tables = OwnEntries(module)
             node = self._reach(module, root, "")
             if getattr(simplify(function), "__name__", "forward") != "forward":
-                self.own_forward, self._kind = node, type(module)
+                self.known.own_forward, self.known.kind = node, type(module)
             owner = self.nodes.get(id(beneath_class(type(module))))
         self._run()
         self._reach(function, owner or root, "" if owner is None else f"the method {getattr(function, '__name__', '')}")
         self._reach(GlobalHooks, root, "the global hooks")
         self._reach(Torch, root, "")
         self._run()
-        while packages := {home_of(node.value).partition(".")[0] for node in self._sealed()} - self._packages:
-            self._packages |= packages
+        while packages := {home_of(node.value).partition(".")[0] for node in self._sealed()} - self.known.packages:
+            self.known.packages |= packages
             self._raise_levels()
             self._run()
         for node in self._sealed():
@@ -125,7 +119,7 @@ class Reach:
             node.parent, node.label = parent, label
             node.depth = 0 if is_own(node) else depth
             self.nodes[id(value)] = node
-            node.level = max(level, int(node.whole), self._level_of(node))
+            node.level = max(level, int(node.whole), self.known.level_of(node))
             node.constructed = not as_type
             self._todo.append(node)
             if node.problem and not self.problem:
@@ -137,15 +131,6 @@ class Reach:
             self._todo.append(node)
         return node
 
-    def _level_of(self, node: Node) -> int:
-        """How much of an object is read because of what was seen before it was met."""
-        if node.kind not in ("object", "module"):
-            return 0
-        bases = type(node.value).__mro__
-        if self._everything or any(base in self._whole_classes for base in bases):
-            return 1
-        return int(any(module_of(base).partition(".")[0] in self._packages for base in bases))
-
     def _visit(self, node: Node) -> None:
         if node.kind == "items" and node.level:
             self._reach(node.value, node.parent or node, node.label, node.level)
@@ -155,13 +140,15 @@ class Reach:
             if node.reads is not None:
                 self._code(node, node.reads)
             for name in node.adds:
-                self._name(name)
+                self._name(name, used=True)
             for text in node.texts:
                 self._text(text)
-        if node.kind == "function" and self._without:
+        if node.kind == "function" and self.known.without:
             variables = zip(node.value.__code__.co_freevars, node.value.__closure__ or (), strict=False)
-            left = [cell for name, cell in variables if closed_over(name) in self._without]
+            left = [cell for name, cell in variables if closed_over(name) in self.known.without]
             node.parts = [part for part in node.parts if not any(part[1] is cell for cell in left)]
+        if node.kind == "class" and self.known.is_used(node.value):
+            self._use(node.value)
         inner = node.level if node.kind == "group" or node.level > 1 else 0
         typed = node.kind in ("module", "object", "tensor")
         for label, value in node.parts:
@@ -170,6 +157,7 @@ class Reach:
             elif (typed and is_class(value)) or (label == ".__mro__" and not node.constructed):
                 self._reach(value, node, label, as_type=True)
             else:
+                self._use(type(value))
                 self._reach(value, node, label, inner, as_type=is_module_class(value))
         if node.level and node.kind in ("object", "module"):
             self._widen_classes(node)
@@ -179,7 +167,7 @@ class Reach:
             for name in space.held:
                 if name in space.chosen:
                     self._meet(node, space, name)
-                elif self.wanted(node, space, name):
+                elif self.known.wanted(node, space, name):
                     self._choose(node, space, name)
                 else:
                     for key in (space.key(name), f"{name}[]"):
@@ -187,42 +175,12 @@ class Reach:
 
     def _widen_classes(self, node: Node) -> None:
         """An object that is read under unknown names may have any method of the user's own called."""
+        self._use(type(node.value))
         for base in beneath_class(type(node.value)).__mro__:
             known = self.nodes.get(id(base))
             if known is not None and not known.level and not named_class(base) and not is_installed(module_of(base)):
                 known.level = 1
                 self._todo.append(known)
-
-    def wanted(self, node: Node, space: Space, name: str) -> bool:
-        """Whether an entry of a namespace is read."""
-        kind = space.kind
-        if name in self._without and (kind in _WRITTEN or (kind == "member" and not callable(space.held.get(name)))):
-            return False
-        if kind in ("variable", "item"):
-            parts = self._fragments if kind == "variable" else ()
-            made = any(name.startswith(part) or name.endswith(part) for part in parts)
-            return made or node.level > 0 or space.key(name) in self.names
-        if kind == "member" and name in CONSTRUCTORS:
-            return node.constructed
-        if name in self.names or name in node.names or f"{name}[]" in self.names:
-            return True
-        if kind == "member":
-            implied = is_implied(name, node.constructed)
-            special = name.startswith("__") and name.endswith("__")
-            if implied or (name == "forward" and self._calls_forward(node)):
-                return True
-            return node.level > 0 and (not special or name in DISPLAYED)
-        if node.level > 0:
-            return not (kind == "global" and name.startswith("__"))
-        if kind == "child":
-            return self._tree or "_modules" in node.names
-        if kind in ("parameter", "buffer"):
-            return self._tree or f"_{kind}s" in node.names
-        return kind == "attribute" and name == "forward" and node is not self.own_forward
-
-    def _calls_forward(self, node: Node) -> bool:
-        """Whether instances of this class are called as modules, not only by a method that is marked."""
-        return self._kind is None or node.value not in self._kind.__mro__
 
     def _choose(self, node: Node, space: Space, name: str) -> None:
         space.chosen.add(name)
@@ -235,30 +193,44 @@ class Reach:
     def _meet(self, node: Node, space: Space, name: str) -> None:
         """What stands under a name that is read."""
         container = node.kind == "module" and space.kind == "child" and isinstance(node.value, CONTAINERS)
-        level = max(self._whole.get(name, 0), node.level if node.level > 1 or container else 0)
+        level = max(self.known.whole.get(name, 0), node.level if node.level > 1 or container else 0)
         label = {"global": f"the global {name}", "item": f"[{name!r}]"}.get(space.kind, f".{name}")
         value = space.held[name]
-        whole = level or node.level or space.kind == "item" or name in self.names or name in node.names
+        if name in self.known.used or name in node.names or level or space.kind == "item":
+            self._use(type(value))
+        whole = level or node.level or space.kind == "item" or name in self.known.names or name in node.names
         level = -1 if not whole and has_items(value) else level
         self._reach(value, node, label, level, is_module_class(value), further=int(space.kind == "global"))
 
-    def _name(self, name: str) -> None:
-        """A name is read: whatever has an entry of that name has it read."""
-        if name in self.names:
+    def _use(self, kind: type) -> None:
+        """An object of this class is used for more than its attributes: special methods of it run."""
+        if self.known.use(kind):
+            for node in [node for node in self.nodes.values() if node.kind == "class"]:
+                if self.known.is_used(node.value):
+                    self._use(node.value)
+                    self._todo.append(node)
+
+    def _name(self, name: str, used: bool = False) -> None:
+        """A name is read: whatever has an entry of that name has it read, and maybe ``used``."""
+        if used and name not in self.known.used:
+            self.known.used.add(name)
+            for value in self._under.get(name, ()):
+                self._use(type(value))
+        if name in self.known.names:
             return
-        self.names.add(name)
+        self.known.names.add(name)
         for node, space, entry in self._waiting.pop(name, ()):
             if entry in space.chosen:  # an item of it was read, and now it is
                 self._meet(node, space, entry)
-            elif self.wanted(node, space, entry):
+            elif self.known.wanted(node, space, entry):
                 self._choose(node, space, entry)
 
     def _text(self, text: str) -> None:
         """A text is known to the program: it may name an environment variable, or be put together to such a name."""
         self._name(f"${text}")
         part = len(text) > 2 and text.startswith("_") != text.endswith("_")
-        if part and text not in self._fragments:
-            self._fragments.add(text)
+        if part and text not in self.known.fragments:
+            self.known.fragments.add(text)
             for key in [key for key in self._waiting if key.startswith("$")]:
                 if key[1:].startswith(text) or key.endswith(text):
                     self._name(key)
@@ -267,7 +239,7 @@ class Reach:
         scope, home = node.value.__globals__, home_of(node.value)
         # What libraries make texts of are messages.
         for name in sorted(reads.names - DISPLAYED if is_installed(home) else reads.names):
-            self._name(name)
+            self._name(name, name in reads.used)
             if name in TREE:
                 self._read_tree()
         for name, key in reads.items:
@@ -277,7 +249,7 @@ class Reach:
             self._text(text)
         self.written |= reads.written
         for chain in sorted({*reads.chains, *reads.whole_chains}):
-            self._chain(node, chain, scope, as_type=chain in reads.types)
+            self._chain(node, reads, chain, scope)
         for name in reads.whole | reads.deep:
             self._read_whole(name, 2 if name in reads.deep else 1)
         for chain in reads.whole_chains:
@@ -306,8 +278,10 @@ class Reach:
                 handed_first |= first
                 for name in attributes:
                     self._read_whole(name, 1)
+        owner = owner_of(node)
+        if reads.used_first and owner is not None:
+            self._use(owner)
         if reads.whole_first or handed_first:
-            owner = owner_of(node)
             if owner is not None:
                 self._read_instances(owner)
             elif reads.whole_first:
@@ -315,17 +289,17 @@ class Reach:
         if reads.anything:
             self._read_anything(home)
 
-    def _chain(self, node: Node, chain: Chain, scope: dict[str, Any], as_type: bool) -> None:
+    def _chain(self, node: Node, reads: Reads, chain: Chain, scope: dict[str, Any]) -> None:
         found = resolve(chain, scope)
         where, last = found.bindings[-1]
         if where is vars(sys) and last in STREAMS:  # written to, by whoever redirects them
             return
         for mapping, name in found.bindings:
             self.bindings.setdefault(id(mapping), (mapping, set()))[1].add(name)
-        if last in self._without and last in chain.names:
+        if last in self.known.without and last in chain.names:
             return
         for name in found.rest:
-            self._name(name)
+            self._name(name, name in reads.used)
             if name in TREE and not isinstance(found.value, type):
                 self._read_tree()
         value = found.value
@@ -336,8 +310,10 @@ class Reach:
         value = value if self._tables is None else self._tables.of(value)
         if type(value) is str:
             self._text(value)
-        if as_type and is_class(value):
+        if chain in reads.types and is_class(value):
             node.types.append(value)
+        if not found.rest and (not chain.names or chain.names[-1] in reads.used):
+            self._use(type(value))
         node.parts.append((label, value))
         home = home_of(value) if isinstance(value, types.FunctionType) else ""
         if home.startswith(TREE_HOMES):
@@ -349,9 +325,9 @@ class Reach:
 
     def _read_whole(self, name: str, level: int) -> None:
         """Whatever stands under this name is read under names that only the running code knows."""
-        if level <= self._whole.get(name, 0):
+        if level <= self.known.whole.get(name, 0):
             return
-        self._whole[name] = level
+        self.known.whole[name] = level
         for value in self._under.get(name, ()):
             node = self.node_of(value)
             if node is not None and node.level < level and node.kind != "function":
@@ -360,18 +336,18 @@ class Reach:
 
     def _read_instances(self, owner: type) -> None:
         """All of every object of a class is read."""
-        if owner not in self._whole_classes:
-            self._whole_classes.add(owner)
+        if owner not in self.known.whole_classes:
+            self.known.whole_classes.add(owner)
             self._raise_levels()
 
     def _read_anything(self, home: str) -> None:
         """Some object is read, and which it is cannot be told: for a package, one of its own."""
         if not is_installed(home):
-            if not self._everything:
-                self._everything = True
+            if not self.known.everything:
+                self.known.everything = True
                 self._raise_levels()
-        elif (package := home.partition(".")[0]) not in self._packages:
-            self._packages.add(package)
+        elif (package := home.partition(".")[0]) not in self.known.packages:
+            self.known.packages.add(package)
             self._raise_levels()
 
     def _read_scopes(self) -> None:
@@ -408,12 +384,12 @@ class Reach:
             self._text(text)
 
     def _read_tree(self) -> None:
-        if not self._tree:
-            self._tree = True
+        if not self.known.tree:
+            self.known.tree = True
             self._todo.extend(node for node in self.nodes.values() if node.kind == "module")
 
     def _raise_levels(self) -> None:
         for node in list(self.nodes.values()):
-            if not node.level and self._level_of(node):
+            if not node.level and self.known.level_of(node):
                 node.level = 1
                 self._todo.append(node)

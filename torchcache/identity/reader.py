@@ -148,23 +148,30 @@ class _Reader:
 
     # The stack machine: operations that move values are followed; any other makes what cannot be told.
 
-    def _pop(self, count: int = 1) -> list[Value]:
+    def _take(self, count: int = 1) -> list[Value]:
+        """Take values for their attributes, to store them, or for nothing."""
         taken = [self.stack.pop() if self.stack else UNKNOWN for _ in range(count)]
         return taken[::-1]
+
+    def _pop(self, count: int = 1) -> list[Value]:
+        """Take values for any other use."""
+        for value in (taken := self._take(count)):
+            self.found.use(value)
+        return taken
 
     def _step(self, at: Instruction, following: Instruction | None, previous: Instruction | None) -> None:
         name, value, stack = at.name, at.value, self.stack
         if name.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
             for variable in value if isinstance(value, tuple) else (value,):
-                held = self.variables.get(variable, UNKNOWN if variable != self.first else NOTHING)
+                held = self.variables.setdefault(variable, UNKNOWN if variable != self.first else NOTHING)
                 held = held | {("local", variable)} if variable == self.first else held
                 stack.append(held) if name == "LOAD_CLOSURE" else self._push(held)
         elif name == "STORE_FAST_LOAD_FAST":
-            self._store(value[0], self._pop()[0])
+            self._store(value[0], self._take()[0])
             self._push(self.variables.get(value[1], UNKNOWN))
         elif name.startswith("STORE_FAST") or name == "STORE_DEREF":
             for variable in value if isinstance(value, tuple) else (value,):
-                self._store(variable, self._pop()[0])
+                self._store(variable, self._take()[0])
                 if variable in self.code.co_freevars:
                     self.found.written.add(closed_over(variable))
         elif name in ("LOAD_CONST", "LOAD_SMALL_INT"):
@@ -186,18 +193,15 @@ class _Reader:
             self._import(value, depth, items, following)
         elif name == "IMPORT_FROM":
             self._load(frozenset({("global", self.module, (value,))}), following)
-        elif name == "RETURN_VALUE":
-            self._pop()
-        elif name in ("STORE_ATTR", "DELETE_ATTR"):
+        elif name in ("RETURN_VALUE", "RETURN_CONST"):
+            self._pop(len(stack))
+        elif name in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME"):
             self.found.written.add(value)
-            self._pop(2 if name == "STORE_ATTR" else 1)
-        elif name in ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME"):
-            self.found.written.add(value)
-            self._pop(0 if name == "DELETE_GLOBAL" else 1)
+            self._pop({"STORE_ATTR": 2, "DELETE_GLOBAL": 0}.get(name, 1))
         elif name == "STORE_SUBSCR":
             _, container, _ = self._pop(3)
             self.found.written |= mutated(container)
-        elif name.startswith("CALL"):
+        elif name.startswith("CALL") and "INTRINSIC" not in name:
             self._called(at)
         elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and value == 26):
             container, key = self._pop(2)
@@ -213,6 +217,7 @@ class _Reader:
                 stack.append(UNKNOWN)
             self.keywords |= name == "KW_NAMES"
             if name == "GET_ITER" and stack:
+                self.found.use(stack[-1])
                 self.iterated |= stack[-1]
         elif name == "FOR_ITER":
             stack.append(items_of(stack[-1]) if stack else UNKNOWN)
@@ -233,6 +238,9 @@ class _Reader:
             stack[-at.arg], stack[-1] = stack[-1], stack[-at.arg]
         elif name == "PUSH_NULL":
             stack.append(NOTHING)
+        elif name in ("POP_TOP", "IS_OP") or name.endswith("_NONE"):
+            self._take(1 + (name == "IS_OP"))
+            stack.extend([UNKNOWN] * (name == "IS_OP"))
         elif name == "MATCH_CLASS":
             self._match(at)
         elif name == "CONTAINS_OP":
@@ -252,7 +260,8 @@ class _Reader:
         *_, names = self._pop(3)
         for symbol in names:
             if symbol[0] == "const" and isinstance(symbol[1], tuple):
-                self.found.names.update(map(str, symbol[1]))
+                self.found.names.update(symbol[1])
+                self.found.used.update(symbol[1])
         if at.arg:
             self.found.names.add("__match_args__")
             self.found.anything = self.found.dynamic = True
@@ -267,6 +276,7 @@ class _Reader:
             effect = 0
         self._pop(max(0, -effect))
         if self.stack and not at.name.startswith(("POP_", "DELETE_", "JUMP")):
+            self.found.use(self.stack[-1])
             self.stack[-1] = UNKNOWN
         self.stack.extend([UNKNOWN] * max(0, effect))
 
@@ -292,7 +302,9 @@ class _Reader:
         if _SHOWS.isdisjoint(self.code.co_names):
             self._settle(value, "getter", "scope", "environment", "module")
         known, value = self.variables.get(variable, NOTHING), bare(value)
-        self.reassigned |= bool(known) and not value <= known
+        if known and not value <= known:
+            self.reassigned = True
+            self.found.use(value)  # where it was loaded before, what was done with it
         self.variables[variable] = known | value
 
     def _load(self, value: Value, following: Instruction | None) -> None:
@@ -313,7 +325,7 @@ class _Reader:
             self.found.note(self.stack[-1])
 
     def _attribute(self, name: str, at: Instruction, following: Instruction | None) -> None:
-        (owner,) = self._pop()
+        (owner,) = self._take()
         globals_ = {symbol for symbol in owner if symbol[0] == "global"}
         if globals_ != owner or not owner:
             self.found.read_attribute(name, key_of(self.ahead))
@@ -336,11 +348,7 @@ class _Reader:
 
     def _called(self, at: Instruction) -> None:
         """A call of any kind: its callee is the last but one or two values below the arguments."""
-        name, count = at.name, at.arg
-        if name in ("CALL_INTRINSIC_1", "CALL_INTRINSIC_2"):
-            self._pop(int(name[-1]))
-            self.stack.append(UNKNOWN)
-            return
+        name = at.name
         callees = 2 if name in ("CALL", "CALL_KW", "CALL_METHOD") else 1
         if name in ("CALL_KW", "CALL_FUNCTION_KW"):
             self._pop()
@@ -350,7 +358,7 @@ class _Reader:
             callees = max(1, effect + 1 - len(given))
             callees = 2 if dis.opmap.get("PUSH_NULL") else callees
         else:
-            given = self._pop(count)
+            given = self._pop(at.arg)
         below = self._pop(callees)
         callee = next((value for value in below if value), UNKNOWN)
         receiver = below[-1] if len(below) == 2 and below[0] and below[-1] and below[0] != below[-1] else NOTHING
@@ -360,7 +368,7 @@ class _Reader:
         self._push(self._result(callee, receiver, given))
 
     def _result(self, callee: Value, receiver: Value, given: list[Value]) -> Value:
-        self._passed_on(callee, given)
+        self.found.passed_on(callee, given)
         self._settle(callee, "getter", "scope", "module")
         for symbol in callee:
             if symbol[0] == "attr" and symbol[1] in GETTERS and self.code.co_name not in GETTERS:
@@ -408,12 +416,3 @@ class _Reader:
                 if attributes or whole_first:
                     self.found.handed.add((chain, attributes, whole_first))
         return UNKNOWN
-
-    def _passed_on(self, callee: Value, given: list[Value]) -> None:
-        """Functions that make texts, given to another that calls them with the other arguments."""
-        if any(chain.names[-1:] in (("isinstance",), ("issubclass",)) for chain in chains(callee)):
-            return
-        for place, value in enumerate(given):
-            if any(len(chain.names) == 1 and chain.names[0] in DISPLAYS for chain in chains(value)):
-                for other in (*given[:place], *given[place + 1 :]):
-                    self.found.read_whole(other, display=True)

@@ -124,6 +124,10 @@ class Reads:
         16 bytes over its instructions, without line numbers, docstrings and the names of files.
     names : frozenset of str
         Attributes that it reads from any object.
+    used : frozenset of str
+        Attributes and globals that it uses for more than to take attributes of them.
+    used_first : bool
+        Whether it uses its first argument so.
     items : frozenset of (str, str)
         Attributes from which it takes one item at once, each with the item's key.
     chains : tuple of Chain
@@ -160,6 +164,8 @@ class Reads:
 
     digest: bytes
     names: frozenset[str]
+    used: frozenset[str]
+    used_first: bool
     items: frozenset[tuple[str, str]]
     chains: tuple[Chain, ...]
     types: frozenset[Chain]

@@ -1,0 +1,118 @@
+"""What is known to be read by any code of a program, and which entries of a namespace that makes a part of it."""
+
+from __future__ import annotations
+
+from torchcache.identity.callables import CONSTRUCTORS, is_implied
+from torchcache.identity.homes import beneath_class, module_of, named_class
+from torchcache.identity.node import Node, Space
+from torchcache.identity.per_class import once_per_class
+from torchcache.identity.symbols import DISPLAYED
+
+# Namespaces that code writes to; of a class's, what is no method.
+_WRITTEN = ("attribute", "buffer", "global")
+# Special methods that run where nothing but an attribute of an object is taken, or its class is asked for.
+_OF_ATTRIBUTES = frozenset("__getattr__ __getattribute__ __get__ __set__ __delete__ __subclasshook__".split())
+
+
+@once_per_class
+def has_named_methods(kind: type) -> bool:
+    """Whether an attribute of an object may be code of a library that calls special methods of its class."""
+    bases = [base for base in kind.__mro__[:-1] if named_class(base)]
+    return any(module_of(base) not in ("abc", "typing") for base in bases)
+
+
+class Known:
+    """What code is known to read; it grows while a program is found.
+
+    Parameters
+    ----------
+    without : frozenset of str
+        Names of attributes and variables that are no part, whatever reads them.
+
+    Attributes
+    ----------
+    names : set of str
+        Names that are read on any object.
+    used : set of str
+        Names under which objects stand that are used for more than their attributes.
+    whole : dict of str to int
+        Names under which objects stand that are read as a whole: 1, or 2 with all that is within them.
+    whole_classes : set of type
+        Classes whose objects are read as a whole.
+    packages : set of str
+        Packages of whose objects any may be read as a whole.
+    everything, tree : bool
+        Whether any object may be read as a whole; whether all that a tree of modules holds is.
+    fragments : set of str
+        Texts that names of environment variables may be put together of.
+    own_forward : Node, optional
+        A ``forward`` that an object has itself and does not run, since another of its methods is marked.
+    kind : type, optional
+        The class of that object.
+    """
+
+    def __init__(self, without: frozenset[str]) -> None:
+        self.without = without
+        self.names: set[str] = {"__call__"}
+        self.used: set[str] = set()
+        self.whole: dict[str, int] = {}
+        self.whole_classes: set[type] = set()
+        self.packages: set[str] = set()
+        self.everything = self.tree = False
+        self.fragments: set[str] = set()
+        self.own_forward: Node | None = None
+        self.kind: type | None = None
+        self._used_classes: set[type] = set()
+
+    def use(self, kind: type) -> bool:
+        """Note that an object of a class is used for more than its attributes; whether that is news."""
+        kind = beneath_class(kind)
+        if kind in self._used_classes or named_class(kind):
+            return False
+        self._used_classes.update(base for base in kind.__mro__ if not named_class(base))
+        return True
+
+    def is_used(self, kind: type) -> bool:
+        """Whether such an object is known of a class, or of one that has a base in common with it."""
+        return has_named_methods(kind) or not self._used_classes.isdisjoint(kind.__mro__)
+
+    def level_of(self, node: Node) -> int:
+        """How much of an object is read because of what was seen before it was met."""
+        if node.kind not in ("object", "module"):
+            return 0
+        bases = type(node.value).__mro__
+        if self.everything or any(base in self.whole_classes for base in bases):
+            return 1
+        return int(any(module_of(base).partition(".")[0] in self.packages for base in bases))
+
+    def wanted(self, node: Node, space: Space, name: str) -> bool:
+        """Whether an entry of a namespace is read."""
+        kind = space.kind
+        if name in self.without and (kind in _WRITTEN or (kind == "member" and not callable(space.held.get(name)))):
+            return False
+        if kind in ("variable", "item"):
+            parts = self.fragments if kind == "variable" else ()
+            made = any(name.startswith(part) or name.endswith(part) for part in parts)
+            return made or node.level > 0 or space.key(name) in self.names
+        if kind == "member" and name in CONSTRUCTORS:
+            return node.constructed
+        if name in self.names or name in node.names or f"{name}[]" in self.names:
+            return True
+        if kind == "member":
+            return self._runs(node, name)
+        if node.level > 0:
+            return not (kind == "global" and name.startswith("__"))
+        if kind == "child":
+            return self.tree or "_modules" in node.names
+        if kind in ("parameter", "buffer"):
+            return self.tree or f"_{kind}s" in node.names
+        return kind == "attribute" and name == "forward" and node is not self.own_forward
+
+    def _runs(self, node: Node, name: str) -> bool:
+        """Whether an entry of a class may be run without its name in the code: by operators and by calls."""
+        if is_implied(name, node.constructed):
+            return name in _OF_ATTRIBUTES or node.constructed or self.is_used(node.value)
+        if name == "forward" and (self.kind is None or node.value not in self.kind.__mro__):
+            return True  # instances are called as modules, not only by a method that is marked
+        special = name.startswith("__") and name.endswith("__")
+        return node.level > 0 and (not special or name in DISPLAYED)
