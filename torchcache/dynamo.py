@@ -54,9 +54,9 @@ symbolic_sizes = enable_python_dispatcher
 no_torch_function = torch._C._disabled_torch_function_impl
 
 
-def custom_operator(name: str) -> Any:
-    """What ``torch.library.custom_op`` made of the operator of this name; ``None`` where it made none."""
-    return torch._library.custom_ops.OPDEFS.get(name)
+def custom_operators(begin: str = "") -> dict[str, Any]:
+    """What ``torch.library.custom_op`` made, by the names of operators that begin so: ``namespace::name``."""
+    return {name: made for name, made in torch._library.custom_ops.OPDEFS.copy().items() if name.startswith(begin)}
 
 
 def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -811,6 +811,34 @@ def kernel_that_is_registered_anew(request):
 
 
 @case
+def operator_by_a_name_that_is_not_known(monkeypatch):
+    monkeypatch.setitem(KERNEL, "scale", 2.0)
+
+    @torch.library.custom_op("torchcache_by_name::scaled", mutates_args=())
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * KERNEL["scale"]
+
+    scaled.register_fake(torch.empty_like)
+    module = module_of(lambda self: getattr(torch.ops.torchcache_by_name, self.held)(torch.ones(())), "scaled")
+    return module, lambda: KERNEL.__setitem__("scale", 3.0)
+
+
+@case
+def operator_of_a_namespace_that_is_held(request, monkeypatch):
+    monkeypatch.setitem(KERNEL, "scale", 2.0)
+    library, _ = _operator(request, lambda x: x * KERNEL["scale"])
+    module = module_of(lambda self: self.held.scaled(torch.ones(())), getattr(torch.ops, library.ns))
+    return module, lambda: KERNEL.__setitem__("scale", 3.0)
+
+
+@case
+def patch_of_torch_by_a_name_that_is_not_known(monkeypatch):
+    original = torch.fft.fft
+    module = module_of(lambda self: 2.0 * getattr(torch.fft, self.held)(torch.ones(1)).real, "fft")
+    return module, lambda: monkeypatch.setattr(torch.fft, "fft", lambda x: original(x) + 0.5)
+
+
+@case
 def seed_of_the_run(request):
     request.addfinalizer(functools.partial(torch.manual_seed, torch.initial_seed()))
     torch.manual_seed(2)

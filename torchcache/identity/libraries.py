@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torchcache.dynamo import custom_operator
+import torch
+
+from torchcache.dynamo import custom_operators
 from torchcache.identity.homes import version_of
 from torchcache.identity.node import Check, Node
-from torchcache.kernels import is_registered_in_python, kernels
+from torchcache.kernels import is_registered_in_python, kernels, registrations
 
 
 def describe_ufunc(value: Any) -> Node:
@@ -50,10 +52,18 @@ def _configured(value: Any) -> tuple[str, str, str, tuple[Any, ...]]:
 def describe_operator(value: Any) -> Node:
     """An operator of torch or of a library: by its name, and its Python code where that is known."""
     name = str(getattr(value, "_qualified_op_name", getattr(value, "_name", ""))).partition(".")[0]
-    known = [("", custom_operator(name)), *kernels(name)]
+    known = [("", custom_operators().get(name)), *kernels(name)]
     if known == [("", None)] and is_registered_in_python(name):
         # The dispatcher gives no function back.
         return Node(
             value, problem="has a kernel in Python from before torchcache was imported: import torchcache first"
         )
     return Node(value, ("operator", str(value)), known)
+
+
+def describe_namespace(value: Any) -> Node:
+    """A library's operators, or all of them: which of them code calls cannot be told."""
+    name = "" if isinstance(value, type(torch.ops)) else str(value.name)
+    begin = f"{name}::" if name else ""
+    parts = [*custom_operators(begin).items(), *kernels(begin)]
+    return Node(value, ("operators", name), parts, checks=[Check("content", value, read=lambda _: registrations())])

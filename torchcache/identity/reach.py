@@ -260,7 +260,7 @@ class Reach:
                     self._read_scopes()
                 if any(map(is_environment, list(vars(value).values()))):
                     self._read_environment(node)
-                if not is_named(value.__name__) and not is_installed(value.__name__):
+                if is_named(value.__name__) or not is_installed(value.__name__):
                     self._reach(value, node, f"the global {chain}", 1)
             elif value is not MISSING and not (is_class(value) and named_class(value)):
                 self._reach(value, node, f"the global {chain}", 1)
