@@ -144,28 +144,29 @@ class Region:
         """What ``answer`` returns for a call; computed as a whole where it cannot tell."""
         try:
             return answer(given)
-        except Trains as bypass:
-            return self.partly(given, bypass) if self.partly is not None else self.compute(given, bypass)
-        except Restless as bypass:
-            self.writes = isinstance(bypass, Writes) and not bypass.quiet  # else it may be setting itself up
-            if not bypass.quiet and bypass is not self._rest.reason:
-                self._rest.begin(bypass)
-            return self.compute(given, bypass)
         except Bypass as bypass:
-            if isinstance(bypass, Unreadable) and bypass is not self._rest.reason:
+            why, resting = bypass, bypass is self._rest.reason
+            if isinstance(bypass, Restless):
+                self.writes = isinstance(bypass, Writes) and not bypass.quiet  # else it may be setting itself up
+                if not (bypass.quiet or resting):
+                    self._rest.begin(bypass)
+            elif isinstance(bypass, Unreadable) and not resting:
                 self._rest.begin_after_some(bypass)
-            return self.compute(given, bypass)
         except TorchcacheError as error:
             if not (self.counters.calls or self.partial):
                 raise
-            return self.compute(given, Bypass(str(error).removeprefix(f"{self.name} cannot be cached: ")))
+            why = Bypass(str(error).removeprefix(f"{self.name} cannot be cached: "))
         except Exception as error:
             if error is given.error:  # the original failed on the caller's own arguments
                 given.release()
                 raise
             logger.debug("the lookup of %s failed", self.name, exc_info=True)
-            failure = Bypass(f"its lookup failed ({described(error)})", "please report it")
-            return self.compute(given, failure)
+            why = Bypass(f"its lookup failed ({described(error)})", "please report it")
+        # What the original raises from here on is the user's own, and no error of ours is its context.
+        why.__traceback__ = None
+        if isinstance(why, Trains) and self.partly is not None:
+            return self.partly(given, why)
+        return self.compute(given, why)
 
     def compute(self, given: Given, bypass: Bypass) -> Any:
         """The original on the whole batch, not stored; counted, and said the first time."""

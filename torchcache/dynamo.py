@@ -46,6 +46,8 @@ EXIT_AUTOCAST: Callable[..., Any] = torch.amp.autocast_mode._exit_autocast
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # What packs and unpacks what is saved for backward on this thread; ``None`` where nothing does.
 hooks_of_saved = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
+# Where torch tells, at length, of operators that fail without data.
+log_of_fakes = torch._subclasses.fake_tensor.log
 # Compute with real tensors while a graph is traced.
 no_mode = unset_fake_temporarily
 # Have operators that are written in C++ take sizes that are traced as they are, as Dynamo does.
@@ -561,9 +563,8 @@ def compile_with(function: Callable[..., Any], backend: Callable[..., Any]) -> C
 # How often anything was compiled here.
 _compiled = 0
 # Newer releases of torch keep and count the traces of each apart, but for one limit to all of them.
-_ISOLATED: dict[str, Any] = {
-    name: True for name in ("isolate_recompiles",) if name in inspect.signature(torch.compile).parameters
-}
+_OPTIONS = inspect.signature(torch.compile).parameters
+_ISOLATED: Any = {"isolate_recompiles": True} if "isolate_recompiles" in _OPTIONS else {}
 _SHARED = ("accumulated_recompile_limit",) if _ISOLATED else ("recompile_limit", "accumulated_recompile_limit")
 # Some releases ask no guard of a parameter where all that changed is its ``data``; all draw NumPy's numbers from torch.
 _OWN = {"skip_tensor_guards_with_matching_dict_tags": False, "use_numpy_random_stream": True}
@@ -575,8 +576,7 @@ _without = itertools.count()
 
 def tracing_failed(error: BaseException) -> str | None:
     """Why Dynamo could not trace what it was given; ``None`` for an error of the program itself."""
-    exc = torch._dynamo.exc
-    where = vars(torch._dynamo.convert_frame)
+    exc, where = torch._dynamo.exc, vars(torch._dynamo.convert_frame)
     if isinstance(error, exc.BackendCompilerFailed):
         error = error.inner_exception
     elif not isinstance(error, (exc.TorchRuntimeError, exc.InternalTorchDynamoError, exc.Unsupported)) and not any(

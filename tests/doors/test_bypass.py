@@ -554,6 +554,9 @@ def test_the_originals_own_exception_is_unchanged():
             assert caught.value.__cause__ is None
         module(x)
     assert counts(module)[1] >= 4
+    with torchcache.bypass(), pytest.raises(KeyError) as caught:
+        module(x * float("nan"))
+    assert caught.value.__context__ is None
     with pytest.raises(TypeError, match="missing 1 required"):
         torchcache.mark(nn.Linear(3, 3), freeze=True)()
 

@@ -759,6 +759,36 @@ def test_what_dynamo_cannot_trace_later_is_computed(door, monkeypatch):
         assert_trains_the_same(run, model, twin, [data])
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("bad", ["one row", "width"])
+@pytest.mark.parametrize("door", ["call", "transform"])
+def test_a_call_that_the_code_itself_rejects_turns_nothing_off(door, bad, first, warnings, capfd):
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).requires_grad_(False)
+            self.head = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    model, data = torchcache.mark(Norms(), audit=0), torch.randn(12, 8)
+    run = opened(door, model)
+    for _ in range(0 if first else 2):
+        run(data)
+    expected = "more than 1 value per channel" if bad == "one row" else "cannot be multiplied"
+    with pytest.raises((ValueError, RuntimeError), match=expected) as caught:
+        run(data[:1] if bad == "one row" else torch.randn(12, 9))
+    assert caught.value.__context__ is None
+    before = counted(model)[0]
+    for _ in range(3):
+        run(data)
+    assert counted(model)[0] - before == (24 if first else 36)
+    assert counted(model)[2] == 0
+    assert not warnings
+    assert "fake" not in capfd.readouterr().err
+
+
 def test_a_graph_that_ends_before_the_frozen_part_is_no_reason_to_warn(warnings):
     class Checks(nn.Module):
         def __init__(self):

@@ -25,6 +25,7 @@ from torchcache.dynamo import (
     guard,
     has_global_hooks,
     hooks_of_saved,
+    log_of_fakes,
     no_mode,
     takes_rows,
     tracing_failed,
@@ -126,15 +127,22 @@ class Traced:
                 raise Bypass(*SAVES)
             return self._run(trace, module, given, hooked)
         except Bypass as bypass:
-            return self._region.compute(given, bypass)
+            why, failed = bypass, self._failed
         except Exception as error:
-            why = tracing_failed(error)
-            if why is None:
+            what = tracing_failed(error)
+            if what is None:
                 raise
-            self._failed = Bypass(f"its frozen part cannot be traced ({why})", "mark a part that is frozen as a whole")
-            return self._region.compute(given, self._failed)
+            why = failed = Bypass(f"its frozen part cannot be traced ({what})", "mark a part that is frozen as a whole")
         finally:
             fix_rows()
+        why.__traceback__ = None
+        try:
+            outputs = given.run()
+        finally:
+            given.release()
+        self._failed = failed  # where the code fails as well, that says nothing of its traces
+        self._region.count(given, why)
+        return outputs
 
     def _run(self, trace: _Trace, module: nn.Module, given: Given, hooked: bool) -> Any:
         """The call, counted as computed where nothing in it is looked up; ``hooked`` says what is saved is hooked."""
@@ -353,6 +361,8 @@ class _Running(threading.local):
 
 
 _running = _Running()
+# What fails in a trace fails in its code as well, or is told of.
+log_of_fakes.addFilter(lambda _: _running.call is None)
 
 
 def _backend_of(trace: _Trace) -> Callable[..., Any]:
