@@ -15,8 +15,10 @@ from torchcache.identity.homes import (
     beneath,
     beneath_class,
     home_of,
+    imports_on_demand,
     is_class,
     is_foreign,
+    is_installed,
     is_named,
     module_of,
     named_class,
@@ -117,7 +119,7 @@ def _class(value: type) -> Node:
             if not named_class(base):
                 node.parts.append((".__mro__", base))
                 continue
-            read = _foreign if issubclass(base, nn.Module) else _patches
+            read = _foreign if issubclass(base, nn.Module) else patches
             foreign = dict(read(base))
             node.checks.append(Check("foreign", base, read=read))
             if foreign:
@@ -189,7 +191,7 @@ def _foreign(owner: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-def _patches(owner: Any) -> tuple[tuple[str, Any], ...]:
+def patches(owner: Any) -> tuple[tuple[str, Any], ...]:
     """Functions and classes that somebody else put into something named; of a module, in the place of others.
 
     What a library notes on its classes is no patch, nor what a module loads when it is asked for.
@@ -219,7 +221,7 @@ _PATCHES = (types.FunctionType, staticmethod, classmethod, property, type)
 def _torch(value: type[Torch]) -> Node:
     """What was put into torch's namespaces, and functions of its own that stand under other names."""
     node = Node(value, ("torch", version_of("torch")))
-    for home in _HOMES:
+    for home in HOMES:
         data = {}
         for name, member in _foreign(home):
             if home is torch and name in _NOT_IN_FORWARD:
@@ -246,7 +248,7 @@ def _is_torchs(kernel: Any) -> bool:
 # Libraries wrap these for themselves, and no module of torch computes by them. Code that calls one reads it by name.
 _NOT_IN_FORWARD = frozenset({"compile", "load", "manual_seed", "save"})
 
-_HOMES: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, torch.Tensor.__mro__[1])
+HOMES: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, torch.Tensor.__mro__[1])
 
 
 def _look_at_torch() -> None:
@@ -254,7 +256,7 @@ def _look_at_torch() -> None:
     for kind in classes:
         _known(kind)
         classes += [inner for inner in kind.__subclasses__() if named_class(inner) and id(inner) not in _KNOWN]
-    for home in _HOMES:
+    for home in HOMES:
         _known(home)
 
 
@@ -303,10 +305,10 @@ def _python_module(value: types.ModuleType) -> Node:
     if is_named(name):
         node.head = ("named module", name, version_of(name))
         node.spaces += switches_of(value)
-        node.checks.append(Check("foreign", value, read=_patches))
-        patches = dict(_patches(value))
-        if patches:
-            node.spaces.append(Space("global", patches, patches))
+        node.checks.append(Check("foreign", value, read=patches))
+        found = dict(patches(value))
+        if found:
+            node.spaces.append(Space("global", found, found))
         return node
     node.spaces.append(member_space("global", members))
     return node
@@ -334,7 +336,10 @@ class Resolved:
 
 
 def resolve(chain: Chain, scope: dict[str, Any]) -> Resolved:
-    """What ``chain`` stands for where ``scope`` holds the globals. Nothing is imported."""
+    """What ``chain`` stands for where ``scope`` holds the globals. Nothing is imported.
+
+    What installed code takes from a module that imports on demand is ``MISSING``: others may have asked for it.
+    """
     found = Resolved()
     names = list(chain.names)
     if chain.module:
@@ -350,7 +355,10 @@ def resolve(chain: Chain, scope: dict[str, Any]) -> Resolved:
             found.bindings.append((outer, names[0]))
             value = outer.get(names[0], MISSING)
         names.pop(0)
+    installed = is_installed(str(scope.get("__name__") or ""))
     while names and isinstance(value, types.ModuleType):
+        if installed and imports_on_demand(value):
+            return found
         members = object.__getattribute__(value, "__dict__")
         found.bindings.append((members, names[0]))
         inner = members.get(names[0], MISSING)

@@ -20,7 +20,8 @@ ABSENT = object()
 
 # What tools of the ecosystem note on objects of their own, without a say in what is computed.
 NOTES = frozenset(
-    "_commit_hash _name_or_path name_or_path warnings_issued _is_hf_initialized architectures problem_type".split()
+    "_commit_hash _name_or_path name_or_path warnings_issued _is_hf_initialized architectures problem_type "
+    "_original_object_hash _use_default_values".split()
 )
 _NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
 
@@ -116,7 +117,8 @@ def members_of(value: Any) -> dict[str, Any] | None:
 @once_per_class
 def is_noted(kind: type) -> bool:
     """Whether an object's class is of a package that notes where it came from."""
-    return any(module_of(base).partition(".")[0] in ("transformers", "huggingface_hub") for base in kind.__mro__)
+    packages = [module_of(base).partition(".")[0] for base in kind.__mro__]
+    return not {"transformers", "huggingface_hub", "diffusers"}.isdisjoint(packages)
 
 
 @once_per_class

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.callables import MISSING, Torch, resolve, simplify
+from torchcache.identity.callables import HOMES, MISSING, Torch, patches, resolve, simplify
 from torchcache.identity.describe import describe
 from torchcache.identity.entries import OwnEntries, describe_items, has_items
 from torchcache.identity.environment import is_environment, named_variables, variables_of
@@ -260,7 +260,9 @@ class Reach:
                     self._read_scopes()
                 if any(map(is_environment, list(vars(value).values()))):
                     self._read_environment(node)
-                if is_named(value.__name__) or not is_installed(value.__name__):
+                if is_named(value.__name__) and value not in HOMES:
+                    node.parts += [(f"the global {chain}.{name}", member) for name, member in patches(value)]
+                elif not (is_named(value.__name__) or is_installed(value.__name__)):
                     self._reach(value, node, f"the global {chain}", 1)
             elif value is not MISSING and not (is_class(value) and named_class(value)):
                 self._reach(value, node, f"the global {chain}", 1)

@@ -34,7 +34,7 @@ from torchcache.identity.bytecode import constant_bytes
 from torchcache.identity.homes import module_of, named_class
 from torchcache.identity.libraries import describe_configuration, describe_operator, describe_ufunc
 from torchcache.identity.node import Check, Node, Space
-from torchcache.identity.objects import ABSENT, hidden, member_space, members_of, own_state, state_of
+from torchcache.identity.objects import ABSENT, NOTES, hidden, is_noted, member_space, members_of, own_state, state_of
 from torchcache.identity.per_class import once_per_class
 
 # Items of a container that may be names of environment variables.
@@ -169,6 +169,8 @@ def _mapping(value: Any) -> Node:
     items = list(dict.items(value))
     if collections.OrderedDict in type(value).__mro__:
         items = [(key, dict.__getitem__(value, key)) for key in collections.OrderedDict.__iter__(value)]
+    if is_noted(type(value)):
+        items = [(key, item) for key, item in items if key not in NOTES]
     node.texts = _texts(dict.values(value))
     digest = _digest_of_plain([*itertools.chain.from_iterable(items)])
     if digest:

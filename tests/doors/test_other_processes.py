@@ -1,0 +1,68 @@
+"""Rows of libraries' models are found by processes that hash otherwise, and in which other models were made before."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("transformers")
+
+RUN = """
+    import json, sys
+    import torch, transformers
+    import torchcache
+
+    directory, order = sys.argv[1:]
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    text, images = dict(small, vocab_size=100), dict(small, image_size=32, patch_size=8)
+    of = transformers
+    MODELS = {
+        "bert": lambda: of.BertModel(of.BertConfig(**text)),
+        "clip": lambda: of.CLIPVisionModel(of.CLIPVisionConfig(**images)),
+        "dinov2": lambda: of.AutoModel.from_config(of.Dinov2Config(**images)),
+        "llama": lambda: of.LlamaForCausalLM(of.LlamaConfig(**text, use_cache=False)),
+        "siglip": lambda: of.SiglipVisionModel(of.SiglipVisionConfig(**images)),
+        "t5": lambda: of.T5EncoderModel(of.T5Config(d_model=32, num_layers=1, num_heads=2, d_ff=32, vocab_size=100)),
+        "vit": lambda: of.ViTModel(of.ViTConfig(**images)),
+    }
+    try:
+        import diffusers
+    except ImportError:
+        pass
+    else:
+        size = dict(block_out_channels=(32,), norm_num_groups=8)
+        MODELS["vae"] = lambda: diffusers.AutoencoderKL(**size)
+    found = {}
+    for name in sorted(MODELS, reverse=order == "last first"):
+        torch.manual_seed(0)
+        model = MODELS[name]().eval().requires_grad_(False)
+        sees = name in ("clip", "dinov2", "siglip", "vit", "vae")
+        inputs = torch.randn(6, 3, 32, 32) if sees else torch.randint(3, 99, (6, 7))
+        method = {"vae": "_encode"}.get(name, "forward")
+        torchcache.mark(model, method=method, persistent=True, persistent_cache_dir=directory)
+        with torch.no_grad():
+            for _ in range(2):
+                getattr(model, method)(inputs) if name == "vae" else model(inputs)
+        stats = torchcache.stats(model)
+        found[name] = [stats.misses, stats.bypasses, sum(region.disk_hits for region in stats.regions)]
+    print(json.dumps(found))
+"""
+
+
+def run(directory, order, seed):
+    """Misses, bypasses and disk hits of each model in a process that hashes texts by this seed."""
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RUN), str(directory), order]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_rows_are_found_whatever_a_process_hashes_by_and_made_before(tmp_path):
+    stored = run(tmp_path, "first first", "1")
+    assert {name: counts[:2] for name, counts in stored.items()} == {name: [6, 0] for name in stored}
+    found = run(tmp_path, "last first", "2")
+    assert found == {name: [0, 0, 6] for name in stored}
