@@ -194,7 +194,7 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _replace(pairs: list[tuple[Any, Any]]) -> None:
     """Put the second of each pair wherever anything holds the first."""
     instead = {id(old): new for old, new in pairs}
-    olds = [old for old, _ in pairs]
+    olds = tuple(old for old, _ in pairs)  # as it is what is called with, which some releases of Python show
     ours = [pairs, olds, instead, *pairs]
     held: list[tuple[Any, Any]] = []
     for holder in gc.get_referrers(*olds):
