@@ -21,6 +21,7 @@ RUN = """
     of = transformers
     MODELS = {
         "bert": lambda: of.BertModel(of.BertConfig(**text)),
+        "bert with a head": lambda: of.BertForSequenceClassification(of.BertConfig(**text)),
         "clip": lambda: of.CLIPVisionModel(of.CLIPVisionConfig(**images)),
         "dinov2": lambda: of.AutoModel.from_config(of.Dinov2Config(**images)),
         "llama": lambda: of.LlamaForCausalLM(of.LlamaConfig(**text, use_cache=False)),

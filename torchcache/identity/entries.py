@@ -56,7 +56,7 @@ class OwnEntries:
         own = self._found.get(id(value))
         if own is None:
             own = self._found[id(value)] = dict.__new__(type(value))
-            dict.update(own, {key: entry for key, entry in dict.items(value) if key in self._classes})
+            dict.update(own, sorted((key, entry) for key, entry in dict.items(value) if key in self._classes))
         return own
 
 
