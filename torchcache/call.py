@@ -86,6 +86,8 @@ class Region:
         How often a call in a graph returned another form of output than it did when it was traced.
     partial : bool
         Whether its frozen part is looked up, whatever the mode, or it is such a part: what no user chose ends no run.
+    rest : Rest
+        While it lasts, calls are computed without a look.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -106,7 +108,7 @@ class Region:
         self._usefulness = Usefulness(self, self._turnover, self._novelty)
         self.writes, self.inlined, self.partial, self.apart, self.traces = False, False, False, "", 0
         self.partly: Callable[[Given, Trains], Any] | None = None
-        self._rest = Rest()
+        self.rest = Rest()
         self._padding = Padding(subject, options) if options.padding is not None else None
 
     @property
@@ -145,13 +147,13 @@ class Region:
         try:
             return answer(given)
         except Bypass as bypass:
-            why, resting = bypass, bypass is self._rest.reason
+            why, resting = bypass, bypass is self.rest.reason
             if isinstance(bypass, Restless):
                 self.writes = isinstance(bypass, Writes) and not bypass.quiet  # else it may be setting itself up
                 if not (bypass.quiet or resting):
-                    self._rest.begin(bypass)
+                    self.rest.begin(bypass)
             elif isinstance(bypass, Unreadable) and not resting:
-                self._rest.begin_after_some(bypass)
+                self.rest.begin_after_some(bypass)
         except TorchcacheError as error:
             if not (self.counters.calls or self.partial):
                 raise
@@ -211,7 +213,7 @@ class Region:
             raise Bypass(ASKED, quiet=True)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise Bypass("a CUDA graph is being captured", "capture what follows the mark", lasting=False)
-        self._rest.check()
+        self.rest.check()
 
     def _take(self, given: Given) -> Batch:
         """The call taken apart, and who computes it."""
@@ -283,8 +285,7 @@ class Region:
         )
         hits = batch.count - sum(map(missing.__contains__, digests)) if missing else batch.count
         first = (beneath or (plan.taken_over and hits)) and not (plan.believed or lacks(self.subject))
-        kind = (batch.who + batch.taken.key, b"".join(batch.shared))
-        beside = self.schedule.served(*kind, batch.count, hits)
+        beside = self.schedule.served(batch.who + batch.taken.key, b"".join(batch.shared), batch.count, hits)
         due = not batch.given.ran and self.schedule.due(batch.taken.key, batch.count)  # a probe looked at it already
         if first or beside is not None or due:
             alarm = self._audit(batch, plan, looked, bool(first), beside)
@@ -392,8 +393,7 @@ class Region:
         with generators_kept(), normal_tensors(), torch.no_grad():
             alarm = inspect(again, choose(hits, misses, ends=early, beside=beside))
         plan.believed = plan.believed or (first and alarm is None)
-        seconds = time.perf_counter() - start
-        self.counters.audit_seconds += seconds
+        self.counters.audit_seconds += (seconds := time.perf_counter() - start)
         if beside is None:  # what is served first is looked at beyond the share
             self.schedule.note(batch.taken.key, batch.count, seconds)
         return alarm
@@ -415,6 +415,6 @@ class Region:
         what = DEFERRED if self.subject.deferred is not None else STALE
         if not alarm.stale or self.counters.alarms >= MOST_ALARMS:
             what = MIXED
-            self._rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
+            self.rest.begin_for_good(Bypass("rows that were served differed from what the original gives", quiet=True))
         self.reasons["rows were found to be wrong when computed again"] += batch.count
         logger.warning("%s was cached wrongly and its rows are removed: %s: %s", self.name, alarm.found, what)

@@ -128,6 +128,8 @@ class Traced:
             return self._run(trace, module, given, hooked)
         except Bypass as bypass:
             why, failed = bypass, self._failed
+            if isinstance(bypass, Unreadable):  # to read it anew takes long
+                self._region.rest.begin_after_some(bypass)
         except Exception as error:
             what = tracing_failed(error)
             if what is None:
