@@ -1,6 +1,7 @@
 """Partly trainable marks: the frozen part is looked up, the rest trains as it would without a cache."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -787,6 +788,36 @@ def test_a_call_that_the_code_itself_rejects_turns_nothing_off(door, bad, first,
     assert counted(model)[2] == 0
     assert not warnings
     assert "fake" not in capfd.readouterr().err
+
+
+class Tables(Net):
+    """Sets itself up in its first call."""
+
+    @functools.cached_property
+    def table(self):
+        return torch.arange(6.0)
+
+    def forward(self, x):
+        return super().forward(x + self.table)
+
+
+class Reversed(Net):
+    """What trains comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.top = nn.Linear(6, 6), nn.Linear(6, 3).requires_grad_(False)
+
+
+@pytest.mark.parametrize("door", ["call", "transform"])
+@pytest.mark.parametrize(("kind", "told"), [(Tables, 0), (Reversed, 1)])
+def test_that_no_part_is_cached_is_said_once_a_mark_is_set_up(kind, told, door, warnings):
+    model, data = torchcache.mark(kind(), audit=0), torch.randn(4, 6)
+    run = opened(door, model)
+    for _ in range(4):
+        run(data)
+    assert len([text for text in warnings if "no part of" in text]) == told
+    assert bool(counted(model)[0]) != bool(told)
 
 
 def test_a_graph_that_ends_before_the_frozen_part_is_no_reason_to_warn(warnings):

@@ -164,8 +164,9 @@ class Traced:
         finally:
             _running.call = outer
         if len(trace.graphs) > known:
-            trace.outcome.tell_of_nothing()
             self._note_tracing(time.perf_counter() - began)
+        else:  # a first call may set things up, and be traced in other parts than those after it
+            trace.outcome.tell_of_nothing()
         trace.note(call)
         if trace.calls == ENOUGH_CALLS:
             self._trusted = MOST_TRUSTED
