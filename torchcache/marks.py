@@ -9,10 +9,11 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from torchcache.doors import door
 from torchcache.errors import MarkError
@@ -359,7 +360,16 @@ def _kind_of(kind: Any) -> Any:
     annotations = property(lambda made: getattr(vars(made).get("torchcache_base"), "__annotations__", {}))
     # Code may make a class of a marked one and of an abstract one.
     kinds = (abc.ABCMeta,) if kind is type else (kind,)
-    return type(kind.__name__, kinds, {"__setattr__": assign, "__delattr__": delete, "__annotations__": annotations})
+    shown = {"__annotations__": annotations, "__bases__": property(_bases)}
+    return type(kind.__name__, kinds, {"__setattr__": assign, "__delattr__": delete, **shown})
+
+
+def _bases(made: Any) -> tuple[type, ...]:
+    """The bases of a class; torch removes its own class for parametrizations by them, and the mark is to stay."""
+    base = vars(made).get("torchcache_base")
+    if base is not None and base.__module__ == parametrize.__name__:
+        return (_marked_class(base.__bases__[0], made._torchcache_marks),)
+    return cast(tuple[type, ...], type.__dict__["__bases__"].__get__(made))
 
 
 # As long as they are in use: a class that was made holds the user's, and a key must hold no function of the user's.
@@ -407,5 +417,4 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 def _new(base: type[nn.Module], marks: dict[str, _Choice], *args: Any) -> nn.Module:
     kind = _marked_class(base, marks)
-    made: nn.Module = kind.__new__(kind, *args)
-    return made
+    return kind.__new__(kind, *args)

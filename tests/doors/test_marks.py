@@ -346,6 +346,20 @@ def test_wrong_targets_are_refused_with_advice():
     assert not reasons(torchcache.mark(nn.Linear(2, 2)))
 
 
+def test_a_module_keeps_its_mark_when_parametrizations_are_removed():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4).eval()).requires_grad_(False)
+    layer, x = torchcache.mark(layer, audit=0), torch.randn(6, 4)
+    layer(x)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    layer.requires_grad_(False)
+    for _ in range(2):
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+    assert torchcache.stats(layer).hits >= 6
+    torch.save(layer, io.BytesIO())
+    assert type(torchcache.unmark(layer)) is nn.Linear
+
+
 def test_a_lazy_module_keeps_its_mark_when_it_becomes_another_class():
     module = torchcache.mark(nn.LazyLinear(4))
     x = torch.randn(6, 5)
