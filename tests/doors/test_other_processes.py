@@ -12,10 +12,12 @@ pytest.importorskip("transformers")
 
 RUN = """
     import json, sys
+    sys.path.insert(0, sys.argv[1])
+    import torchvision_operators  # before anything imports torchvision
     import torch, transformers
     import torchcache
 
-    directory, order = sys.argv[1:]
+    directory, order = sys.argv[2:]
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     text, images = dict(small, vocab_size=100), dict(small, image_size=32, patch_size=8)
     of = transformers
@@ -56,7 +58,8 @@ RUN = """
 def run(directory, order, seed):
     """Misses, bypasses and disk hits of each model in a process that hashes texts by this seed."""
     environment = {**os.environ, "PYTHONHASHSEED": seed}
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RUN), str(directory), order]
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RUN), here, str(directory), order]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
