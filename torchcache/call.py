@@ -165,23 +165,23 @@ class Region:
             logger.debug("the lookup of %s failed", self.name, exc_info=True)
             why = Bypass(f"its lookup failed ({described(error)})", "please report it")
         # What the original raises from here on is the user's own, and no error of ours is its context.
-        why.__traceback__ = None
         if isinstance(why, Trains) and self.partly is not None:
             return self.partly(given, why)
         return self.compute(given, why)
 
     def compute(self, given: Given, bypass: Bypass) -> Any:
-        """The original on the whole batch, not stored; counted, and said the first time."""
-        self.count(given, bypass)
+        """The original on the whole batch, not stored; counted, and said the first time, unless it fails."""
+        # It may be kept to be raised again, and is not to keep the arguments of every call meanwhile.
+        bypass.__traceback__ = bypass.__context__ = bypass.__cause__ = None
         try:
-            return given.run()
+            outputs = given.run()
         finally:
             given.release()
+        self.count(given, bypass)
+        return outputs
 
     def count(self, given: Given, bypass: Bypass) -> None:
         """Count a call that is computed and not stored, and say so the first time."""
-        # It may be kept to be raised again, and is not to keep the arguments of every call meanwhile.
-        bypass.__traceback__ = bypass.__context__ = bypass.__cause__ = None
         self.counters.count_bypass(given.rows)
         if self.subject.deferred is not None:
             self.subject.deferred.note(True)

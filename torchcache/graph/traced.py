@@ -137,13 +137,8 @@ class Traced:
             why = failed = Bypass(f"its frozen part cannot be traced ({what})", "mark a part that is frozen as a whole")
         finally:
             fix_rows()
-        why.__traceback__ = None
-        try:
-            outputs = given.run()
-        finally:
-            given.release()
+        outputs = self._region.compute(given, why)
         self._failed = failed  # where the code fails as well, that says nothing of its traces
-        self._region.count(given, why)
         return outputs
 
     def _run(self, trace: _Trace, module: nn.Module, given: Given, hooked: bool) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ from torchcache.identity.homes import (
     beneath,
     beneath_class,
     home_of,
-    imports_on_demand,
     is_class,
     is_foreign,
-    is_installed,
     is_named,
     module_of,
     named_class,
@@ -29,11 +26,9 @@ from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ignored, member_space, names_of_class
 from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
-from torchcache.identity.reads import Chain
+from torchcache.identity.resolve import MISSING
 from torchcache.identity.switches import add_answer, switches_of
 from torchcache.kernels import kernels, registrations
-
-MISSING = object()
 
 # Special methods that run when a class is called, and those that no operator runs.
 CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__"})
@@ -312,79 +307,6 @@ def _python_module(value: types.ModuleType) -> Node:
         return node
     node.spaces.append(member_space("global", members))
     return node
-
-
-class Resolved:
-    """What a chain of names stands for in a scope.
-
-    Attributes
-    ----------
-    value : Any
-        The object, or ``MISSING``.
-    rest : tuple of str
-        Names that are taken from it and that modules do not resolve.
-    bindings : list of (dict, str)
-        Namespaces that were asked on the way, and for which name.
-    """
-
-    __slots__ = ("bindings", "rest", "value")
-
-    def __init__(self) -> None:
-        self.value: Any = MISSING
-        self.rest: tuple[str, ...] = ()
-        self.bindings: list[tuple[dict[str, Any], str]] = []
-
-
-def resolve(chain: Chain, scope: dict[str, Any]) -> Resolved:
-    """What ``chain`` stands for where ``scope`` holds the globals. Nothing is imported.
-
-    What installed code takes from a module that imports on demand is ``MISSING``: others may have asked for it.
-    """
-    found = Resolved()
-    names = list(chain.names)
-    if chain.module:
-        name = _absolute(chain.module, scope)
-        found.bindings.append((sys.modules, name))
-        value: Any = sys.modules.get(name, MISSING)
-    else:
-        found.bindings.append((scope, names[0]))
-        value = scope.get(names[0], MISSING)
-        if value is MISSING:
-            builtin = scope.get("__builtins__")
-            outer = builtin if isinstance(builtin, dict) else vars(sys.modules["builtins"])
-            found.bindings.append((outer, names[0]))
-            value = outer.get(names[0], MISSING)
-        names.pop(0)
-    installed = is_installed(str(scope.get("__name__") or ""))
-    while names and isinstance(value, types.ModuleType):
-        if installed and imports_on_demand(value):
-            return found
-        members = object.__getattribute__(value, "__dict__")
-        found.bindings.append((members, names[0]))
-        inner = members.get(names[0], MISSING)
-        if inner is MISSING:
-            name = f"{members.get('__name__', '')}.{names[0]}"
-            found.bindings.append((sys.modules, name))
-            inner = sys.modules.get(name, MISSING)
-            if inner is MISSING:
-                if not is_named(str(members.get("__name__", ""))) and "__getattr__" in members:
-                    inner = members["__getattr__"]
-                else:
-                    break
-        value = inner
-        names.pop(0)
-    found.value, found.rest = value, tuple(names)
-    return found
-
-
-def _absolute(name: str, scope: Mapping[str, Any]) -> str:
-    level = len(name) - len(name.lstrip("."))
-    if not level:
-        return name
-    package = str(scope.get("__package__") or str(scope.get("__name__") or "").rpartition(".")[0])
-    base = package.rsplit(".", level - 1)[0] if level > 1 else package
-    rest = name[level:]
-    return f"{base}.{rest}" if rest else base
 
 
 def simplify(value: Any) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from torchcache.identity.callables import describe_code
-from torchcache.identity.homes import is_class, module_of
+from torchcache.identity.homes import is_class
+from torchcache.identity.libraries import imports_when_asked
 from torchcache.identity.modules import GlobalHooks, describe_hooks, describe_module, describe_tensor
 from torchcache.identity.node import Node
 from torchcache.identity.switches import Switch, describe_switch
@@ -18,9 +19,6 @@ from torchcache.identity.values import describe_value
 
 # Those of the process, which whoever draws moves on: what draws from them is not cached.
 _GENERATORS = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
-
-# Where a package maps names to what it imports when it is asked: such maps say what a process asked for so far.
-_ON_DEMAND = "transformers.models.auto."
 
 
 def describe(value: Any, bare: int = 0) -> Node:
@@ -31,7 +29,7 @@ def describe(value: Any, bare: int = 0) -> Node:
         return describe_hooks(value)
     if type(value) is Switch:
         return describe_switch(value)
-    if module_of(type(value)).startswith(_ON_DEMAND):
+    if imports_when_asked(type(value)):
         return Node(value, parts=[("", type(value))])
     if is_class(value):
         return describe_code(value) or describe_value(value)

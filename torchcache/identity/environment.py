@@ -7,10 +7,10 @@ import os
 import types
 from typing import Any
 
-from torchcache.identity.callables import resolve
 from torchcache.identity.homes import beneath, home_of, is_named
 from torchcache.identity.reader import reads_of
 from torchcache.identity.reads import Reads
+from torchcache.identity.resolve import resolve
 
 _ITSELF = [os.environ, os.getenv, *(getattr(os, name) for name in ("environb", "getenvb") if hasattr(os, name))]
 # Calls within the library that are followed.

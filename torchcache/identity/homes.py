@@ -167,11 +167,6 @@ def is_installed(module: str) -> bool:
     return file is not None and (any(part in os.path.realpath(file) for part in _SITE) or bool(_record_of(parts[0])))
 
 
-def imports_on_demand(module: types.ModuleType) -> bool:
-    """Whether a module is of a class that finds names when they are asked for; not torch's operators."""
-    return hasattr(type(module), "__getattr__") and not is_named(module_of(type(module)))
-
-
 def looks_inside(callee: Any) -> bool:
     """Whether what is called is code that is not read and may look at all of what it is given."""
     if isinstance(callee, types.FunctionType):

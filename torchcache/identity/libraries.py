@@ -8,9 +8,14 @@ from typing import Any
 import torch
 
 from torchcache.dynamo import custom_operators
-from torchcache.identity.homes import version_of
+from torchcache.identity.homes import module_of, version_of
 from torchcache.identity.node import Check, Node
 from torchcache.kernels import is_registered_in_python, kernels, registrations
+
+
+def imports_when_asked(kind: type) -> bool:
+    """Whether an object maps names to what it imports when it is asked: it says what a process asked for so far."""
+    return module_of(kind).startswith("transformers.models.auto.")
 
 
 def describe_ufunc(value: Any) -> Node:

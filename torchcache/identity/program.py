@@ -17,6 +17,7 @@ from torchcache.identity.containers import Place
 from torchcache.identity.encode import encode
 from torchcache.identity.exchange import exchange
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
+from torchcache.identity.known import Known
 from torchcache.identity.modules import GROUPS, GlobalHooks
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, beneath_mark, member_space
@@ -169,7 +170,7 @@ def _watch(reach: Reach, module: Any) -> Watch:
             _add(watch, node, check, _often(node))
         for space in node.spaces:
             if space.live is not space.held:
-                _add_space(watch, reach, node, space)
+                _add_space(watch, reach.known, node, space)
         if node.kind == "module":
             _add_groups(watch, node)
     for mapping, names in reach.bindings.values():
@@ -260,14 +261,14 @@ def _bound(read: Mapping[str, Any]) -> Callable[[Mapping[Any, Any]], list[str]]:
     ]
 
 
-def _add_space(watch: Watch, reach: Reach, node: Node, space: Space) -> None:
+def _add_space(watch: Watch, known: Known, node: Node, space: Space) -> None:
     """Watch the entries of a namespace that are read, and those that would be if they were there."""
     chosen = {name: space.held[name] for name in space.held if name in space.chosen}
 
     def differs(live: Mapping[str, Any]) -> list[str]:
         now = member_space(space.kind, live, space.leave).held
         found = [name for name, value in chosen.items() if not same(now.get(name, ABSENT), value)]
-        found += [name for name in now if name not in space.held and reach.known.wanted(node, space, name)]
+        found += [name for name in now if name not in space.held and known.wanted(node, space, name)]
         if space.ordered and not found and [*filter(chosen.__contains__, now)] != list(chosen):
             found = list(chosen)
         path = node.path()

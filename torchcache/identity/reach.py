@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.callables import HOMES, MISSING, Torch, patches, resolve, simplify
+from torchcache.identity.callables import HOMES, Torch, patches, simplify
 from torchcache.identity.describe import describe
 from torchcache.identity.entries import OwnEntries, describe_items, has_items
 from torchcache.identity.environment import is_environment, named_variables, variables_of
@@ -30,6 +30,7 @@ from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHook
 from torchcache.identity.node import Check, Node, Space, home_around, is_own, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
 from torchcache.identity.reads import STREAMS, Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
+from torchcache.identity.resolve import MISSING, resolve
 from torchcache.identity.symbols import DISPLAYED
 from torchcache.identity.values import ATOMS
 

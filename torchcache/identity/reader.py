@@ -260,8 +260,8 @@ class _Reader:
         *_, names = self._pop(3)
         for symbol in names:
             if symbol[0] == "const" and isinstance(symbol[1], tuple):
-                self.found.names.update(symbol[1])
-                self.found.used.update(symbol[1])
+                self.found.names.update(map(str, symbol[1]))
+                self.found.used.update(map(str, symbol[1]))
         if at.arg:
             self.found.names.add("__match_args__")
             self.found.anything = self.found.dynamic = True
