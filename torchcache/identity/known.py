@@ -64,13 +64,14 @@ class Known:
         self.kind: type | None = None
         self._used_classes: set[type] = set()
 
-    def use(self, kind: type) -> bool:
-        """Note that an object of a class is used for more than its attributes; whether that is news."""
+    def use(self, kind: type) -> set[type]:
+        """Note that an object of a class is used for more than its attributes; the classes of which that is news."""
         kind = beneath_class(kind)
         if kind in self._used_classes or named_class(kind):
-            return False
-        self._used_classes.update(base for base in kind.__mro__ if not named_class(base))
-        return True
+            return set()
+        new = {base for base in kind.__mro__ if not named_class(base)} - self._used_classes
+        self._used_classes |= new
+        return new
 
     def is_used(self, kind: type) -> bool:
         """Whether such an object is known of a class, or of one that has a base in common with it."""

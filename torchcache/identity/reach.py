@@ -53,6 +53,7 @@ class Reach:
         self.known = Known(without)
         self.problem = ""
         self._todo: list[Node] = []
+        self._classes: list[Node] = []
         self._waiting: dict[str, list[tuple[Node, Space, str]]] = {}
         self._under: dict[str, list[Any]] = {}
         self._scopes = False
@@ -120,6 +121,10 @@ class Reach:
             node.parent, node.label = parent, label
             node.depth = 0 if is_own(node) else depth
             self.nodes[id(value)] = node
+            if node.kind == "class":
+                self._classes.append(node)
+                if self.known.is_used(node.value):
+                    self._use(node.value)
             node.level = max(level, int(node.whole), self.known.level_of(node))
             node.constructed = not as_type
             self._todo.append(node)
@@ -148,8 +153,6 @@ class Reach:
             variables = zip(node.value.__code__.co_freevars, node.value.__closure__ or (), strict=False)
             left = [cell for name, cell in variables if closed_over(name) in self.known.without]
             node.parts = [part for part in node.parts if not any(part[1] is cell for cell in left)]
-        if node.kind == "class" and self.known.is_used(node.value):
-            self._use(node.value)
         inner = node.level if node.kind == "group" or node.level > 1 else 0
         typed = node.kind in ("module", "object", "tensor")
         for label, value in node.parts:
@@ -205,11 +208,10 @@ class Reach:
 
     def _use(self, kind: type) -> None:
         """An object of this class is used for more than its attributes: special methods of it run."""
-        if self.known.use(kind):
-            for node in [node for node in self.nodes.values() if node.kind == "class"]:
-                if self.known.is_used(node.value):
-                    self._use(node.value)
-                    self._todo.append(node)
+        if new := self.known.use(kind):
+            for node in [node for node in self._classes if not new.isdisjoint(node.value.__mro__)]:
+                self._use(node.value)
+                self._todo.append(node)
 
     def _name(self, name: str, used: bool = False) -> None:
         """A name is read: whatever has an entry of that name has it read, and maybe ``used``."""
