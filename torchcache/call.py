@@ -129,8 +129,7 @@ class Region:
 
     def _ordinary(self, given: Given) -> Any:
         """A call in which all of a row counts."""
-        explainer = current_explainer()
-        if explainer is not None:
+        if (explainer := current_explainer()) is not None:
             return explainer(self, given)
         if self.counters.calls >= self._usefulness.next_look:
             self._usefulness.look(self.name)
@@ -165,6 +164,7 @@ class Region:
             logger.debug("the lookup of %s failed", self.name, exc_info=True)
             why = Bypass(f"its lookup failed ({described(error)})", "please report it")
         # What the original raises from here on is the user's own, and no error of ours is its context.
+        why.__traceback__ = None  # it holds this frame, which holds it
         if isinstance(why, Trains) and self.partly is not None:
             return self.partly(given, why)
         return self.compute(given, why)
