@@ -21,7 +21,7 @@ from torchcache.identity.homes import (
     named_class,
     version_of,
 )
-from torchcache.identity.libraries import describe_namespace
+from torchcache.identity.libraries import describe_namespace, describe_scripted
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ignored, member_space, names_of_class
 from torchcache.identity.per_class import once_per_class
@@ -338,5 +338,6 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     functools._lru_cache_wrapper: _cached,
     **dict.fromkeys((types.MemberDescriptorType, types.GetSetDescriptorType), _slot),
     types.ModuleType: _python_module,
+    torch.jit.ScriptFunction: describe_scripted,
     **dict.fromkeys((type(torch.ops), type(torch.ops.aten)), describe_namespace),
 }

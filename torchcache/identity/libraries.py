@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,11 @@ from torchcache.dynamo import custom_operators
 from torchcache.identity.homes import module_of, version_of
 from torchcache.identity.node import Check, Node
 from torchcache.kernels import is_registered_in_python, kernels, registrations
+
+# Where in a file a node of a graph was written, behind it.
+_PLACE = re.compile(r' # [^"\n]*$', re.MULTILINE)
+# Calls of Python, and of what is known only when they run.
+_UNREAD = frozenset("prim::PythonOp prim::CallFunction prim::CallMethod prim::fork prim::GetAttr prim::SetAttr".split())
 
 
 def imports_when_asked(kind: type) -> bool:
@@ -72,3 +79,33 @@ def describe_namespace(value: Any) -> Node:
     begin = f"{name}::" if name else ""
     parts = [*custom_operators(begin).items(), *kernels(begin)]
     return Node(value, ("operators", name), parts, checks=[Check("content", value, read=lambda _: registrations())])
+
+
+def describe_scripted(value: Any) -> Node:
+    """A function that TorchScript compiled: its graph with all that it calls, and its tensors."""
+    graph = value.inlined_graph
+    node = Node(value, ("scripted", _PLACE.sub("", graph.str(False))), numbered=False)
+    for part in _scripted_nodes(graph):
+        kind = part.kind()
+        home, _, name = kind.partition("::")
+        if kind == "prim::Constant":
+            given = [(given, part.kindOf(given)) for given in part.attributeNames()]
+            node.parts += [(f".{part.output().debugName()}", part.t(given)) for given, is_a in given if is_a == "t"]
+            unread = any(is_a not in ("f", "i", "s", "t", "c") for _, is_a in given)
+        elif home in ("aten", "prim"):
+            unread = kind in _UNREAD
+        else:
+            operator = getattr(getattr(torch.ops, home), name, None)
+            node.parts.append((f".{kind}", operator))
+            unread = operator is None
+        if unread:
+            node.problem = f"is compiled by TorchScript and holds a {kind}, which cannot be read"
+    return node
+
+
+def _scripted_nodes(block: Any) -> Iterator[Any]:
+    """The nodes of a graph of TorchScript, those of its branches and loops included."""
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _scripted_nodes(inner)
