@@ -60,6 +60,33 @@ def test_inputs_that_differ_in_every_epoch_are_the_likely_reason():
     assert "random augmentation" in told
 
 
+def test_a_program_that_is_read_again_for_long_is_told_of():
+    told = run(
+        """
+        import torchcache.usefulness
+        torchcache.usefulness.LONG = 0.0
+
+        class Registry:
+            def __init__(self, seen=()):
+                self.seen = set(seen)
+
+        REGISTRY = {"state": Registry()}
+
+        class Reading(Encoder):
+            def forward(self, x):
+                return super().forward(x) + len(REGISTRY["state"].seen)
+
+        model = torchcache.mark(Reading(), freeze=True)
+        for x in epochs(4):
+            REGISTRY["state"] = Registry(REGISTRY["state"].seen)
+            model(x)
+        assert torchcache.stats(model).hits == 60
+        """
+    )
+    assert told.count("WARNING") == told.count("is read again and again") == 1
+    assert "since the global REGISTRY is replaced or written to" in told
+
+
 def test_while_it_runs_it_is_said_at_info_and_seldom():
     told = run(
         """

@@ -38,11 +38,22 @@ RUN = """
     else:
         size = dict(block_out_channels=(32,), norm_num_groups=8)
         MODELS["vae"] = lambda: diffusers.AutoencoderKL(**size)
+
+
+    def exported():
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()).eval()
+        rows = torch.export.Dim("rows", min=2, max=64)
+        return torch.export.export(net, (torch.randn(4, 3, 32, 32),), dynamic_shapes=({0: rows},)).module()
+
+
+    MODELS["exported"] = exported
     found = {}
     for name in sorted(MODELS, reverse=order == "last first"):
         torch.manual_seed(0)
-        model = MODELS[name]().eval().requires_grad_(False)
-        sees = name in ("clip", "dinov2", "siglip", "vit", "vae")
+        model = MODELS[name]().requires_grad_(False)
+        if name != "exported":  # it has no modes
+            model.eval()
+        sees = name in ("clip", "dinov2", "exported", "siglip", "vit", "vae")
         inputs = torch.randn(6, 3, 32, 32) if sees else torch.randint(3, 99, (6, 7))
         method = {"vae": "_encode"}.get(name, "forward")
         torchcache.mark(model, method=method, persistent=True, persistent_cache_dir=directory)

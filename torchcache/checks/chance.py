@@ -22,7 +22,7 @@ from torchcache.threads import is_alone
 _PROBABILITIES = ("dropout_p", "p", "dropout")
 # Arguments that tell an operator to act as in training.
 TRAINING = ("training", "train", "use_input_stats")
-_ADVICE = "call .eval() on it, or mark a part that draws none"
+_ADVICE = "call .eval() on it; where it draws in eval mode, too, mark a part that draws none"
 
 
 class Generators:

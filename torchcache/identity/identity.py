@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +65,8 @@ class Identity:
     ----------
     changed : list of str
         Names of what differed when it last became another, as far as they are known.
+    seconds : float
+        Time that was spent on reading programs.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Identity:
         self._name = name
         self._pure = pure
         self.changed: list[str] = []
+        self.seconds = 0.0
         self._program: Program | None = None
         self._other: Program | None = None
         self._state = State()
@@ -101,9 +105,11 @@ class Identity:
         return other
 
     def _read(self, given: tuple[type, ...] = ()) -> Program:
+        began = time.perf_counter()
         program = Program(self._subject(), self._where, self._pure, given, self._hooked)
         if self._function is not None:
             program.follow(self._function)
+        self.seconds += time.perf_counter() - began
         return program
 
     def enters_itself(self) -> None:

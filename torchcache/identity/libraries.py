@@ -81,6 +81,12 @@ def describe_namespace(value: Any) -> Node:
     return Node(value, ("operators", name), parts, checks=[Check("content", value, read=lambda _: registrations())])
 
 
+def only_checks(hook: Any) -> bool:
+    """Whether a hook is torch's own look at the inputs of an exported program, which changes none of them."""
+    home = sys.modules.get("torch.export._unlift")
+    return home is not None and hook is getattr(home, "_check_input_constraints_pre_hook", None)
+
+
 def describe_scripted(value: Any) -> Node:
     """A function that TorchScript compiled: its graph with all that it calls, and its tensors."""
     graph = value.inlined_graph

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from torchcache.identity.homes import beneath_class, is_class, named_class
+from torchcache.identity.libraries import only_checks
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
 
@@ -81,6 +82,8 @@ def describe_hooks(value: type[GlobalHooks]) -> Node:
 
 def _hooks(node: Node, hooks: Mapping[int, Any], with_keywords: Mapping[int, bool], group: str) -> None:
     for number, hook in hooks.items():
+        if only_checks(hook):
+            continue
         node.head += (f"{group} with keywords" if number in with_keywords else group,)
         node.parts.append((f".{group}[...]", hook))
 

@@ -26,7 +26,10 @@ NOTES = frozenset(
 _NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
 
 # Classes whose own code reads nothing of their objects that a name in the program would not.
-_PLAIN_HOLDERS = frozenset({"argparse", "types", "abc", "typing", "collections.abc", "builtins", "_collections_abc"})
+_PLAIN_HOLDERS = frozenset(
+    "abc argparse builtins collections.abc types typing _collections_abc "
+    "torch.export._unlift torch.fx.graph_module".split()
+)
 
 
 def ignored(name: str) -> bool:

@@ -315,7 +315,7 @@ def _context(value: contextvars.ContextVar[Any]) -> Node:
     held = _in_context(value)
     return Node(
         value,
-        ("context", value.name),
+        ("context",),  # libraries make its name of an address
         [] if held == (ABSENT,) else [(".get()", held[0])],
         checks=[Check("content", value, read=_in_context)],
     )
