@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import itertools
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchcache.identity.homes import beneath
+from torchcache.identity.per_class import once_per_class
 from torchcache.logging import warn_once
 from torchcache.trainable import is_frozen
 
@@ -163,10 +167,26 @@ def _acts_in_training(part: nn.Module) -> bool:
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     if isinstance(part, nn.modules.batchnorm._BatchNorm) or any(map(_reads_mode, hooks)):
         return True
-    if _is_of_torch(type(part).forward) or not _reads_mode(type(part).forward):
-        return False
-    # Many ask, to hand a rate on that is zero, or to recompute in backward.
-    return any(value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float)))
+    asks, writes = _of_forward(type(part))
+    # Many ask, to hand a rate on that is zero, or to recompute in backward; others keep statistics.
+    rates = [value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float))]
+    return asks and (writes or any(rates))
+
+
+@once_per_class
+def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool]:
+    """Whether forward, with methods beside it that it names, asks for the mode, and whether it sets attributes."""
+    asks = writes = False
+    names = ["forward"]
+    for name in names:
+        function = inspect.unwrap(beneath(getattr(kind, name)))
+        if not isinstance(function, types.FunctionType) or _is_of_torch(function):
+            continue
+        code = function.__code__
+        asks = asks or "training" in code.co_names
+        writes = writes or any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code))
+        names += [read for read in code.co_names if read in vars(kind) and read not in names]
+    return asks, writes
 
 
 def _reads_mode(function: Any) -> bool:

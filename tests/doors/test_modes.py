@@ -69,6 +69,33 @@ class DropPath(nn.Module):
         return nn.functional.dropout(x, self.drop_prob, self.training)
 
 
+class Centred(nn.Module):
+    """Takes the mean of what it saw in train mode away."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.count = torch.zeros(3), 0
+
+    def forward(self, x):
+        if self._gathers():
+            self._gather(x)
+        return x - self.mean
+
+    def _gathers(self):
+        return self.training
+
+    def _gather(self, x):
+        self.count += len(x)
+        self.mean = self.mean + (x - self.mean).sum(0) / self.count
+
+
+class Recomputing(nn.Module):
+    """Asks for the mode, and computes the same in each."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False) if self.training else x.tanh()
+
+
 def _hooked(part):
     part.register_forward_hook(lambda module, args, output: output * 2 if module.training else output)
     return part
@@ -83,6 +110,8 @@ def _hooked(part):
         (nn.LayerNorm(3), None),
         (DropPath(0.2), "DropPath"),
         (DropPath(0.0), None),
+        (Centred(), "Centred"),
+        (Recomputing(), None),
         (_hooked(nn.LayerNorm(3)), "LayerNorm"),
         (nn.utils.spectral_norm(nn.Linear(3, 3)), "Linear"),
     ],
