@@ -319,11 +319,6 @@ def deep():
     return values
 
 
-def aliased():
-    values = [X]
-    return (values, {"a": values})
-
-
 NOT_UNDERSTOOD = {
     "object": object,
     "config": Config,
@@ -381,7 +376,6 @@ NOT_UNDERSTOOD = {
     "frozenset of objects": lambda: frozenset([Config()]),
     "a list within itself": within_itself,
     "a deep list": deep,
-    "the same list twice": aliased,
 }
 
 
@@ -549,9 +543,26 @@ def test_lists_of_other_tensors_are_taken_apart():
     for values in ([X, Y], [X, X.double()], [X, 1], []):
         assert take_arguments((values,), {}, (), stack_lists=True).key == take_arguments((values,), {}, ()).key
     assert len(take_arguments((X, X.clone()), {}, (), stack_lists=True).tensors) == 2
-    images = [X, X]
-    with pytest.raises(Bypass, match="'y' is a list that stands in two places"):
-        take_arguments((images, images), {}, ("x", "y"), stack_lists=True)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_container_in_two_places_is_one_again(stacked):
+    images = [X, X.clone()]
+    taken = take_arguments((images, {"again": images, "other": [*images]}), {}, ("x", "y"), stack_lists=stacked)
+    (first, second), _ = taken.rebuild([tensor + 1 for tensor in taken.tensors])
+    assert first is second["again"]
+    assert first is not second["other"]
+    assert torch.equal(first[1], X + 1)
+    apart = take_arguments(([*images], {"again": images, "other": images}), {}, ("x", "y"), stack_lists=stacked)
+    copies = take_arguments(([*images], {"again": [*images], "other": [*images]}), {}, ("x", "y"), stack_lists=stacked)
+    assert len({taken.key, apart.key, copies.key}) == 3
+
+
+def test_a_container_within_itself_is_none():
+    inner = {"x": X}
+    inner["itself"] = [inner]
+    with pytest.raises(Bypass, match="is a dict that holds itself"):
+        take_outputs((X, inner))
 
 
 def test_keys_are_the_same_in_another_process():

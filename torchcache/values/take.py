@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,83 +24,12 @@ from torchcache.values.constants import (
     type_name,
 )
 from torchcache.values.containers import KEEP_NO_CACHE, open_container
+from torchcache.values.objects import Opened
+from torchcache.values.pieces import Again, Constant, Container, Leaf, Piece, Stack
 from torchcache.values.tensors import TENSORS, check_tensor
 
 # Values in one call: above, they are data and belong into tensors.
 MOST_VALUES = 100_000
-Path = tuple[Any, ...]
-
-
-class _Leaf(NamedTuple):
-    """Stands where a tensor was."""
-
-    place: int
-
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return tensors[self.place]
-
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        yield self.place, ()
-
-    def constants(self) -> Iterator[Any]:
-        return iter(())
-
-
-class _Stacked(NamedTuple):
-    """Stands where a list or tuple of equal tensors was: one leaf is their stack."""
-
-    place: int
-    kind: type
-
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return self.kind(tensors[self.place].unbind(0))
-
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        yield self.place, ()
-
-    def constants(self) -> Iterator[Any]:
-        return iter(())
-
-
-class _Constant(NamedTuple):
-    """A value that nobody can write to."""
-
-    value: Any
-
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return self.value
-
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        return iter(())
-
-    def constants(self) -> Iterator[Any]:
-        yield self.value
-
-
-class _Container(NamedTuple):
-    """A container without its parts."""
-
-    kind: type
-    make: Callable[[list[Any]], Any]
-    names: Sequence[Any]
-    parts: Sequence[Any]
-
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return self.make([part.build(tensors) for part in self.parts])
-
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        for name, part in zip(self.names, self.parts, strict=True):
-            for place, path in part.paths():
-                yield place, (name, *path)
-
-    def constants(self) -> Iterator[Any]:
-        for name, part in zip(self.names, self.parts, strict=True):
-            if self.kind in _NAMED and type(name) is not str:
-                yield name
-            yield from part.constants()
-
-
-_Plan = _Leaf | _Stacked | _Constant | _Container
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +49,7 @@ class Taken:
 
     tensors: list[torch.Tensor]
     key: bytes
-    _plan: _Plan
+    _whole: Piece
     classes: tuple[type, ...] = ()
     _parameters: tuple[int, ...] = ()
 
@@ -138,11 +66,11 @@ class Taken:
             for place in self._parameters:
                 if type(tensors[place]) is torch.Tensor:
                     tensors[place] = nn.Parameter(tensors[place], tensors[place].requires_grad)
-        return self._plan.build(tensors)
+        return self._whole.build(tensors, {})
 
     def path(self, index: int) -> str:
         """Where a tensor stands, for people: ``" 'mask'[0]"``; empty where it is all there is."""
-        return _path_text(next(path for place, path in self._plan.paths() if place == index))
+        return _path_text(next(path for place, path in self._whole.paths() if place == index))
 
     def name(self, index: int) -> str:
         """The name of a tensor, for people: ``last_hidden_state``, ``[0]``; ``output`` where it is all there is."""
@@ -151,11 +79,11 @@ class Taken:
 
     def place(self, name: str) -> int | None:
         """Which tensor is the argument ``name``, or has that name in one; ``None`` where there is no such one."""
-        return next((place for place, path in self._plan.paths() if name in path[:1] or name in path[-1:]), None)
+        return next((place for place, path in self._whole.paths() if name in path[:1] or name in path[-1:]), None)
 
     def constants(self) -> Iterator[Any]:
         """What stands in it beside tensors, names of entries that are no text included."""
-        return self._plan.constants()
+        return self._whole.constants()
 
 
 def take_arguments(
@@ -227,7 +155,7 @@ def _digest(data: Sequence[bytes]) -> bytes:
 
 
 _ONE_KEY = _digest([TENSORS[torch.Tensor]])
-_ONE_LEAF = _Leaf(0)
+_ONE_LEAF = Leaf(0)
 
 
 class _Form(NamedTuple):
@@ -252,7 +180,7 @@ class _Form(NamedTuple):
     head: bytes
     make: Callable[[list[Any]], Any]
     plain_key: bytes
-    plain_plan: _Container
+    plain_plan: Container
 
 
 @functools.lru_cache(maxsize=1024)
@@ -274,7 +202,7 @@ def _form(positional: int, keywords: tuple[str, ...], parameters: tuple[str, ...
         values = [given[place] for place in range(len(order))]
         return tuple(values[:positional]), dict(zip(keywords, values[positional:], strict=True))
 
-    plain_plan = _Container(tuple, make, names, [_Leaf(index) for index in range(len(order))])
+    plain_plan = Container(tuple, make, names, [Leaf(index) for index in range(len(order))])
     return _Form(order, names, head, make, _digest([head, TENSORS[torch.Tensor] * len(order)]), plain_plan)
 
 
@@ -287,21 +215,21 @@ class _Walk:
         self._tensors: list[torch.Tensor] = []
         self._places: dict[int, int] = {}
         self._data: list[bytes] = []
-        # By id, and held: a temporary's id would be given to another.
-        self._mutable: dict[int, Any] = {}
+        # By id: the container, held since a temporary's id would be given to another, its number, and its piece.
+        self._mutable: dict[int, list[Any]] = {}
         self._failed: list[Any] = []
         self._classes: dict[type, None] = {}
 
     def arguments(self, values: Sequence[Any], form: _Form) -> Taken:
         """Arguments, in the key's order."""
         self._data.append(form.head)
-        return self._taken(lambda: _Container(tuple, form.make, form.names, self._parts(form.names, values, DEEPEST)))
+        return self._taken(lambda: Container(tuple, form.make, form.names, self._parts(form.names, values, DEEPEST)))
 
     def outputs(self, outputs: Any) -> Taken:
         """Outputs."""
         return self._taken(lambda: self._take(outputs, DEEPEST))
 
-    def _taken(self, walk: Callable[[], _Plan]) -> Taken:
+    def _taken(self, walk: Callable[[], Piece]) -> Taken:
         try:
             plan = walk()
         except RecursionError:
@@ -319,7 +247,7 @@ class _Walk:
         advice = KEEP_NO_CACHE if any(name in _MODEL_CACHES for name in path) else bypass.advice
         return Bypass(f"{self._what}{_path_text(path)} is {bypass.reason}", advice)
 
-    def _parts(self, names: Sequence[Any], parts: Sequence[Any], depth: int) -> list[_Plan]:
+    def _parts(self, names: Sequence[Any], parts: Sequence[Any], depth: int) -> list[Piece]:
         plans = []
         for name, part in zip(names, parts, strict=True):
             try:
@@ -329,7 +257,7 @@ class _Walk:
                 raise
         return plans
 
-    def _take(self, value: Any, depth: int) -> _Plan:
+    def _take(self, value: Any, depth: int) -> Piece:
         kind = type(value)
         if kind in TENSORS:
             check_tensor(value)
@@ -337,23 +265,36 @@ class _Walk:
         atom = ATOMS.get(kind)
         if atom is not None:
             self._data.append(atom(value))
-            return _Constant(value)
+            return Constant(value)
         if is_constant(kind):
             self._data.append(constant_bytes(value))
             self._classes.update(dict.fromkeys(classes_within(value)))
-            return _Constant(value)
+            return Constant(value)
         if depth == 0:
             raise too_deep()
         if len(self._data) > MOST_VALUES:
             raise Bypass(f"one of more than {MOST_VALUES:,} values", "pass them as tensors")
         opened = open_container(value)
-        if opened.mutable:
-            if id(value) in self._mutable:
-                verb = "pass" if self._what == "argument" else "return"
-                raise Bypass(f"{type_name(value)} that stands in two places", f"{verb} a copy in one of them")
-            self._mutable[id(value)] = value
+        if not opened.mutable:
+            return self._opened(value, opened, depth)
+        if id(value) in self._mutable:
+            return self._again(value)
+        entry = self._mutable[id(value)] = [value, len(self._mutable), None]
+        piece = entry[2] = self._opened(value, opened, depth)
+        return piece
+
+    def _again(self, value: Any) -> Again:
+        """What stands for a container in all places but its first."""
+        _, number, piece = self._mutable[id(value)]
+        if piece is None:
+            raise Bypass(f"{type_name(value)} that holds itself", "use one that does not")
+        self._data.append(b"&%d;" % number)
+        return Again(piece)
+
+    def _opened(self, value: Any, opened: Opened, depth: int) -> Piece:
+        kind = type(value)
         if self._stack_lists and kind in _STACKED and _is_stackable(value):
-            return _Stacked(self._leaf(torch.stack(tuple(value)), _STACKED[kind]).place, kind)
+            return Stack(self._leaf(torch.stack(tuple(value)), _STACKED[kind]).place, kind)
         self._data.append(opened.head)
         if kind.__flags__ & MADE_BY_CODE:
             self._classes[kind] = None
@@ -361,20 +302,18 @@ class _Walk:
             if type(plain) is not str and type(plain) is not int:
                 self._classes.update(dict.fromkeys(classes_within(plain)))
         parts = self._parts(opened.names, opened.parts, depth - 1)
-        return _Container(kind, opened.build, opened.names, parts)
+        return Container(kind, opened.build, opened.names, parts)
 
-    def _leaf(self, tensor: torch.Tensor, mark: bytes) -> _Leaf:
+    def _leaf(self, tensor: torch.Tensor, mark: bytes) -> Leaf:
         place = self._places.setdefault(id(tensor), len(self._tensors))
         if place < len(self._tensors):
             self._data.append(b"=%d;" % place)
         else:
             self._tensors.append(tensor)
             self._data.append(mark)
-        return _Leaf(place)
+        return Leaf(place)
 
 
-# Containers whose names of entries are chosen by code.
-_NAMED = (dict, OrderedDict, defaultdict)
 # Tags of lists and tuples that stand for a stack.
 _STACKED: dict[type, bytes] = {list: b"L", tuple: b"U"}
 # What transformers calls the place of a cache that forward writes to.
