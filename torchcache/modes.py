@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import itertools
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ from torchcache.trainable import is_frozen
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # By marked module: its parts that would be in train mode, were they not frozen.
 _held: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+# Names of operators that write to a tensor.
+_IN_PLACE = re.compile(r"[a-z]\w*_").fullmatch
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
@@ -68,7 +71,7 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
     """
     (_asked.add if mode else _asked.discard)(module)
     # Trainers call this in every step; a round trip through train mode would be a write to every part.
-    if not (kept and _stays(module) and all(map(_sets_flags_only, module.modules()))):
+    if not (kept and _stays(module) and all(map(_is_flagged, module.modules()))):
         original(module, mode)
         _held.pop(module, None)
     elif mode:
@@ -81,9 +84,9 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
 
 
 def _kept_in_eval(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a marked module that stay in eval mode."""
+    """The parts of a marked module that stay in eval mode; not what learns in train mode without a gradient."""
     if _stays(module):
-        yield from module.modules()
+        yield from (part for part in module.modules() if not _learns(part))
         return
     for child in module.children():
         if next(child.parameters(), None) is not None:
@@ -165,18 +168,33 @@ def _acts_in_training(part: nn.Module) -> bool:
     if isinstance(part, nn.MultiheadAttention):
         return bool(part.dropout)
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-    if isinstance(part, nn.modules.batchnorm._BatchNorm) or any(map(_reads_mode, hooks)):
+    if _normalises(part) or any(map(_reads_mode, hooks)):
         return True
-    asks, writes = _of_forward(type(part))
-    # Many ask, to hand a rate on that is zero, or to recompute in backward; others keep statistics.
+    # Many ask, to hand a rate on that is zero, or to recompute in backward.
     rates = [value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float))]
-    return asks and (writes or any(rates))
+    return any(rates) and _of_forward(type(part))[0]
+
+
+def _normalises(part: nn.Module) -> bool:
+    """Whether a part takes statistics of batches in train mode, as BatchNorm does."""
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return True
+    return "running_var" in part._buffers and _of_forward(type(part))[0]
+
+
+def _learns(part: nn.Module) -> bool:
+    """Whether a part keeps what it sees in train mode: a codebook of averages, a queue, statistics of a data set.
+
+    Nobody expects that to end where it is frozen, which is no more than to say that it learns without a gradient.
+    """
+    asks, sets, writes = _of_forward(type(part))
+    return asks and (sets or (writes and any(part._buffers))) and not _normalises(part)
 
 
 @once_per_class
-def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool]:
-    """Whether forward, with methods beside it that it names, asks for the mode, and whether it sets attributes."""
-    asks = writes = False
+def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool, bool]:
+    """Whether forward, with methods beside it that it names, asks for the mode, sets attributes, writes in place."""
+    asks = sets = writes = False
     names = ["forward"]
     for name in names:
         function = inspect.unwrap(beneath(getattr(kind, name)))
@@ -184,9 +202,11 @@ def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool]:
             continue
         code = function.__code__
         asks = asks or "training" in code.co_names
-        writes = writes or any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code))
+        steps = {step.opname for step in dis.get_instructions(code)}
+        sets = sets or "STORE_ATTR" in steps
+        writes = writes or "STORE_SUBSCR" in steps or any(map(_IN_PLACE, code.co_names))
         names += [read for read in code.co_names if read in vars(kind) and read not in names]
-    return asks, writes
+    return asks, sets, writes
 
 
 def _reads_mode(function: Any) -> bool:
@@ -200,8 +220,10 @@ def _is_of_torch(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
-def _sets_flags_only(module: nn.Module) -> bool:
-    """Whether ``train`` of this module does nothing else."""
+def _is_flagged(module: nn.Module) -> bool:
+    """Whether ``train`` of this module sets its flag and does nothing else, and the flag may stay as it is."""
+    if _learns(module):
+        return False
     own = type(module).train
     original = getattr(own, "torchcache_function", own)
     return original is nn.Module.train and "train" not in vars(module)

@@ -89,6 +89,37 @@ class Centred(nn.Module):
         self.mean = self.mean + (x - self.mean).sum(0) / self.count
 
 
+class Codebook(nn.Module):
+    """The nearest of some vectors, which become averages of what is nearest to them in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sizes", torch.ones(5))
+        self.vectors = nn.Embedding(5, 3).requires_grad_(False)
+
+    def forward(self, x):
+        nearest = torch.cdist(x, self.vectors.weight).argmin(1)
+        found = self.vectors(nearest)
+        if self.training:
+            chosen = nn.functional.one_hot(nearest, 5).to(x.dtype)
+            self.sizes.data.mul_(0.9).add_(0.1 * chosen.sum(0))
+            self.vectors.weight.data.add_(0.1 * (chosen.t() @ x - self.vectors.weight) / (1 + self.sizes[:, None]))
+        return found
+
+
+class Normed(nn.Module):
+    """BatchNorm, as libraries write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        if self.training:
+            self.running_var.lerp_(x.var(0), 0.1)
+        return x / self.running_var.sqrt()
+
+
 class Recomputing(nn.Module):
     """Asks for the mode, and computes the same in each."""
 
@@ -110,7 +141,7 @@ def _hooked(part):
         (nn.LayerNorm(3), None),
         (DropPath(0.2), "DropPath"),
         (DropPath(0.0), None),
-        (Centred(), "Centred"),
+        (Normed(), "Normed"),
         (Recomputing(), None),
         (_hooked(nn.LayerNorm(3)), "LayerNorm"),
         (nn.utils.spectral_norm(nn.Linear(3, 3)), "Linear"),
@@ -155,6 +186,29 @@ def test_statistics_are_taken_anew_as_without_a_mark(whole):
     for one, other in zip(got, averaged(False)[1], strict=True):
         torch.testing.assert_close(one, other)
     assert torchcache.stats(average.module if whole else average.module[0]).hits >= 64
+
+
+@pytest.mark.parametrize("learns", [Centred, Codebook])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "partly trained"])
+def test_what_learns_without_a_gradient_goes_on(learns, trains, warnings):
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(3, 3), learns(), nn.Linear(3, 3)).requires_grad_(False)
+    twin[2].requires_grad_(trains)
+    module = torchcache.mark(copy.deepcopy(twin))
+    x = torch.randn(12, 3)
+    for _ in range(3):
+        module.train()
+        twin.train()
+        for rows in torch.randperm(len(x)).split(4):
+            torch.testing.assert_close(module(x[rows]), twin(x[rows]))
+    for name, held in twin.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], held)
+    if not trains:
+        assert any("its forward writes to 1." in text for text in warnings)
+    module.eval()
+    twin.eval()
+    for _ in range(2):
+        torch.testing.assert_close(module(x), twin(x))
 
 
 def test_parts_that_train_keep_their_mode():

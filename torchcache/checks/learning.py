@@ -93,6 +93,7 @@ class Learning:
         try:
             if not tiers.knows(batch.who):
                 whole = self._run_watched(batch, form)
+                self._check_weights(batch, form)
                 if batch.moved and not batch.wrote and self._subject.identity.current() == batch.who:
                     form.unsettled += 1
                     advice = "let neither its forward nor another thread write to its weights and buffers meanwhile"
@@ -340,6 +341,14 @@ class Learning:
         if not taken.tensors:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
+
+    def _check_weights(self, batch: Batch, form: Form) -> None:
+        """Refuse to learn of a call that wrote to parameters: what a probe writes to them is not taken back."""
+        identity, module = self._subject.identity, self._subject.module
+        if identity.current() != batch.who and module is not None:
+            written = {name for name, _ in module.named_parameters()}.intersection(identity.changed)
+            if written:
+                raise self._writes(form, sorted(written))
 
     def _check_draws(self, batch: Batch, form: Form) -> None:
         """Refuse to learn of a call whose original drew random numbers, or may have while another thread did."""
