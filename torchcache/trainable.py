@@ -20,6 +20,21 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(map(_requires_grad, module.parameters()))
 
 
+def part_with_weights(module: nn.Module) -> str:
+    """The smallest part that holds all parameters of a module, for people; empty where that is the module itself."""
+    path: list[str] = []
+    part = module
+    while next(part.parameters(recurse=False), None) is None:
+        children = [
+            (name, child) for name, child in part.named_children() if next(child.parameters(), None) is not None
+        ]
+        if len(children) != 1:
+            break
+        (name, part), *_ = children
+        path.append(name)
+    return f"{'.'.join(path)} ({type(part).__name__})" if path else ""
+
+
 def which_train(tensors: Sequence[torch.Tensor]) -> bytes:
     """One byte for each tensor: 1 where it is trainable."""
     return bytes(map(_requires_grad, tensors))

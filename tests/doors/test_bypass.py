@@ -756,6 +756,50 @@ def test_what_cannot_be_read_is_not_read_again_in_every_call(monkeypatch):
     assert torchcache.stats(module).bypasses == 120
 
 
+class Reader(nn.Module):
+    """A model behind what turns texts into its inputs, as libraries pair them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage = nn.Sequential(nn.Linear(4, 4))
+        self.words = iter(["a", "b"])
+
+    def forward(self, features):
+        return self.stage(features["x"] if self.words else features["y"])
+
+
+class Encoding:
+    """What nobody can take apart."""
+
+    def __init__(self):
+        self.inner = iter(())
+
+
+@pytest.mark.parametrize("features", [{}, {"encoding": Encoding()}], ids=["module", "argument"])
+def test_the_part_that_has_the_weights_is_named(features, warnings):
+    reader = torchcache.mark(Reader(), freeze=True)
+    x = torch.randn(3, 4)
+    assert torch.equal(reader({"x": x, **features}), reader.stage(x))
+    assert "mark its part stage.0 (Linear) alone" in warnings[0]
+
+
+class Pictured(torch.Tensor):
+    """A tensor that knows more, as libraries of images have them."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_tensor_of_another_class_is_computed_and_what_to_pass_is_said(warnings):
+    linear, x = torchcache.mark(nn.Linear(4, 4), freeze=True), torch.randn(3, 4)
+    assert type(linear(x.as_subclass(Pictured))) is Pictured
+    assert "as_subclass(torch.Tensor)" in warnings[0]
+    for _ in range(2):
+        linear(x.as_subclass(Pictured).as_subclass(torch.Tensor))
+    assert torchcache.stats(linear).hits == 3
+
+
 def test_a_captured_cuda_graph_holds_no_lookup(monkeypatch):
     """What is looked up while it is captured would be what every replay gives."""
     net, x = torchcache.mark(nn.Linear(4, 4).requires_grad_(False)), torch.randn(3, 4)

@@ -19,7 +19,7 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
-from torchcache.trainable import which_train
+from torchcache.trainable import part_with_weights, which_train
 
 # Combinations of classes of arguments that are known at a time.
 MOST_GIVEN = 64
@@ -213,7 +213,10 @@ class Identity:
 
     def _digest(self, program: Program, state: State) -> bytes:
         if program.problem is not None:
-            raise Unreadable(program.problem, "name program and weights yourself with persistent_module_hash")
+            subject = self._subject()
+            part = part_with_weights(subject[0]) if isinstance(subject, tuple) else ""
+            advice = "name program and weights yourself with persistent_module_hash"
+            raise Unreadable(program.problem, f"mark its part {part} alone, or {advice}" if part else advice)
         before = state.digest
         now = state.current(program.tensors)
         if before and now != before and state.changed:

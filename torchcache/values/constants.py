@@ -57,7 +57,10 @@ def too_deep() -> Bypass:
 
 def not_understood(value: Any) -> Bypass:
     """The bypass for a value of a type that is not understood."""
-    return Bypass(f"{type_name(value)}, which torchcache cannot take apart", ADVICE)
+    what = f"{type_name(value)}, which torchcache cannot take apart"
+    if isinstance(value, torch.Tensor):
+        return Bypass(what, "pass it as_subclass(torch.Tensor), where nothing but its elements counts")
+    return Bypass(what, ADVICE)
 
 
 def type_name(value: Any) -> str:
