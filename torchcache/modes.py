@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from torchcache.identity.homes import beneath
+from torchcache.identity.homes import beneath, beneath_class
 from torchcache.identity.per_class import once_per_class
 from torchcache.logging import warn_once
 from torchcache.trainable import is_frozen
@@ -170,16 +170,19 @@ def _acts_in_training(part: nn.Module) -> bool:
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     if _normalises(part) or any(map(_reads_mode, hooks)):
         return True
-    # Many ask, to hand a rate on that is zero, or to recompute in backward.
-    rates = [value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float))]
-    return any(rates) and _of_forward(type(part))[0]
+    return _drops(part) and _of_forward(beneath_class(type(part)))[0]
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether a part has a rate that is not zero: many ask for the mode to hand one on, or to recompute in backward."""
+    return any(value for name, value in vars(part).items() if "drop" in name and isinstance(value, (int, float)))
 
 
 def _normalises(part: nn.Module) -> bool:
     """Whether a part takes statistics of batches in train mode, as BatchNorm does."""
     if isinstance(part, nn.modules.batchnorm._BatchNorm):
         return True
-    return "running_var" in part._buffers and _of_forward(type(part))[0]
+    return "running_var" in part._buffers and _of_forward(beneath_class(type(part)))[0]
 
 
 def _learns(part: nn.Module) -> bool:
@@ -187,14 +190,17 @@ def _learns(part: nn.Module) -> bool:
 
     Nobody expects that to end where it is frozen, which is no more than to say that it learns without a gradient.
     """
-    asks, sets, writes = _of_forward(type(part))
-    return asks and (sets or (writes and any(part._buffers))) and not _normalises(part)
+    asks, sets, writes = _of_forward(beneath_class(type(part)))
+    keeps = asks and (sets or (writes and any(part._buffers)))
+    return keeps and not (_normalises(part) or _drops(part))
 
 
 @once_per_class
 def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool, bool]:
     """Whether forward, with methods beside it that it names, asks for the mode, sets attributes, writes in place."""
     asks = sets = writes = False
+    home = next(place for place, base in enumerate(kind.__mro__) if "forward" in vars(base))
+    beside = set().union(*map(vars, kind.__mro__[: home + 1]))
     names = ["forward"]
     for name in names:
         function = inspect.unwrap(beneath(getattr(kind, name)))
@@ -205,7 +211,7 @@ def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool, bool]:
         steps = {step.opname for step in dis.get_instructions(code)}
         sets = sets or "STORE_ATTR" in steps
         writes = writes or "STORE_SUBSCR" in steps or any(map(_IN_PLACE, code.co_names))
-        names += [read for read in code.co_names if read in vars(kind) and read not in names]
+        names += [read for read in code.co_names if read in beside and read not in names]
     return asks, sets, writes
 
 

@@ -14,7 +14,7 @@ from torchcache.checks.novelty import Novelty
 from torchcache.context import ASKED
 from torchcache.counters import Counters
 from torchcache.identity.turnover import Turnover
-from torchcache.logging import logger, warn_once
+from torchcache.logging import logger
 from torchcache.quantity import names_text
 
 # Seconds of reading that are told of.
@@ -52,6 +52,7 @@ class Usefulness:
     def __init__(self, region: Any, turnover: Turnover, novelty: Novelty) -> None:
         self.next_look = 0
         self.rows = 0
+        self._told = False
         self._sizes: collections.Counter[int] = collections.Counter()
         self._name: str = region.name
         self._counters: Counters = region.counters
@@ -74,8 +75,9 @@ class Usefulness:
         """Say that reading what computes takes long, and at INFO that nothing was served so far, if so."""
         self._name = region.name
         identity = region.subject.identity
-        if identity.seconds > LONG and identity.changed:
-            warn_once(
+        if identity.seconds > LONG and identity.changed and not self._told:
+            self._told = True
+            logger.warning(
                 f"{self._name}: what computes it is read again and again, {identity.seconds:.0f} s so far, since "
                 f"{names_text(identity.changed)} is replaced or written to: mark a part that does not read it"
             )

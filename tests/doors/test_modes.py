@@ -188,7 +188,19 @@ def test_statistics_are_taken_anew_as_without_a_mark(whole):
     assert torchcache.stats(average.module if whole else average.module[0]).hits >= 64
 
 
-@pytest.mark.parametrize("learns", [Centred, Codebook])
+class Attending(DropPath):
+    """Shows what it did last."""
+
+    def forward(self, x):
+        self.last = x.detach()
+        return super().forward(x)
+
+
+class CentredAgain(Centred):
+    """Its methods are of the class above."""
+
+
+@pytest.mark.parametrize("learns", [Centred, CentredAgain, Codebook])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "partly trained"])
 def test_what_learns_without_a_gradient_goes_on(learns, trains, warnings):
     torch.manual_seed(0)
@@ -209,6 +221,24 @@ def test_what_learns_without_a_gradient_goes_on(learns, trains, warnings):
     twin.eval()
     for _ in range(2):
         torch.testing.assert_close(module(x), twin(x))
+
+
+def test_a_mark_that_learns_itself_goes_on():
+    module = torchcache.mark(Codebook()).train()
+    assert module.training
+    x = torch.randn(6, 3)
+    before = module.vectors.weight.clone()
+    module(x)
+    assert not torch.equal(module.vectors.weight, before)
+
+
+def test_what_drops_and_shows_its_values_stays_in_eval_mode():
+    module = nn.Sequential(nn.Linear(3, 3), Attending(0.5)).requires_grad_(False)
+    torchcache.mark(module, pure=True).train()
+    x = torch.randn(6, 3)
+    for _ in range(3):
+        torch.testing.assert_close(module(x), module[0](x))
+    assert torchcache.stats(module).hits == 12
 
 
 def test_parts_that_train_keep_their_mode():
