@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchcache.identity.homes import beneath, beneath_class
@@ -191,14 +192,17 @@ def _learns(part: nn.Module) -> bool:
     Nobody expects that to end where it is frozen, which is no more than to say that it learns without a gradient.
     """
     asks, sets, writes = _of_forward(beneath_class(type(part)))
-    keeps = asks and (sets or (writes and any(part._buffers)))
-    return keeps and not (_normalises(part) or _drops(part))
+    if not asks or _normalises(part) or _drops(part):
+        return False
+    held = [vars(part).get(name, part._buffers.get(name)) for name in sets]
+    return (writes and any(part._buffers)) or any(isinstance(value, torch.Tensor) for value in held)
 
 
 @once_per_class
-def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool, bool]:
-    """Whether forward, with methods beside it that it names, asks for the mode, sets attributes, writes in place."""
-    asks = sets = writes = False
+def _of_forward(kind: type[nn.Module]) -> tuple[bool, frozenset[str], bool]:
+    """Whether forward, with methods beside it that it names, asks for the mode, what it sets, if it writes in place."""
+    asks = writes = False
+    sets: set[str] = set()
     home = next(place for place, base in enumerate(kind.__mro__) if "forward" in vars(base))
     beside = set().union(*map(vars, kind.__mro__[: home + 1]))
     names = ["forward"]
@@ -208,11 +212,14 @@ def _of_forward(kind: type[nn.Module]) -> tuple[bool, bool, bool]:
             continue
         code = function.__code__
         asks = asks or "training" in code.co_names
-        steps = {step.opname for step in dis.get_instructions(code)}
-        sets = sets or "STORE_ATTR" in steps
-        writes = writes or "STORE_SUBSCR" in steps or any(map(_IN_PLACE, code.co_names))
+        writes = writes or any(map(_IN_PLACE, code.co_names))
+        for before, step in itertools.pairwise(dis.get_instructions(code)):
+            writes = writes or step.opname == "STORE_SUBSCR"
+            owner = before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
+            if step.opname == "STORE_ATTR" and owner == code.co_varnames[:1]:
+                sets.add(step.argval)
         names += [read for read in code.co_names if read in beside and read not in names]
-    return asks, sets, writes
+    return asks, frozenset(sets), writes
 
 
 def _reads_mode(function: Any) -> bool:
