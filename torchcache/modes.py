@@ -195,7 +195,7 @@ def _learns(part: nn.Module) -> bool:
     if not asks or _normalises(part) or _drops(part):
         return False
     held = [vars(part).get(name, part._buffers.get(name)) for name in sets]
-    return (writes and any(part._buffers)) or any(isinstance(value, torch.Tensor) for value in held)
+    return (writes and bool(part._buffers)) or any(isinstance(value, torch.Tensor) for value in held)
 
 
 @once_per_class
