@@ -115,13 +115,15 @@ def test_weights_put_back_within_a_call_leave_no_rows(how, learnt):
 
 
 @pytest.mark.parametrize("how", [load, parameter])
-def test_what_another_thread_does_to_weights_in_a_first_call_is_not_undone(how):
+@pytest.mark.parametrize("before", [0, 3], ids=["in the caller's run", "in a probe"])
+def test_what_another_thread_does_to_weights_in_a_first_call_is_not_undone(before, how):
     """The forward seems to write to its weights, and what a probe writes is put back."""
     module = torchcache.mark(Waits(), freeze=True, audit=0.0)
     own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     swap, put_back = how(module)
-    with meeting(swap, None, None, None, put_back):
-        module(torch.randn(4, 6))
+    with meeting(*[None] * before, swap, None, None, None, put_back):
+        for _ in range(2):
+            module(torch.randn(4, 6))
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, own[name]), name
 
