@@ -21,7 +21,6 @@ from torchcache.identity.identity import Identity, Seen
 from torchcache.identity.numeric import NumericMode
 from torchcache.lazy.tensor import LazyTensor
 from torchcache.lazy.use import loaded
-from torchcache.trainable import part_with_weights
 from torchcache.values.layout import Lie
 from torchcache.values.take import Taken, take_arguments
 
@@ -188,12 +187,7 @@ def number_named(owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def take(given: Given, *, stack_lists: bool = False) -> Taken:
     """The arguments of a call, taken apart; what their classes compute is a part of the key."""
     subject = given.subject
-    try:
-        taken = take_arguments(given.args, given.kwargs, subject.names, stack_lists=stack_lists)
-    except Bypass as bypass:
-        part = part_with_weights(subject.module) if subject.module is not None else ""
-        bypass.advice += f", or mark its part {part} alone" if part else ""
-        raise
+    taken = take_arguments(given.args, given.kwargs, subject.names, stack_lists=stack_lists)
     if not taken.classes:
         return taken
     return dataclasses.replace(taken, key=digest_bytes(taken.key + subject.identity.of_classes(taken.classes)))

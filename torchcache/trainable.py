@@ -21,7 +21,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def part_with_weights(module: nn.Module) -> str:
-    """The smallest part that holds all parameters of a module, for people; empty where that is the module itself."""
+    """The smallest part that holds all parameters of a module, as ``path (class)``; empty where that is the module."""
     path: list[str] = []
     part = module
     while next(part.parameters(recurse=False), None) is None:

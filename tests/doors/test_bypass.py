@@ -768,19 +768,15 @@ class Reader(nn.Module):
         return self.stage(features["x"] if self.words else features["y"])
 
 
-class Encoding:
-    """What nobody can take apart."""
-
-    def __init__(self):
-        self.inner = iter(())
-
-
-@pytest.mark.parametrize("features", [{}, {"encoding": Encoding()}], ids=["module", "argument"])
-def test_the_part_that_has_the_weights_is_named(features, warnings):
+def test_the_part_that_has_the_weights_is_named_where_it_is_another_that_cannot_be_read(warnings):
     reader = torchcache.mark(Reader(), freeze=True)
     x = torch.randn(3, 4)
-    assert torch.equal(reader({"x": x, **features}), reader.stage(x))
+    assert torch.equal(reader({"x": x}), reader.stage(x))
     assert "mark its part stage.0 (Linear) alone" in warnings[0]
+    outer = torchcache.mark(nn.Sequential(Unreadable()), freeze=True)
+    outer(torch.randn(2, 3))
+    assert "0.source is" in warnings[1]
+    assert "mark its part" not in warnings[1]
 
 
 class Pictured(torch.Tensor):

@@ -215,8 +215,11 @@ class Identity:
         if program.problem is not None:
             subject = self._subject()
             part = part_with_weights(subject[0]) if isinstance(subject, tuple) else ""
+            within = program.problem.startswith(f"{part.partition(' ')[0]}.")
             advice = "name program and weights yourself with persistent_module_hash"
-            raise Unreadable(program.problem, f"mark its part {part} alone, or {advice}" if part else advice)
+            raise Unreadable(
+                program.problem, advice if within or not part else f"mark its part {part} alone, or {advice}"
+            )
         before = state.digest
         now = state.current(program.tensors)
         if before and now != before and state.changed:

@@ -23,7 +23,7 @@ DEEPEST = 64
 MADE_BY_CODE = 1 << 9
 ADVICE = (
     "use tensors, numbers, strings, and lists, dicts and dataclasses of them, "
-    "or register its class with torch.utils._pytree.register_pytree_node"
+    "register its class with torch.utils._pytree.register_pytree_node, or mark a part that takes and returns none"
 )
 
 
