@@ -1,8 +1,7 @@
-"""Which parts of a marked module stay in eval mode: the subtrees that hold weights, all of them frozen."""
+"""Which parts of a marked module stay in eval mode: subtrees whose weights are frozen, without what learns there."""
 
 from __future__ import annotations
 
-import dis
 import inspect
 import itertools
 import re
@@ -16,6 +15,7 @@ from torch import nn
 
 from torchcache.identity.homes import beneath, beneath_class
 from torchcache.identity.per_class import once_per_class
+from torchcache.identity.reader import reads_of
 from torchcache.logging import warn_once
 from torchcache.trainable import is_frozen
 
@@ -201,25 +201,20 @@ def _learns(part: nn.Module) -> bool:
 @once_per_class
 def _of_forward(kind: type[nn.Module]) -> tuple[bool, frozenset[str], bool]:
     """Whether forward, with methods beside it that it names, asks for the mode, what it sets, if it writes in place."""
-    asks = writes = False
+    names: set[str] = set()
     sets: set[str] = set()
     home = next(place for place, base in enumerate(kind.__mro__) if "forward" in vars(base))
     beside = set().union(*map(vars, kind.__mro__[: home + 1]))
-    names = ["forward"]
-    for name in names:
+    methods = ["forward"]
+    for name in methods:
         function = inspect.unwrap(beneath(getattr(kind, name)))
         if not isinstance(function, types.FunctionType) or _is_of_torch(function):
             continue
-        code = function.__code__
-        asks = asks or "training" in code.co_names
-        writes = writes or any(map(_IN_PLACE, code.co_names))
-        for before, step in itertools.pairwise(dis.get_instructions(code)):
-            writes = writes or step.opname == "STORE_SUBSCR"
-            owner = before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
-            if step.opname == "STORE_ATTR" and owner == code.co_varnames[:1]:
-                sets.add(step.argval)
-        names += [read for read in code.co_names if read in beside and read not in names]
-    return asks, frozenset(sets), writes
+        reads = reads_of(function.__code__)
+        names |= reads.names
+        sets |= reads.written
+        methods += sorted(reads.names.intersection(beside).difference(methods))
+    return "training" in names, frozenset(sets), any(map(_IN_PLACE, names))
 
 
 def _reads_mode(function: Any) -> bool:

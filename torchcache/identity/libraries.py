@@ -16,6 +16,8 @@ from torchcache.kernels import is_registered_in_python, kernels, registrations
 
 # Where in a file a node of a graph was written, behind it.
 _PLACE = re.compile(r' # [^"\n]*$', re.MULTILINE)
+# Constants that a graph's text shows, and tensors: floating, integer, string, tensor, complex.
+_CONSTANTS = frozenset("fistc")
 # Calls of Python, and of what is known only when they run.
 _UNREAD = frozenset("prim::PythonOp prim::CallFunction prim::CallMethod prim::fork prim::GetAttr prim::SetAttr".split())
 
@@ -95,9 +97,10 @@ def describe_scripted(value: Any) -> Node:
         kind = part.kind()
         home, _, name = kind.partition("::")
         if kind == "prim::Constant":
-            given = [(given, part.kindOf(given)) for given in part.attributeNames()]
-            node.parts += [(f".{part.output().debugName()}", part.t(given)) for given, is_a in given if is_a == "t"]
-            unread = any(is_a not in ("f", "i", "s", "t", "c") for _, is_a in given)
+            kinds = {attribute: part.kindOf(attribute) for attribute in part.attributeNames()}
+            place = f".{part.output().debugName()}"
+            node.parts += [(place, part.t(attribute)) for attribute, held in kinds.items() if held == "t"]
+            unread = not _CONSTANTS.issuperset(kinds.values())
         elif home in ("aten", "prim"):
             unread = kind in _UNREAD
         else:

@@ -25,7 +25,7 @@ NOTES = frozenset(
 )
 _NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
 
-# Classes whose own code reads nothing of their objects that a name in the program would not.
+# Classes whose own code, as far as calls run it, reads nothing of their objects that a name in the program would not.
 _PLAIN_HOLDERS = frozenset(
     "abc argparse builtins collections.abc types typing _collections_abc "
     "torch.export._unlift torch.fx.graph_module".split()
