@@ -132,7 +132,7 @@ class Region:
         if (explainer := current_explainer()) is not None:
             return explainer(self, given)
         if self.counters.calls >= self._usefulness.next_look:
-            self._usefulness.look(self)
+            self._usefulness.look(self.name)
         return self._answered(given, self._cached)
 
     def _without_padding(self, given: Given) -> Any:

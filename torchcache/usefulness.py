@@ -15,10 +15,7 @@ from torchcache.context import ASKED
 from torchcache.counters import Counters
 from torchcache.identity.turnover import Turnover
 from torchcache.logging import logger
-from torchcache.quantity import names_text
 
-# Seconds of reading that are told of.
-LONG = 20
 # Calls after which a region without a hit is told of; then four times as many, and so on.
 FIRST_LOOK = 8
 # A region that was called less often is not judged.
@@ -52,7 +49,6 @@ class Usefulness:
     def __init__(self, region: Any, turnover: Turnover, novelty: Novelty) -> None:
         self.next_look = 0
         self.rows = 0
-        self._told = False
         self._sizes: collections.Counter[int] = collections.Counter()
         self._name: str = region.name
         self._counters: Counters = region.counters
@@ -71,16 +67,9 @@ class Usefulness:
         if rows in self._sizes or len(self._sizes) <= 2:
             self._sizes[rows] += 1
 
-    def look(self, region: Any) -> None:
-        """Say that reading what computes takes long, and at INFO that nothing was served so far, if so."""
-        self._name = region.name
-        identity = region.subject.identity
-        if identity.seconds > LONG and identity.changed and not self._told:
-            self._told = True
-            logger.warning(
-                f"{self._name}: what computes it is read again and again, {identity.seconds:.0f} s so far, since "
-                f"{names_text(identity.changed)} is replaced or written to: mark a part that does not read it"
-            )
+    def look(self, name: str) -> None:
+        """Say at INFO that nothing was served so far, if so; ``name`` is the region's by now."""
+        self._name = name
         self.next_look = max(FIRST_LOOK, 4 * self.next_look)
         if self._counters.calls and not self._counters.hits and self._rows():
             logger.info("%s so far. %s", self._account(), self._likely(running=True))

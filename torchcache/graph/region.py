@@ -87,11 +87,7 @@ class GraphIdentity:
     ----------
     changed : list of str
         Names of the tensors that differed when it last became another, as far as they are known.
-    seconds : float
-        Time that was spent on reading programs: none, since those are of the marked calls.
     """
-
-    seconds = 0.0
 
     def __init__(
         self, parts: Sequence[tuple[Identity, str | None]], graph: bytes, closed: bool, places: Places

@@ -19,8 +19,12 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
+from torchcache.logging import warn_once
+from torchcache.quantity import names_text
 from torchcache.trainable import part_with_weights, which_train
 
+# Seconds of reading again that are told of.
+LONG = 20.0
 # Combinations of classes of arguments that are known at a time.
 MOST_GIVEN = 64
 
@@ -65,8 +69,6 @@ class Identity:
     ----------
     changed : list of str
         Names of what differed when it last became another, as far as they are known.
-    seconds : float
-        Time that was spent on reading programs.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Identity:
         self._name = name
         self._pure = pure
         self.changed: list[str] = []
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._program: Program | None = None
         self._other: Program | None = None
         self._state = State()
@@ -98,18 +100,28 @@ class Identity:
         if other is None or not other.again():
             if program is not None:
                 self.changed = program.changes()
+            began = time.perf_counter()
             other = self._read()
+            if program is not None:
+                self._note_reading(time.perf_counter() - began)
         # Reading takes long, and what a flag switches in every step is two programs by turns: of the same tensors.
         kept = program is not None and list(map(id, program.tensors)) == list(map(id, other.tensors))
         self._program, self._other = other, program if kept else None
         return other
 
+    def _note_reading(self, seconds: float) -> None:
+        """Take note of a program that was read again, and tell where that takes long."""
+        before, self._seconds = self._seconds, self._seconds + seconds
+        if before <= LONG < self._seconds:
+            warn_once(
+                f"{self._where}: what computes it was read again and again, {self._seconds:.0f} s so far, since "
+                f"{names_text(self.changed) or 'something'} is replaced or written to: mark a part that does not read it"
+            )
+
     def _read(self, given: tuple[type, ...] = ()) -> Program:
-        began = time.perf_counter()
         program = Program(self._subject(), self._where, self._pure, given, self._hooked)
         if self._function is not None:
             program.follow(self._function)
-        self.seconds += time.perf_counter() - began
         return program
 
     def enters_itself(self) -> None:
