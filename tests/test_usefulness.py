@@ -84,7 +84,7 @@ def test_a_program_that_is_read_again_for_long_is_told_of():
         """
     )
     assert told.count("WARNING") == told.count("was read again and again") == 1
-    assert "since the global REGISTRY is replaced or written to" in told
+    assert "as the global REGISTRY is replaced or written to" in told
 
 
 def test_while_it_runs_it_is_said_at_info_and_seldom():

@@ -114,8 +114,8 @@ class Identity:
         before, self._seconds = self._seconds, self._seconds + seconds
         if before <= LONG < self._seconds:
             warn_once(
-                f"{self._where}: what computes it was read again and again, {self._seconds:.0f} s so far, since "
-                f"{names_text(self.changed) or 'something'} is replaced or written to: mark a part that does not read it"
+                f"{self._where}: what computes it was read again and again, {self._seconds:.0f} s so far, as "
+                f"{names_text(self.changed) or 'a part'} is replaced or written to: mark a part that does not read it"
             )
 
     def _read(self, given: tuple[type, ...] = ()) -> Program:

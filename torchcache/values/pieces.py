@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,105 +17,100 @@ Made = dict[int, Any]
 _NAMED = (dict, OrderedDict, defaultdict)
 
 
-class Leaf(NamedTuple):
+class Piece:
+    """A part of a value that was taken apart, with all that is in it."""
+
+    __slots__ = ()
+
+    def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
+        """The part around these tensors; what may stand in several places is noted in ``made``."""
+        raise NotImplementedError
+
+    def paths(self) -> Iterator[tuple[int, Path]]:
+        """Where each tensor stands, once."""
+        return iter(())
+
+    def constants(self) -> Iterator[Any]:
+        """What stands here beside tensors, names of entries that are no text included."""
+        return iter(())
+
+
+@dataclasses.dataclass(slots=True)
+class Leaf(Piece):
     """Stands where a tensor was."""
 
     place: int
 
     def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
-        """The value, or this part of it, around these tensors."""
+        """The tensor."""
         return tensors[self.place]
 
     def paths(self) -> Iterator[tuple[int, Path]]:
-        """Where each tensor stands, once."""
+        """Its own place."""
         yield self.place, ()
 
-    def constants(self) -> Iterator[Any]:
-        """What stands here beside tensors, names of entries that are no text included."""
-        return iter(())
 
-
-class Stack(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Stack(Leaf):
     """Stands where a list or tuple of equal tensors was: one leaf is their stack."""
 
-    place: int
     kind: type
 
     def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
-        """The value, or this part of it, around these tensors."""
+        """The list or tuple."""
         built = made[id(self)] = self.kind(tensors[self.place].unbind(0))
         return built
 
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        """Where each tensor stands, once."""
-        yield self.place, ()
 
-    def constants(self) -> Iterator[Any]:
-        """What stands here beside tensors, names of entries that are no text included."""
-        return iter(())
-
-
-class Constant(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Constant(Piece):
     """A value that nobody can write to."""
 
     value: Any
 
     def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
-        """The value, or this part of it, around these tensors."""
+        """The value itself."""
         return self.value
 
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        """Where each tensor stands, once."""
-        return iter(())
-
     def constants(self) -> Iterator[Any]:
-        """What stands here beside tensors, names of entries that are no text included."""
+        """The value."""
         yield self.value
 
 
-class Container(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Container(Piece):
     """A container without its parts."""
 
     kind: type
     make: Callable[[list[Any]], Any]
     names: Sequence[Any]
-    parts: Sequence[Any]
+    parts: Sequence[Piece]
 
     def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
-        """The value, or this part of it, around these tensors."""
+        """A new one of its kind."""
         built = made[id(self)] = self.make([part.build(tensors, made) for part in self.parts])
         return built
 
     def paths(self) -> Iterator[tuple[int, Path]]:
-        """Where each tensor stands, once."""
+        """The places of its parts, each behind the name of the entry."""
         for name, part in zip(self.names, self.parts, strict=True):
             for place, path in part.paths():
                 yield place, (name, *path)
 
     def constants(self) -> Iterator[Any]:
-        """What stands here beside tensors, names of entries that are no text included."""
+        """Those of its parts, and its names where they are chosen by code and no text."""
         for name, part in zip(self.names, self.parts, strict=True):
             if self.kind in _NAMED and type(name) is not str:
                 yield name
             yield from part.constants()
 
 
-class Again(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Again(Piece):
     """Stands where a container was that stood in another place before."""
 
-    piece: Any
+    piece: Piece
 
     def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
-        """The value, or this part of it, around these tensors."""
+        """The container that was built there."""
         return made[id(self.piece)]
-
-    def paths(self) -> Iterator[tuple[int, Path]]:
-        """Where each tensor stands, once."""
-        return iter(())
-
-    def constants(self) -> Iterator[Any]:
-        """What stands here beside tensors, names of entries that are no text included."""
-        return iter(())
-
-
-Piece = Leaf | Stack | Constant | Container | Again

@@ -114,7 +114,7 @@ def take_arguments(
     given = (*args, *kwargs.values()) if kwargs else args
     values = [given[place] for place in form.order]
     if _all_plain(values) and len(set(map(id, values))) == len(values):
-        return Taken(values, form.plain_key, form.plain_plan)
+        return Taken(values, form.plain_key, form.plain_piece)
     return _Walk("argument", stack_lists).arguments(values, form)
 
 
@@ -171,7 +171,7 @@ class _Form(NamedTuple):
         Canonical bytes of the names.
     make : callable
         From the values in the key's order to ``(args, kwargs)``.
-    plain_key, plain_plan
+    plain_key, plain_piece
         Of a call in which all of them are tensors.
     """
 
@@ -180,7 +180,7 @@ class _Form(NamedTuple):
     head: bytes
     make: Callable[[list[Any]], Any]
     plain_key: bytes
-    plain_plan: Container
+    plain_piece: Container
 
 
 @functools.lru_cache(maxsize=1024)
@@ -202,8 +202,8 @@ def _form(positional: int, keywords: tuple[str, ...], parameters: tuple[str, ...
         values = [given[place] for place in range(len(order))]
         return tuple(values[:positional]), dict(zip(keywords, values[positional:], strict=True))
 
-    plain_plan = Container(tuple, make, names, [Leaf(index) for index in range(len(order))])
-    return _Form(order, names, head, make, _digest([head, TENSORS[torch.Tensor] * len(order)]), plain_plan)
+    plain_piece = Container(tuple, make, names, [Leaf(index) for index in range(len(order))])
+    return _Form(order, names, head, make, _digest([head, TENSORS[torch.Tensor] * len(order)]), plain_piece)
 
 
 class _Walk:
@@ -231,7 +231,7 @@ class _Walk:
 
     def _taken(self, walk: Callable[[], Piece]) -> Taken:
         try:
-            plan = walk()
+            piece = walk()
         except RecursionError:
             raise self._explained(too_deep()) from None
         except Bypass as bypass:
@@ -240,7 +240,7 @@ class _Walk:
             failure = Bypass(f"something that cannot be looked at: {type(error).__name__}")
             raise self._explained(failure) from error
         parameters = [place for place, tensor in enumerate(self._tensors) if type(tensor) is nn.Parameter]
-        return Taken(self._tensors, _digest(self._data), plan, (*self._classes,), (*parameters,))
+        return Taken(self._tensors, _digest(self._data), piece, (*self._classes,), (*parameters,))
 
     def _explained(self, bypass: Bypass) -> Bypass:
         path = self._failed[::-1]
@@ -248,14 +248,14 @@ class _Walk:
         return Bypass(f"{self._what}{_path_text(path)} is {bypass.reason}", advice)
 
     def _parts(self, names: Sequence[Any], parts: Sequence[Any], depth: int) -> list[Piece]:
-        plans = []
+        pieces = []
         for name, part in zip(names, parts, strict=True):
             try:
-                plans.append(self._take(part, depth))
+                pieces.append(self._take(part, depth))
             except Exception:
                 self._failed.append(name)
                 raise
-        return plans
+        return pieces
 
     def _take(self, value: Any, depth: int) -> Piece:
         kind = type(value)
