@@ -756,6 +756,42 @@ def test_what_cannot_be_read_is_not_read_again_in_every_call(monkeypatch):
     assert torchcache.stats(module).bypasses == 120
 
 
+class Moving(nn.Module):
+    """Moves a parameter in each call, its own or one that is not of its tree."""
+
+    def __init__(self, outside, write):
+        super().__init__()
+        self.outside, self.write = outside, write
+        held = nn.Linear(3, 3).requires_grad_(False)
+        self.held = [held] if outside else held
+
+    def forward(self, x):
+        held = self.held[0] if self.outside else self.held
+        made = held(x)
+        self.write(held.weight, held.weight.detach() * 0.9 + x.mean())
+        return made
+
+
+def _through_data(weight, value):
+    weight.data.copy_(value)
+
+
+@torch.no_grad()
+def _in_place(weight, value):
+    weight.copy_(value)
+
+
+@pytest.mark.parametrize("write", [_through_data, _in_place])
+@pytest.mark.parametrize("where", ["inside", "outside", "function"])
+def test_parameters_are_written_as_often_as_the_caller_calls(where, write):
+    twin = Moving(where != "inside", write)
+    module = copy.deepcopy(twin)
+    cached = torchcache.cached(lambda x: module(x)) if where == "function" else torchcache.mark(module)
+    for _ in range(8):
+        x = torch.randn(4, 3)
+        assert torch.equal(cached(x), twin(x))
+
+
 class Reader(nn.Module):
     """A model behind what turns texts into its inputs, as libraries pair them."""
 

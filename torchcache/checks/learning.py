@@ -24,6 +24,7 @@ from torchcache.digest.rows import digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
 from torchcache.identity.containers import Difference
 from torchcache.identity.content import content_digest
+from torchcache.identity.identity import UNNAMED
 from torchcache.identity.key import call_fingerprint
 from torchcache.identity.written import Written, written_text
 from torchcache.options import CacheOptions
@@ -345,8 +346,9 @@ class Learning:
     def _check_weights(self, batch: Batch, form: Form) -> None:
         """Refuse to learn of a call that wrote to parameters: what a probe writes to them is not taken back."""
         identity, module = self._subject.identity, self._subject.module
-        if identity.current() != batch.who and module is not None:
-            written = {name for name, _ in module.named_parameters()}.intersection(identity.changed)
+        if identity.current() != batch.who:
+            parameters = dict(module.named_parameters()) if module is not None else {}
+            written = {UNNAMED, *parameters}.intersection(identity.changed)
             if written:
                 raise self._writes(form, sorted(written))
 

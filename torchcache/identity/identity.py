@@ -23,6 +23,8 @@ from torchcache.logging import warn_once
 from torchcache.quantity import names_text
 from torchcache.trainable import part_with_weights, which_train
 
+# What a tensor outside of the module's tree is called.
+UNNAMED = "a tensor"
 # Seconds of reading again that are told of.
 LONG = 20.0
 # Combinations of classes of arguments that are known at a time.
@@ -243,7 +245,7 @@ class Identity:
         module = subject[0] if isinstance(subject, tuple) else nn.Module()
         named = nn.Module.named_parameters(module), nn.Module.named_buffers(module)  # not code of the user's
         names = {id(tensor): name for name, tensor in itertools.chain(*named)}
-        return [names.get(id(tensor), "a tensor") for tensor in tensors]
+        return [names.get(id(tensor), UNNAMED) for tensor in tensors]
 
     def steady(self) -> Steady:
         """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""
