@@ -39,7 +39,19 @@ def not_passed(outputs: Any, given: Sequence[Any] | None) -> str:
         known = given is None or any(type(one) is type(leaf) and one == leaf for one in given)
         if type(leaf) is torch.Size or not known:
             return "its output says more than numbers, which may depend on sizes"
-    return ""
+    return "a list or dict stands in two places of its output" if _stands_twice(outputs) else ""
+
+
+def _stands_twice(outputs: Any) -> bool:
+    """Whether a container that can be written to is in several others: their structures tell nothing of that."""
+    met: list[int] = []
+
+    def note(value: Any) -> bool:
+        met.extend([id(value)] if isinstance(value, (list, dict)) else [])
+        return False
+
+    pytree.tree_leaves(outputs, is_leaf=note)
+    return len(set(met)) < len(met)
 
 
 def looks_so(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -> bool:

@@ -463,6 +463,47 @@ class Optional(nn.Module):
         return {"h": h, "states": states, "how": how}
 
 
+class Sharing(nn.Module):
+    """Returns a dict and a list in two places each."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = self.linear(x)
+        inner, levels = {"h": h}, [h * 2]
+        return {"inner": inner, "all": (inner, levels), "levels": levels}
+
+
+class Writing(nn.Module):
+    """Writes to one of two places, and reads the other."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        found = self.body(x)
+        found["inner"]["h"] = found["inner"]["h"] + 1
+        found["levels"].append(found["levels"][0] * 3)
+        inner, levels = found["all"]
+        return self.head(inner["h"] + sum(levels))
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager", "torchcache"])
+def test_what_stands_in_two_places_of_an_output_is_one(backend):
+    plain = Writing(Sharing())
+    net = copy.deepcopy(plain)
+    torchcache.mark(net.body, freeze=True)
+    run = net if backend is None else torch.compile(net, backend=backend)
+    x = torch.randn(6, 16)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), plain(x))
+    assert torchcache.stats(net).hits == 12
+
+
 @in_one_graph
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", "torchcache"])
 def test_none_and_constants_among_arguments_and_outputs_break_no_graph(backend):
