@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import layout_check
@@ -19,11 +17,12 @@ from torchcache.identity.outside import Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
+from torchcache.identity.written import tensor_names
 from torchcache.logging import warn_once
 from torchcache.quantity import names_text
 from torchcache.trainable import part_with_weights, which_train
 
-# What a tensor outside of the module's tree is called.
+# What a tensor is called that no module of the tree holds itself.
 UNNAMED = "a tensor"
 # Seconds of reading again that are told of.
 LONG = 20.0
@@ -242,9 +241,7 @@ class Identity:
 
     def _names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         subject = self._subject()
-        module = subject[0] if isinstance(subject, tuple) else nn.Module()
-        named = nn.Module.named_parameters(module), nn.Module.named_buffers(module)  # not code of the user's
-        names = {id(tensor): name for name, tensor in itertools.chain(*named)}
+        names = tensor_names(subject[0] if isinstance(subject, tuple) else None)
         return [names.get(id(tensor), UNNAMED) for tensor in tensors]
 
     def steady(self) -> Steady:

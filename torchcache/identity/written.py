@@ -231,6 +231,14 @@ def _snapshot(module: nn.Module | None) -> dict[str, _Entry]:
     return found
 
 
+def tensor_names(module: nn.Module | None) -> dict[int, str]:
+    """What the parameters, the buffers and the other tensors that the modules of a tree hold are called, by ``id``."""
+    if module is None:
+        return {}
+    held = {id(value): path for path, (value, _) in _snapshot(module).items() if _tensors(value)}
+    return held | {id(tensor): path for path, tensor in nn.Module.named_parameters(module)}
+
+
 def _entry(value: Any) -> _Entry:
     return value, version_of(value) if isinstance(value, torch.Tensor) else 0
 
