@@ -68,6 +68,8 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
         When what computes much gives no rows of any input.
     """
     members = dict.fromkeys(nodes)
+    for node in reachable(_of_moving_state(nodes, analysis), members, lambda node: node.users):
+        del members[node]
     while members:
         read = [
             node for node in members if node in analysis.varying and any(user not in members for user in node.users)
@@ -93,6 +95,16 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
     if all(is_cheap(node, analysis) for node in nodes if node in analysis.varying):
         return None
     raise Unfit("what is frozen gives no row for each row of one of its tensors: a list of tensors has none")
+
+
+def _of_moving_state(nodes: list[fx.Node], analysis: Analysis) -> list[fx.Node]:
+    """Those of ``nodes`` that read state which the graph writes to: it is another in each call, and no row is found."""
+    moving = _storages(analysis.state) & set().union(*analysis.written.values())
+    return [node for node in nodes if moving and not moving.isdisjoint(_storages(node.all_input_nodes))]
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {storage_of(tensor) for node in nodes if (tensor := tensor_of(node)) is not None}
 
 
 def _batch_of(members: dict[fx.Node, None], outputs: Sequence[fx.Node], analysis: Analysis) -> Any:
@@ -264,10 +276,10 @@ def _orderly(cut: Cut, analysis: Analysis) -> bool:
     order = {node: position for position, node in enumerate(kept[0].graph.nodes)}
     first, last = order[kept[0]], order[kept[-1]]
     inputs = {source for node in kept for source in node.all_input_nodes if source not in inside}
-    given = {storage_of(tensor) for node in inputs if (tensor := tensor_of(node)) is not None}
+    given = _storages(inputs)
     if written & given:
         return False
-    touched = given | {storage_of(tensor) for node in kept if (tensor := tensor_of(node)) is not None}
+    touched = given | _storages(kept)
     if any(storages & touched and first < order[node] < last for node, storages in elsewhere.items()):
         return False
     for node in cut.outputs:
