@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import layout_check
@@ -22,8 +23,8 @@ from torchcache.logging import warn_once
 from torchcache.quantity import names_text
 from torchcache.trainable import part_with_weights, which_train
 
-# What a tensor is called that no module of the tree holds itself.
-UNNAMED = "a tensor"
+# What a parameter is called that no module of the tree holds itself.
+UNNAMED = "a parameter"
 # Seconds of reading again that are told of.
 LONG = 20.0
 # Combinations of classes of arguments that are known at a time.
@@ -242,7 +243,8 @@ class Identity:
     def _names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         subject = self._subject()
         names = tensor_names(subject[0] if isinstance(subject, tuple) else None)
-        return [names.get(id(tensor), UNNAMED) for tensor in tensors]
+        others = {True: UNNAMED, False: "a tensor"}
+        return [names.get(id(tensor), others[isinstance(tensor, nn.Parameter)]) for tensor in tensors]
 
     def steady(self) -> Steady:
         """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""
