@@ -1,5 +1,6 @@
 """What cannot be cached is computed: the right answer, a reason, one warning; and nothing of ours ends a run."""
 
+import array
 import collections
 import copy
 import gc
@@ -789,6 +790,56 @@ def test_parameters_are_written_as_often_as_the_caller_calls(where, write):
     cached = torchcache.cached(lambda x: module(x)) if where == "function" else torchcache.mark(module)
     for _ in range(8):
         x = torch.randn(4, 3)
+        assert torch.equal(cached(x), twin(x))
+
+
+class Averaged:
+    """An average that is kept in memory of one kind, and how it is read."""
+
+    def __init__(self, kept, read):
+        self.kept, self.read = kept, read
+
+
+AVERAGES = {
+    "array": lambda: Averaged(np.ones(3, np.float32), torch.from_numpy),
+    "large array": lambda: Averaged(np.ones(30_000, np.float32), lambda kept: torch.from_numpy(kept)[:3]),
+    "bytearray": lambda: Averaged(bytearray(np.ones(3, np.float32)), _floats),
+    "array of Python": lambda: Averaged(array.array("f", [1, 1, 1]), _floats),
+    "memoryview": lambda: Averaged(memoryview(bytearray(np.ones(3, np.float32))), _floats),
+    "tensors": lambda: Averaged(collections.deque([(torch.ones(3),)]), lambda kept: kept[0][0]),
+    "buffer": lambda: Averaged(nn.BatchNorm1d(3), lambda kept: kept.running_var),
+    "parameter": lambda: Averaged(nn.Linear(1, 3).requires_grad_(False), lambda kept: kept.weight[:, 0]),
+}
+
+
+def _floats(kept):
+    return torch.frombuffer(kept, dtype=torch.float32)
+
+
+class Scaling(nn.Module):
+    """Scales by an average of what it saw, of which no attribute of a module is the memory."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.average = [average]
+
+    @torch.no_grad()
+    def forward(self, x):
+        scale = self.average[0].read(self.average[0].kept)
+        scaled = x * scale.clone()
+        scale.detach().numpy()[:] += x.mean(0).numpy()
+        return scaled
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("function", [False, True], ids=["module", "function"])
+def test_what_is_written_beneath_objects_is_written_once_a_call(function, kind):
+    torch.manual_seed(0)
+    module = Scaling(AVERAGES[kind]())
+    torch.manual_seed(0)
+    twin = Scaling(AVERAGES[kind]())
+    cached = torchcache.cached(lambda x: module(x)) if function else torchcache.mark(module, audit=0)
+    for x in [torch.randn(4, 3) for _ in range(4)] * 2:
         assert torch.equal(cached(x), twin(x))
 
 

@@ -15,6 +15,8 @@ from torchcache.identity.objects import own_state, state_of
 
 # Arrays up to this many bytes are compared whole each time; larger ones are part of the state, as weights are.
 WHOLE_ARRAY = 64 * 1024
+# What has contents of its own, and is no tensor.
+BUFFERS = (np.ndarray, bytearray, array.array, memoryview)
 
 
 def describe_array(value: Any) -> Node:
@@ -32,16 +34,40 @@ def describe_array(value: Any) -> Node:
             str(np.dtype(value.dtype).descr),
             xxhash.xxh3_128_digest(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data),
         )
-        node.checks.append(Check("content", value, read=_contents))
+        node.checks.append(Check("content", value, read=held_by))
     return node if type(value) is np.ndarray else state_of(node, value)
+
+
+def is_writable(value: Any) -> bool:
+    """Whether code may write to an array or a buffer in place, and all that it holds are bytes."""
+    if type(value) is np.ndarray:
+        return bool(value.flags.writeable and not value.dtype.hasobject)
+    return type(value) in BUFFERS and not (type(value) is memoryview and (value.readonly or value.ndim != 1))
+
+
+def size_of(value: Any) -> int:
+    """Bytes of an array or a buffer."""
+    return int(value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes)
+
+
+def held_by(value: Any) -> tuple[Any, ...]:
+    """What an array or a buffer holds, to compare."""
+    content = bytes(value) if isinstance(value, bytearray) else value.tobytes()
+    return getattr(value, "dtype", None), getattr(value, "shape", None), content
+
+
+def fill(value: Any, held: tuple[Any, ...]) -> None:
+    """Have an array or a buffer hold what it held."""
+    if type(value) is np.ndarray:
+        value[...] = np.frombuffer(held[2], held[0]).reshape(held[1])
+    elif type(value) is memoryview:
+        value.cast("B")[:] = held[2]
+    else:
+        value[:] = array.array(value.typecode, held[2]) if type(value) is array.array else held[2]
 
 
 def _objects(value: Any) -> tuple[Any, ...]:
     return tuple(value.ravel().tolist())
-
-
-def _contents(value: Any) -> tuple[Any, ...]:
-    return value.dtype, value.shape, value.tobytes()
 
 
 def _place(value: Any) -> tuple[Any, ...]:

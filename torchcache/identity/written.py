@@ -7,12 +7,11 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
+from torchcache.identity.arrays import BUFFERS, fill, held_by, is_writable, size_of
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.content import content_digest
 from torchcache.identity.modules import GROUPS, KEPT
@@ -64,12 +63,15 @@ class Written:
         if contents:
             room = MOST_IN_ALL
             named = [(name, value) for name, (value, _) in self._before.items()]
-            named += [("a tensor that it reads", leaf) for leaf in (outside.tensors if outside is not None else ())]
+            if outside is not None:
+                named += [("a tensor that it reads", leaf) for leaf in outside.tensors]
+                named += [(path(), array) for array, path in outside.arrays]
             named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
             for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
-                if id(leaf) not in held and leaf.nbytes <= min(MOST_BYTES, room):
+                size = size_of(leaf) if isinstance(leaf, BUFFERS) else leaf.nbytes
+                if id(leaf) not in held and size <= min(MOST_BYTES, room):
                     held[id(leaf)] = (name, leaf)
-                    room -= leaf.nbytes
+                    room -= size
         self._contents = [_Content(name, leaf) for name, leaf in held.values() if _is_readable(leaf)]
 
     def again(self) -> Written:
@@ -146,38 +148,32 @@ class Written:
 
 
 class _Content:
-    """What a tensor or an array holds at one time."""
+    """What a tensor, an array or a buffer holds at one time."""
 
     def __init__(self, name: str, leaf: Any) -> None:
         self.name, self.leaf = name, leaf
-        self._was = leaf.copy() if isinstance(leaf, np.ndarray) else leaf.detach().clone()
-        self._digest = _digest(leaf)
+        self._array = isinstance(leaf, BUFFERS)
+        self._was = held_by(leaf) if self._array else (content_digest(leaf), leaf.detach().clone())
 
     def differs(self) -> bool:
         """Whether it holds something else."""
-        return _digest(self.leaf) != self._digest
+        return held_by(self.leaf) != self._was if self._array else content_digest(self.leaf) != self._was[0]
 
     def restore(self) -> None:
         """Put back what it held; what other graphs keep of it is as it was, and so is its version."""
         if not self.differs():
             return
-        if isinstance(self.leaf, np.ndarray):
-            self.leaf[...] = self._was
+        if self._array:
+            fill(self.leaf, self._was)
             return
         with torch.no_grad(), torch.inference_mode(self.leaf.is_inference()):
-            self.leaf.data.copy_(self._was)
-
-
-def _digest(leaf: Any) -> bytes:
-    if isinstance(leaf, np.ndarray):
-        return digest_bytes(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
-    return content_digest(leaf)
+            self.leaf.data.copy_(self._was[1])
 
 
 def _is_readable(leaf: Any) -> bool:
     """Whether its content can be told: that of sparse tensors and of most subclasses cannot."""
-    if isinstance(leaf, np.ndarray):
-        return type(leaf) is np.ndarray and not leaf.dtype.hasobject and leaf.flags.writeable
+    if isinstance(leaf, BUFFERS):
+        return is_writable(leaf)
     try:
         content_digest(leaf)
     except Bypass:
@@ -200,7 +196,7 @@ def _leaves(value: Any, further: int = 4) -> list[Any]:
     if type(value) in (dict, tuple, list):
         items = value.values() if type(value) is dict else value
         return [leaf for item in items for leaf in _leaves(item, further - 1)] if further else []
-    return [value] if isinstance(value, np.ndarray) else _tensors(value)
+    return [value] if isinstance(value, BUFFERS) else _tensors(value)
 
 
 def _hooks(module: nn.Module | None) -> Iterable[Any]:
