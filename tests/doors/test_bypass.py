@@ -2,9 +2,12 @@
 
 import array
 import collections
+import contextvars
 import copy
 import gc
 import logging
+import random
+import threading
 import weakref
 
 import numpy as np
@@ -841,6 +844,90 @@ def test_what_is_written_beneath_objects_is_written_once_a_call(function, kind):
     cached = torchcache.cached(lambda x: module(x)) if function else torchcache.mark(module, audit=0)
     for x in [torch.randn(4, 3) for _ in range(4)] * 2:
         assert torch.equal(cached(x), twin(x))
+
+
+COUNTED = contextvars.ContextVar("COUNTED", default=0)
+LOCAL = threading.local()
+
+
+class Anything:
+    """Has attributes."""
+
+
+def _counted_by_a_function():
+    _counted_by_a_function.calls += 1
+    return _counted_by_a_function.calls
+
+
+def _count_in_a_function():
+    _counted_by_a_function.calls = 0
+    return _counted_by_a_function
+
+
+def _count_in_a_context():
+    COUNTED.set(0)
+    return lambda: COUNTED.set(COUNTED.get() + 1) and COUNTED.get()
+
+
+def _count_in_a_thread():
+    LOCAL.calls = 0
+
+    def count():
+        LOCAL.calls += 1
+        return LOCAL.calls
+
+    return count
+
+
+def _count_by_a_name():
+    held, name = Anything(), "calls"
+
+    def count():
+        setattr(held, name, getattr(held, name, 0) + 1)
+        return held.calls
+
+    return count
+
+
+def _count_in_an_array():
+    held = np.array([0, None])
+
+    def count():
+        held[0] += 1
+        return held[0]
+
+    return count
+
+
+def _draw():
+    generator = random.Random(0)
+    return lambda: generator.random()
+
+
+class Counts(nn.Module):
+    """Scales by what a function gives, which is another number in each call, or calls it for nothing."""
+
+    def __init__(self, count, scales):
+        super().__init__()
+        self.count, self.scales = count, scales
+
+    def forward(self, x):
+        number = self.count()
+        return x * number if self.scales else x * 2
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["for nothing", "scales"])
+@pytest.mark.parametrize(
+    "begin",
+    [_count_in_a_function, _count_in_a_context, _count_in_a_thread, _count_by_a_name, _count_in_an_array, _draw],
+)
+def test_what_no_probe_could_put_back_is_written_once_a_call(begin, scales):
+    plain = Counts(begin(), scales)
+    batches = [torch.randn(3, 2) for _ in range(4)] * 2
+    expected = [plain(x) for x in batches], plain.count()
+    module = torchcache.mark(Counts(begin(), scales), audit=0)
+    assert_same(([module(x) for x in batches], module.count()), expected)
+    assert counts(module) == (0, 0)
 
 
 class Reader(nn.Module):

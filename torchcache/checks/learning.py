@@ -22,9 +22,8 @@ from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import digest_tensor
 from torchcache.errors import Bypass, RowwiseError, Writes
-from torchcache.identity.containers import Difference
+from torchcache.identity.containers import Difference, names_of
 from torchcache.identity.content import content_digest
-from torchcache.identity.identity import UNNAMED
 from torchcache.identity.key import call_fingerprint
 from torchcache.identity.written import Written, written_text
 from torchcache.options import CacheOptions
@@ -94,7 +93,7 @@ class Learning:
         try:
             if not tiers.knows(batch.who):
                 whole = self._run_watched(batch, form)
-                self._check_weights(batch, form)
+                self._check_writes(batch, form)
                 if batch.moved and not batch.wrote and self._subject.identity.current() == batch.who:
                     form.unsettled += 1
                     advice = "let neither its forward nor another thread write to its weights and buffers meanwhile"
@@ -343,14 +342,15 @@ class Learning:
             raise Bypass("its output holds no tensor", "mark a part that returns tensors")
         return taken
 
-    def _check_weights(self, batch: Batch, form: Form) -> None:
-        """Refuse to learn of a call that wrote to parameters: what a probe writes to them is not taken back."""
+    def _check_writes(self, batch: Batch, form: Form) -> None:
+        """Refuse to learn of a call that wrote to parameters, or where nobody looks: a probe would do it again."""
         identity, module = self._subject.identity, self._subject.module
         if identity.current() != batch.who:
             parameters = dict(module.named_parameters()) if module is not None else {}
-            written = {UNNAMED, *parameters}.intersection(identity.changed)
+            seen = tuple(name for name in names_of(batch.wrote) if name and name not in parameters)
+            written = [name for name in identity.changed if not name.startswith(seen)]
             if written:
-                raise self._writes(form, sorted(written))
+                raise self._writes(form, written)
 
     def _check_draws(self, batch: Batch, form: Form) -> None:
         """Refuse to learn of a call whose original drew random numbers, or may have while another thread did."""

@@ -14,7 +14,7 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import layout_check
 from torchcache.errors import Unreadable
 from torchcache.identity.exchange import ADVICE
-from torchcache.identity.outside import Outside
+from torchcache.identity.outside import READ, Outside
 from torchcache.identity.program import Program, reads
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
@@ -91,6 +91,7 @@ class Identity:
         self._seconds = 0.0
         self._program: Program | None = None
         self._other: Program | None = None
+        self._digested: Program | None = None
         self._state = State()
         self._given: dict[tuple[type, ...], tuple[Program, State]] = {}
 
@@ -237,13 +238,16 @@ class Identity:
         before = state.digest
         now = state.current(program.tensors)
         if before and now != before and state.changed:
-            self.changed = self._names([program.tensors[index] for index in state.changed])
+            earlier = self.changed if program is not self._digested else []
+            self.changed = [*earlier, *self._names([program.tensors[index] for index in state.changed])]
+        if state is self._state:
+            self._digested = program
         return digest_bytes(b"who" + program.digest + now)
 
     def _names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         subject = self._subject()
         names = tensor_names(subject[0] if isinstance(subject, tuple) else None)
-        others = {True: UNNAMED, False: "a tensor"}
+        others = {True: UNNAMED, False: READ}
         return [names.get(id(tensor), others[isinstance(tensor, nn.Parameter)]) for tensor in tensors]
 
     def steady(self) -> Steady:

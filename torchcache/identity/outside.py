@@ -13,6 +13,9 @@ from torchcache.identity.containers import Containers, Difference, Place, versio
 from torchcache.identity.objects import ABSENT, ignored, members_of, slots_of
 from torchcache.identity.watch import same
 
+# What a tensor is called that no module of the tree holds itself.
+READ = "a tensor that it reads"
+
 _CELL = (("cell_contents", types.CellType.cell_contents),)
 
 
@@ -59,7 +62,7 @@ class Outside:
         found = [Difference(_label(owner, path(), name), was, now) for owner, path, name, was, now in self._differing()]
         found += self._containers.differences()
         written = [tensor for tensor, version in self._tensors if version_of(tensor) != version]
-        return [*found, *(Difference("a tensor that it reads", tensor, tensor) for tensor in written)]
+        return [*found, *(Difference(READ, tensor, tensor) for tensor in written)]
 
     def restore(self) -> None:
         """Put back what was assigned, and what containers held."""

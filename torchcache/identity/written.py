@@ -16,7 +16,7 @@ from torchcache.identity.containers import Containers, Difference, names_of, ver
 from torchcache.identity.content import content_digest
 from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
-from torchcache.identity.outside import Outside
+from torchcache.identity.outside import READ, Outside
 from torchcache.identity.watch import same
 from torchcache.quantity import names_text
 
@@ -64,7 +64,7 @@ class Written:
             room = MOST_IN_ALL
             named = [(name, value) for name, (value, _) in self._before.items()]
             if outside is not None:
-                named += [("a tensor that it reads", leaf) for leaf in outside.tensors]
+                named += [(READ, leaf) for leaf in outside.tensors]
                 named += [(path(), array) for array, path in outside.arrays]
             named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
             for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
