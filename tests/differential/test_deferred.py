@@ -8,6 +8,7 @@ from unbuilt import CALLS, again, drawn
 from torchcache.checks import stored
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(60))
 def test_a_second_run_answers_as_its_twin(seed, tmp_path):
     program = drawn(seed)

@@ -39,6 +39,7 @@ def test_each_bug_fits_the_library(bug, monkeypatch):
     bug(monkeypatch)
 
 
+@pytest.mark.once
 def test_the_soak_tool_says_how_to_see_a_wrong_answer_again(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools" / "soak"))
     spec = importlib.util.spec_from_file_location("soak", Path(__file__).parents[2] / "tools" / "soak" / "__main__.py")

@@ -377,6 +377,7 @@ class Notes(nn.Module):
         return self.linear(x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", NOTES)
 @pytest.mark.parametrize("door", ["call", "transform", "eager", "torchcache"])
 def test_what_a_forward_notes_is_noted_once_a_call(door, kind, warnings):

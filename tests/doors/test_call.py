@@ -468,6 +468,7 @@ def no_garbage_collection():
     gc.enable()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "partly trained"])
 @pytest.mark.parametrize("door", ["eager", "transform", "compile"])
 def test_modules_and_their_rows_are_freed_as_soon_as_nobody_has_them(door, trains, tmp_path, no_garbage_collection):

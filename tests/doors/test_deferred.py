@@ -812,6 +812,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.once
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(member=st.sampled_from("form roles dims leaves structure key allowed layouts".split()), value=JSON, where=JSON)
 @example(member="dims", value=668_315_863, where=0)

@@ -76,6 +76,7 @@ def run(directory, order, seed):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.once
 def test_rows_are_found_whatever_a_process_hashes_by_and_made_before(tmp_path):
     stored = run(tmp_path, "first first", "1")
     assert {name: counts[:2] for name, counts in stored.items()} == {name: [6, 0] for name in stored}

@@ -190,6 +190,7 @@ class Wide(nn.Module):
 FLAT = False
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("level", [None, 1])
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("harm", ["none", "flipped", "cut", "longer", "empty", "gone", "folder"])

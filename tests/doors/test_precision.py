@@ -189,6 +189,7 @@ RUN = """
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("memory", [10**6, 400, 0])
 def test_a_second_process_finds_the_rows_also_where_memory_is_short(tmp_path, memory):
     for expected in (["16", "0", "0"], ["0", "16", "0"]):

@@ -127,9 +127,10 @@ def test_a_name_for_all_of_a_mark_does_not_mix_its_blocks(tmp_path, warnings):
     assert not warnings
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("door", DOORS)
 def test_many_models_of_one_class_each_find_their_own_rows(door, warnings):
-    pairs = [nets(lambda: Stack(2)) for _ in range(12)]
+    pairs = [nets(lambda: Stack(2)) for _ in range(9)]  # torch traces a code object 8 times
     with torch.no_grad():
         for number, pair in enumerate(pairs):
             for net in pair:
@@ -148,7 +149,7 @@ def test_many_models_of_one_class_each_find_their_own_rows(door, warnings):
 @pytest.mark.parametrize("door", DOORS)
 def test_what_was_traced_keeps_no_model_alive_and_leaves_room_for_others(door, warnings):
     gone = []
-    for _ in range(10):
+    for _ in range(9):  # torch traces a code object 8 times
         model, twin = nets(lambda: Stack(2))
         run, x = opened(door, model), torch.randn(6, 16)
         for rows in ([0, 1, 2, 3, 4, 5], [3], [5, 4, 3, 2, 1, 0]):
@@ -156,9 +157,9 @@ def test_what_was_traced_keeps_no_model_alive_and_leaves_room_for_others(door, w
         assert counted(model)[0] >= 7
         gone.append(weakref.ref(model.blocks[0]))
         del model, twin, run
-        if door != "compile":  # Dynamo itself keeps what torch.compile is given
-            gc.collect()
-            assert gone[-1]() is None
+    if door != "compile":  # Dynamo itself keeps what torch.compile is given
+        gc.collect()
+        assert not any(model() is not None for model in gone)
     assert not warnings
 
 
