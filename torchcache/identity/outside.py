@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from torchcache.identity.alike import alike
 from torchcache.identity.containers import Containers, Difference, Place, version_of
 from torchcache.identity.objects import ABSENT, ignored, members_of, slots_of
-from torchcache.identity.watch import same
 
 # What a tensor is called that no module of the tree holds itself.
 READ = "a tensor that it reads"
@@ -84,7 +84,7 @@ class Outside:
             now = self._held(owner)
             for name in dict.fromkeys([*held, *now]):
                 values = held.get(name, ABSENT), now.get(name, ABSENT)
-                if not same(*values):
+                if not alike(*values):
                     found.append((owner, path, name, *values))
         return found
 

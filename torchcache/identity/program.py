@@ -12,6 +12,7 @@ import torch
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import Stamps
+from torchcache.identity.alike import alike
 from torchcache.identity.arrays import BUFFERS
 from torchcache.identity.callables import Torch
 from torchcache.identity.containers import Place
@@ -270,7 +271,7 @@ def _add_space(watch: Watch, known: Known, node: Node, space: Space) -> None:
 
     def differs(live: Mapping[str, Any]) -> list[str]:
         now = member_space(space.kind, live, space.leave).held
-        found = [name for name, value in chosen.items() if not same(now.get(name, ABSENT), value)]
+        found = [name for name, value in chosen.items() if not alike(now.get(name, ABSENT), value)]
         found += [name for name in now if name not in space.held and known.wanted(node, space, name)]
         if space.ordered and not found and [*filter(chosen.__contains__, now)] != list(chosen):
             found = list(chosen)

@@ -330,6 +330,9 @@ class Watch:
                 continue
             if space.differs(live):
                 return False
+            if not all(same(live.get(name, ABSENT), value) for name, value in space.read.items()):
+                loud.append(space)  # replaced by what is alike, and may be written to from here on
+                continue
             space.keys = keys
             space.read = {name: live.get(name, ABSENT) for name in space.read}
             space.alarms += 1
