@@ -347,8 +347,9 @@ class Learning:
         identity, module = self._subject.identity, self._subject.module
         if identity.current() != batch.who:
             parameters = dict(module.named_parameters()) if module is not None else {}
-            seen = tuple(name for name in names_of(batch.wrote) if name and name not in parameters)
-            written = [name for name in identity.changed if not name.startswith(seen)]
+            seen = [name for name in names_of(batch.wrote) if name and name not in parameters]
+            within = tuple(name + end for name in seen for end in ".[")
+            written = [name for name in identity.changed if name not in seen and not name.startswith(within)]
             if written:
                 raise self._writes(form, written)
 

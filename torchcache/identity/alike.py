@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from torchcache.identity.containers import MOST_ITEMS
 from torchcache.identity.objects import hidden, members_of, slots_of
 from torchcache.identity.watch import same
 
@@ -23,18 +24,18 @@ def alike(one: Any, other: Any, deepest: int = DEEPEST) -> bool:
     kind = type(one)
     if kind is not type(other) or not deepest:
         return False
-    if kind in (list, tuple, set, frozenset):
-        return len(one) == len(other) and _each(one, other, deepest)
-    if kind in (dict, OrderedDict):
-        return len(one) == len(other) and _each(one, other, 1) and _each(one.values(), other.values(), deepest)
+    if kind in (list, tuple, set, frozenset, dict, OrderedDict):
+        if len(one) != len(other) or len(one) > MOST_ITEMS:
+            return False
+        if issubclass(kind, dict):
+            return _each(one, other, 1) and _each(one.values(), other.values(), deepest)
+        return _each(one, other, deepest)
     members, others = (members_of(value) for value in (one, other)) if _is_plain(kind) else (None, None)
     return members is not None and others is not None and alike(members, others, deepest)
 
 
 def _each(ones: Iterable[Any], others: Iterable[Any], deepest: int) -> bool:
     ones, others = list(ones), list(others)
-    if len(ones) != len(others):
-        return False
     return all(map(operator.is_, ones, others)) or all(
         alike(one, other, deepest - 1) for one, other in zip(ones, others, strict=True)
     )

@@ -23,8 +23,6 @@ from torchcache.logging import warn_once
 from torchcache.quantity import names_text
 from torchcache.trainable import part_with_weights, which_train
 
-# What a parameter is called that no module of the tree holds itself.
-UNNAMED = "a parameter"
 # Seconds of reading again that are told of.
 LONG = 20.0
 # Combinations of classes of arguments that are known at a time.
@@ -247,8 +245,9 @@ class Identity:
     def _names(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         subject = self._subject()
         names = tensor_names(subject[0] if isinstance(subject, tuple) else None)
-        others = {True: UNNAMED, False: READ}
-        return [names.get(id(tensor), others[isinstance(tensor, nn.Parameter)]) for tensor in tensors]
+        return [
+            names.get(id(tensor), "a parameter" if isinstance(tensor, nn.Parameter) else READ) for tensor in tensors
+        ]
 
     def steady(self) -> Steady:
         """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""
