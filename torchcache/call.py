@@ -96,7 +96,7 @@ class Region:
         self.subject = subject
         self.options = options
         self.tiers = Tiers(options, subject.name)
-        self.counters = Counters()
+        self.counters, self._which = Counters(), "a part of " if mark is not None else ""
         self.family: list[Counters] = mark.family if mark is not None else []
         self.family.append(self.counters)
         self.history, self.reasons = History(), Reasons()
@@ -190,7 +190,7 @@ class Region:
     def note(self, bypass: Bypass, rows: int = 0) -> None:
         """Note why ``rows``, or some that nobody counts, are computed and not stored, and say so the first time."""
         if self.reasons.note(bypass.reason, rows) and not bypass.quiet:
-            warn_once(f"{self.name} is computed, not cached: {bypass}")
+            warn_once(f"{self._which}{self.name} is computed, not cached: {bypass}")
 
     def _cached(self, given: Given) -> Any:
         batch = self._take(given)
