@@ -86,8 +86,8 @@ class Region:
         How often a call in a graph returned another form of output than it did when it was traced.
     partial : bool
         Whether its frozen part is looked up, whatever the mode, or it is such a part: what no user chose ends no run.
-    rest : Rest
-        While it lasts, calls are computed without a look.
+    rest, turnover : Rest, Turnover
+        While the first lasts, calls are computed without a look; and the identities that calls had so far.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -103,9 +103,9 @@ class Region:
         self.schedule = Schedule(options.audit, functools.partial(lacks, subject))
         self._learning = Learning(subject, options)
         self._early = Early(options.digest)
-        self._turnover = Turnover(subject)
+        self.turnover = Turnover(subject)
         self._novelty = Novelty()
-        self._usefulness = Usefulness(self, self._turnover, self._novelty)
+        self._usefulness = Usefulness(self, self.turnover, self._novelty)
         self.writes, self.inlined, self.partial, self.apart, self.traces = False, False, False, "", 0
         self.partly: Callable[[Given, Trains], Any] | None = None
         self.rest = Rest()
@@ -228,11 +228,11 @@ class Region:
             raise Bypass("parametrize.cached() is in force, which keeps weights that may change", "", lasting=False)
         started = self._early.start(taken.key, tensors)
         seen = given.seen or self.subject.identity.look()
-        unsteady = self.partly is not None and self._turnover.unsteady
+        unsteady = self.partly is not None and self.turnover.unsteady
         if goes_by_parts(seen.tensors, partial=self.partial, unsteady=unsteady):
             raise Trains(lambda: f"it trains {trained(self.subject.module)}", FREEZE)
         who = seen.who or self.subject.identity.current(seen)
-        for gone in self._turnover.note(who, self.counters.hits):
+        for gone in self.turnover.note(who, self.counters.hits):
             self._learning.forget(gone)
             self.tiers.drop_state(gone)
         gradients = given.gradients if who in self._learning.modal else None

@@ -176,7 +176,7 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     if (exchange := identity.exchanges()) is not None:
         region.note(exchange)
         return PLAIN
-    if (gradients or region.partial) and identity.trains():
+    if ((gradients or region.partial) and identity.trains()) or _goes_by_parts(region):
         return PLAIN if module is None else PART if dynamo.names_parts() else APART
     if region.writes:
         return PLAIN
@@ -184,15 +184,20 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
     return APART if region.apart or region.subject.deferred is not None else LOOKUP
 
 
+def _goes_by_parts(region: Region) -> bool:
+    """Whether its frozen part is looked up elsewhere, and the whole changes as what trains does."""
+    return region.partial and region.turnover.unsteady
+
+
 def _still(region: Region, gradients: bool, *, looked_up: bool) -> Callable[[], bool]:
     """Tells later whether what decided how a call is traced is as it was, and what it returns looks as it did."""
     held, form = weakref.ref(region), None
 
-    def now(reference: Region) -> tuple[bool, int, bool, bool]:
+    def now(reference: Region) -> tuple[bool, int, bool, bool, bool]:
         matters = gradients or reference.partial
         # Of what is looked up the form says what is trainable.
         trains = matters and not looked_up and reference.subject.identity.trains()
-        return reference.writes, reference.traces, matters, trains
+        return reference.writes, reference.traces, matters, trains, _goes_by_parts(reference)
 
     def holds() -> bool:
         nonlocal form
