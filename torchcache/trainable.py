@@ -35,6 +35,15 @@ def part_with_weights(module: nn.Module) -> str:
     return f"{'.'.join(path)} ({type(part).__name__})" if path else ""
 
 
+def frozen_parts(module: nn.Module, path: str = "") -> list[str]:
+    """The paths of the largest parts of a module that have parameters, none of which is trainable."""
+    found: list[str] = []
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is not None:
+            found += [path + name] if is_frozen(child) else frozen_parts(child, f"{path}{name}.")
+    return found
+
+
 def which_train(tensors: Sequence[torch.Tensor]) -> bytes:
     """One byte for each tensor: 1 where it is trainable."""
     return bytes(map(_requires_grad, tensors))

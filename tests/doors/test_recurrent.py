@@ -138,3 +138,25 @@ def test_tracing_that_takes_long_is_told_of(monkeypatch, warnings):
         net(torch.randn(3, length, 4), None).sum().backward()
     (text,) = [text for text in warnings if "Dynamo traced it" in text]
     assert "pad them to few" in text
+
+
+class Read(nn.Module):
+    """A frozen recurrent layer, and a head that trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleDict({"layer": nn.LSTM(4, 6, batch_first=True)}).requires_grad_(False)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        steps, _ = self.body["layer"](x)
+        return self.head(steps[:, -1])
+
+
+def test_what_dynamo_leaves_out_of_its_graphs_is_named(warnings):
+    model, data = torchcache.mark(Read()), torch.randn(4, LONGEST, 4)
+    for _ in range(3):
+        model(data).sum().backward()
+    assert any("mark body alone" in text for text in warnings)
+    assert not any("no part of" in text for text in warnings)

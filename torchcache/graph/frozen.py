@@ -119,6 +119,13 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def reads_frozen(graph: fx.Graph) -> bool:
+    """Whether a Dynamo graph is given a parameter that is not trainable, or looks up what a mark has."""
+    given = [node.meta.get("example_value") for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    frozen = any(isinstance(value, nn.Parameter) and not value.requires_grad for value in given)
+    return frozen or any(_looked_up(node) is not None for node in graph.nodes)
+
+
 def analyse(graph: fx.Graph) -> Analysis:
     """Look at every node of a Dynamo graph, in order."""
     analysis = Analysis()

@@ -33,6 +33,7 @@ from torchcache.dynamo import (
 )
 from torchcache.errors import Bypass, Trains, Unreadable
 from torchcache.graph.checkpoints import bodies, run_as_code
+from torchcache.graph.frozen import reads_frozen
 from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.graph.trial import Trial
@@ -41,14 +42,15 @@ from torchcache.logging import logger, warn_once
 from torchcache.mark import Mark, and_then
 from torchcache.modes import estimate, resume
 from torchcache.op import subject_name
-from torchcache.trainable import which_train
+from torchcache.quantity import names_text
+from torchcache.trainable import frozen_parts, which_train
 
 UNTRACED = (
     "Dynamo runs no trace of it: it leaves its code alone, as an expression that calls a recurrent layer, or took as "
     "many traces of it as it may",
-    "call such a layer in a statement of its own, raise torch._dynamo.config.recompile_limit, or mark a part that "
-    "Dynamo traces",
+    "call such a layer in a statement of its own, raise torch._dynamo.config.recompile_limit, or ",
 )
+LEFT = "it trains, and Dynamo leaves what is frozen of it out of its graphs, as it does recurrent layers"
 SAVES = (
     "a checkpoint around it, or other hooks of saved tensors, would see other tensors where Dynamo traces it",
     "checkpoint parts of it, or mark the frozen part alone",
@@ -158,9 +160,11 @@ class Traced:
             raise
         finally:
             _running.call = outer
-        if len(trace.graphs) > known:
+        left = [] if any(reads_frozen(each.graph) for each in trace.graphs) else frozen_parts(module)
+        traced = len(trace.graphs) > known
+        if traced:
             self._note_tracing(time.perf_counter() - began)
-        else:  # a first call may set things up, and be traced in other parts than those after it
+        elif not left:  # a first call may set things up, and be traced in other parts than those after it
             trace.outcome.tell_of_nothing()
         trace.note(call)
         if trace.calls == ENOUGH_CALLS:
@@ -168,7 +172,11 @@ class Traced:
         if trace.lookups == before:
             reasons = trace.outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
-            self._region.count(given, bypass if call.graphs else Bypass(*UNTRACED))
+            if left or not call.graphs:
+                why, advice = (LEFT, "") if call.graphs else UNTRACED
+                parts = names_text(left or frozen_parts(module)) or "the frozen part"
+                bypass = Bypass(why, f"{advice}mark {parts} alone", quiet=traced)
+            self._region.count(given, bypass)
         if call.trial is None:
             return outputs
         returned = [outputs]

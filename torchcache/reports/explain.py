@@ -215,13 +215,15 @@ class _Explainer:
         if region.partly is None:
             self._leave_out(name, "trainable", str(bypass))
             return given.run()
-        before = len(self.regions)
+        before, known = len(self.regions), dict(region.reasons)
         with torch.compiler.set_stance("default"):  # it is traced to be divided
             outputs = region.partly(given, bypass)
+        noted = {reason for reason, rows in region.reasons.items() if known.get(reason) != rows} - {bypass.reason}
         if len(self.regions) > before:
             self._leave_out(name, "trainable", f"{bypass.reason}: only its frozen part is cached")
         else:
-            self._leave_out(name, "trainable", f"{bypass}; no part of it that is frozen was found")
+            why = "; ".join(sorted(noted)) or f"{bypass}; no part of it that is frozen was found"
+            self._leave_out(name, "trainable", why)
         return outputs
 
     def _leave_out(self, name: str, kind: str, reason: str) -> None:
