@@ -212,10 +212,8 @@ def _own(node: fx.Node, analysis: Analysis, levels: int) -> Verdict | None:
     value = tensor_of(node)
     if value is not None and _is_leaf(value) and _is_computed(node, value):
         why = "made to need a gradient, as gradient_checkpointing_enable() of transformers does with embeddings"
-        return Verdict(
-            MADE,
-            f"what it computes is {why}: call disable_input_require_grads() after that, for a Trainer in a callback's on_train_begin",
-        )
+        advice = "call disable_input_require_grads() after that, for a Trainer in a callback's on_train_begin"
+        return Verdict(MADE, f"what it computes is {why}: {advice}")
     if node.op == "placeholder":
         if value is None or not value.requires_grad or node not in analysis.state:
             return None
