@@ -68,6 +68,26 @@ def test_what_is_replaced_by_what_is_alike_is_read_once(readings):
     assert len(readings) <= 2
 
 
+class Counting(nn.Module):
+    """Writes to its state before it replaces it, and reads that."""
+
+    def __init__(self):
+        super().__init__()
+        self.registry = [Registry()]
+
+    def forward(self, x):
+        (registry,) = self.registry
+        registry.state.scale += 1
+        return x * registry.get()
+
+
+def test_what_is_written_before_it_is_replaced_is_written_once_a_call():
+    module, twin = torchcache.mark(Counting(), audit=0), Counting()
+    for _ in range(6):
+        x = torch.randn(4, 3)
+        assert torch.equal(module(x), twin(x))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_written_to_the_last_of_them_is_seen(change, readings):
     module, x = torchcache.mark(Scaled(), audit=0), torch.randn(4, 3)

@@ -70,6 +70,8 @@ def cut_region(nodes: list[fx.Node], analysis: Analysis) -> Cut | None:
     members = dict.fromkeys(nodes)
     for node in reachable(_of_moving_state(nodes, analysis), members, lambda node: node.users):
         del members[node]
+    if not members:
+        raise Unfit("what is frozen reads state that is written to in each call")
     while members:
         read = [
             node for node in members if node in analysis.varying and any(user not in members for user in node.users)

@@ -17,7 +17,7 @@ from torchcache.graph.closed import is_closed
 from torchcache.graph.cut import Cut, cut_region, writers_of
 from torchcache.graph.extract import Inputs, extract, graph_digest, inputs_of
 from torchcache.graph.fewest import reachable
-from torchcache.graph.frozen import MADE, Analysis, Verdict, analyse
+from torchcache.graph.frozen import MADE, Analysis, Verdict, analyse, reads_frozen
 from torchcache.graph.general import generalised
 from torchcache.graph.partition import partition
 from torchcache.graph.parts import Part, part_of, parts_of
@@ -44,12 +44,15 @@ class Outcome:
         By their names, marks of which no part in the graph is cached, and why.
     draws : bool
         Whether anything in the graph draws random numbers, or may.
+    frozen : bool
+        Whether the graph is given anything that is frozen.
     """
 
     regions: list[Beside] = dataclasses.field(default_factory=list)
     reasons: list[str] = dataclasses.field(default_factory=list)
     nothing: dict[str, str] = dataclasses.field(default_factory=dict)
     draws: bool = False
+    frozen: bool = False
 
     def tell_of_nothing(self) -> None:
         """Say of which marks no part is cached."""
@@ -78,7 +81,7 @@ def cache_regions(
         The regions, and the reasons.
     """
     fix_rows()
-    outcome, looked = Outcome(), list[tuple[fx.Graph, Analysis]]()
+    outcome, looked = Outcome(frozen=reads_frozen(module.graph)), list[tuple[fx.Graph, Analysis]]()
     for graph_module in (*bodies(module), module):
         nested = graph_module is not module
         looked += [(graph_module.graph, _cache_graph(graph_module, outcome, compile_original, nested))]

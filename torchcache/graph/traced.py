@@ -33,7 +33,6 @@ from torchcache.dynamo import (
 )
 from torchcache.errors import Bypass, Trains, Unreadable
 from torchcache.graph.checkpoints import bodies, run_as_code
-from torchcache.graph.frozen import reads_frozen
 from torchcache.graph.parts import KEY
 from torchcache.graph.rewrite import Outcome, cache_regions
 from torchcache.graph.trial import Trial
@@ -160,7 +159,7 @@ class Traced:
             raise
         finally:
             _running.call = outer
-        left = [] if any(reads_frozen(each.graph) for each in trace.graphs) else frozen_parts(module)
+        left = [] if trace.outcome.frozen else frozen_parts(module)
         traced = len(trace.graphs) > known
         if traced:
             self._note_tracing(time.perf_counter() - began)
@@ -309,6 +308,7 @@ class _Trace:
         self.outcome.reasons = found.reasons
         self.outcome.nothing |= found.nothing
         self.outcome.draws |= found.draws
+        self.outcome.frozen |= found.frozen
         self.graphs.append(graph)
 
         def run(*args: Any) -> Any:

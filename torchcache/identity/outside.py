@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from torchcache.identity.alike import alike
 from torchcache.identity.containers import Containers, Difference, Place, version_of
 from torchcache.identity.objects import ABSENT, ignored, members_of, slots_of
+from torchcache.identity.watch import same
 
 # What a tensor is called that no module of the tree holds itself.
 READ = "a tensor that it reads"
@@ -59,14 +60,16 @@ class Outside:
 
     def differences(self) -> list[Difference]:
         """What was written since, by the user's names."""
-        found = [Difference(_label(owner, path(), name), was, now) for owner, path, name, was, now in self._differing()]
+        found = [
+            Difference(_label(owner, path(), name), was, now) for owner, path, name, was, now in self._differing(alike)
+        ]
         found += self._containers.differences()
         written = [tensor for tensor, version in self._tensors if version_of(tensor) != version]
         return [*found, *(Difference(READ, tensor, tensor) for tensor in written)]
 
     def restore(self) -> None:
-        """Put back what was assigned, and what containers held."""
-        for owner, _, name, was, _ in self._differing():
+        """Put back what was assigned, copies that hold the same included, and what containers held."""
+        for owner, _, name, was, _ in self._differing(same):
             slot = dict(self._slots(owner)).get(name)
             if isinstance(owner, type):
                 delattr(owner, name) if was is ABSENT else setattr(owner, name, was)
@@ -78,13 +81,13 @@ class Outside:
                 _members(owner)[name] = was
         self._containers.restore()
 
-    def _differing(self) -> list[tuple[Any, Any, str, Any, Any]]:
+    def _differing(self, equal: Callable[[Any, Any], bool]) -> list[tuple[Any, Any, str, Any, Any]]:
         found = []
         for owner, path, held in self._before:
             now = self._held(owner)
             for name in dict.fromkeys([*held, *now]):
                 values = held.get(name, ABSENT), now.get(name, ABSENT)
-                if not alike(*values):
+                if not equal(*values):
                     found.append((owner, path, name, *values))
         return found
 
