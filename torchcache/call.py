@@ -86,8 +86,10 @@ class Region:
         How often a call in a graph returned another form of output than it did when it was traced.
     partial : bool
         Whether its frozen part is looked up, whatever the mode, or it is such a part: what no user chose ends no run.
-    rest, turnover : Rest, Turnover
-        While the first lasts, calls are computed without a look; and the identities that calls had so far.
+    rest : Rest
+        While it lasts, calls are computed without a look.
+    turnover : Turnover
+        The identities that its calls had.
     partly : callable or None
         Called in place of a lookup where the original trains: with the call, and why it is not looked up as a whole.
     """
@@ -96,7 +98,7 @@ class Region:
         self.subject = subject
         self.options = options
         self.tiers = Tiers(options, subject.name)
-        self.counters, self._which = Counters(), "a part of " if mark is not None else ""
+        self.counters = Counters()
         self.family: list[Counters] = mark.family if mark is not None else []
         self.family.append(self.counters)
         self.history, self.reasons = History(), Reasons()
@@ -190,23 +192,22 @@ class Region:
     def note(self, bypass: Bypass, rows: int = 0) -> None:
         """Note why ``rows``, or some that nobody counts, are computed and not stored, and say so the first time."""
         if self.reasons.note(bypass.reason, rows) and not bypass.quiet:
-            warn_once(f"{self._which}{self.name} is computed, not cached: {bypass}")
+            which = "" if self.family[0] is self.counters else "a part of "
+            warn_once(f"{which}{self.name} is computed, not cached: {bypass}")
 
     def _cached(self, given: Given) -> Any:
         batch = self._take(given)
         try:
             plan = self._learning.plan(batch, self.tiers)
             self._novelty.note(self.name, batch, plan.learnt.rows)
-            hashed = self._hash(batch, plan)
-            return self._look_up(batch, plan, *hashed)
+            return self._look_up(batch, plan, *self._hash(batch, plan))
         except RowwiseError as error:
             self._learning.refuse(batch, str(error))
             raise
 
     def examine(self, given: Given) -> tuple[Batch, Plan]:
         """The call taken apart, and what is known of calls like it; nothing is looked up. Raises as a call does."""
-        batch = self._take(given)
-        return batch, self._learning.plan(batch, self.tiers)
+        return (batch := self._take(given)), self._learning.plan(batch, self.tiers)
 
     def _check(self) -> None:
         if bypassed():
@@ -262,8 +263,7 @@ class Region:
             near = plan.place(batch.rows[0].device)
             found = self.tiers.find(key, digests, plan.precision.stored, batch.who, near, ahead)
         missing = found.missing(digests)
-        beneath = found.from_beneath
-        if beneath:
+        if beneath := found.from_beneath:
             self.tiers.tell(batch.who)
         self.counters.lookup_seconds += time.perf_counter() - start
         if missing:
