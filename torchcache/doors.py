@@ -21,7 +21,7 @@ from torchcache.errors import NEEDED, Bypass
 from torchcache.graph.traced import Traced
 from torchcache.logging import inform_once
 from torchcache.mark import Mark, and_then
-from torchcache.modes import resume
+from torchcache.modes import estimate, resume
 from torchcache.op import NOTHING, RECORDING, opaque, subject_name
 from torchcache.regions import note_reentry, region_of
 from torchcache.trainable import FREEZE, trained
@@ -132,6 +132,7 @@ def _traced(mark: Mark, module: nn.Module | None, gradients: bool, enabled: bool
     if not (inside_region() or bypassed() or torch.compiler.is_exporting()) and mark.options_for(module).enabled:
         region = region_of(mark, module)
         resume(module)
+        estimate(module)
         how = _how(region, module, gradients)
         dynamo.guard(_still(region, gradients, looked_up=how == LOOKUP))
         if how == PART:

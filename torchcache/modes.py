@@ -23,6 +23,8 @@ from torchcache.trainable import is_frozen
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # By marked module: its parts that would be in train mode, were they not frozen.
 _held: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+# Marked modules whose next call is to say what stays in eval mode.
+_untold: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Names of operators that write to a tensor.
 _IN_PLACE = re.compile(r"[a-z]\w*_").fullmatch
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
@@ -31,15 +33,25 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 def settle(module: nn.Module) -> None:
     """Put ``module`` in eval mode if it is frozen, else those of its subtrees that hold frozen parameters only.
 
-    What has no weights, such as a dropout beside trainable layers or a random crop, keeps its mode. Where eval mode
-    changes what is computed, this is said once.
+    What has no weights, such as a dropout beside trainable layers or a random crop, keeps its mode.
     """
     changed = [part for part in _kept_in_eval(module) if part.training]
     for part in changed:  # only where needed: a write costs those who watch the module a closer look
         part.training = False
     if changed:
         _held.setdefault(module, weakref.WeakSet()).update(changed)
-    kinds = _acting_in_training(changed)
+        _untold.add(module)
+
+
+def tell_of_eval(module: nn.Module) -> None:
+    """Say once, in a call, what stays in eval mode and may compute something else in train mode.
+
+    Whoever asks for train mode may ask for eval mode of what is frozen before that.
+    """
+    if module not in _untold:
+        return
+    _untold.discard(module)
+    kinds = _acting_in_training(part for part in held(module) if not part.training)
     if kinds:
         name = type(module).__name__
         what = (
@@ -70,6 +82,10 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
     kept : bool
         Whether a mark on it is enabled.
     """
+    if mode and module not in _asked:
+        _untold.add(module)
+    elif not mode:
+        _untold.discard(module)
     (_asked.add if mode else _asked.discard)(module)
     # Trainers call this in every step; a round trip through train mode would be a write to every part.
     if not (kept and _stays(module) and all(map(_is_flagged, module.modules()))):
@@ -118,7 +134,10 @@ def resume(module: nn.Module | None) -> bool:
         Whether there was any.
     """
     parts = _held.get(module) if module is not None else None
-    if module is None or not parts or _stays(module):
+    if module is None or not parts:
+        return False
+    tell_of_eval(module)
+    if _stays(module):
         return False
     kept = set(_kept_in_eval(module))
     found = [part for part in parts if part not in kept]
@@ -171,7 +190,8 @@ def _acts_in_training(part: nn.Module) -> bool:
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     if _normalises(part) or any(map(_reads_mode, hooks)):
         return True
-    return _drops(part) and _of_forward(beneath_class(type(part)))[0]
+    kind = beneath_class(type(part))
+    return (_drops(part) or _is_of_torch(kind)) and _of_forward(kind)[0]
 
 
 def _drops(part: nn.Module) -> bool:
@@ -191,8 +211,9 @@ def _learns(part: nn.Module) -> bool:
 
     Nobody expects that to end where it is frozen, which is no more than to say that it learns without a gradient.
     """
-    asks, sets, writes = _of_forward(beneath_class(type(part)))
-    if not asks or _normalises(part) or _drops(part):
+    kind = beneath_class(type(part))
+    asks, sets, writes = _of_forward(kind)
+    if not asks or _normalises(part) or _drops(part) or _is_of_torch(kind):
         return False
     held = [vars(part).get(name, part._buffers.get(name)) for name in sets]
     return (writes and bool(part._buffers)) or any(isinstance(value, torch.Tensor) for value in held)
@@ -208,7 +229,7 @@ def _of_forward(kind: type[nn.Module]) -> tuple[bool, frozenset[str], bool]:
     methods = ["forward"]
     for name in methods:
         function = inspect.unwrap(beneath(getattr(kind, name)))
-        if not isinstance(function, types.FunctionType) or _is_of_torch(function):
+        if not isinstance(function, types.FunctionType) or function.__module__.startswith("torch.nn.modules."):
             continue
         reads = reads_of(function.__code__)
         names |= reads.names
@@ -224,8 +245,8 @@ def _reads_mode(function: Any) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def _is_of_torch(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
 
 
 def _is_flagged(module: nn.Module) -> bool:

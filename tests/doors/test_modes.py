@@ -145,19 +145,39 @@ def _hooked(part):
         (Recomputing(), None),
         (_hooked(nn.LayerNorm(3)), "LayerNorm"),
         (nn.utils.spectral_norm(nn.Linear(3, 3)), "Linear"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "_SpectralNorm"),
     ],
     ids=lambda value: str(value),
 )
-def test_a_body_that_train_mode_would_change_says_so_once(part, said, warnings):
-    module = nn.Sequential(nn.Linear(3, 3), part).requires_grad_(False)
-    module.train()
-    model = nn.Sequential(torchcache.mark(module, audit=0), nn.Linear(3, 2))
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_body_that_train_mode_would_change_says_so_once(part, said, mode, whole, warnings):
+    module = nn.Sequential(nn.Linear(3, 3), copy.deepcopy(part)).requires_grad_(False)
+    module.train(mode)
+    model = nn.Sequential(module, nn.Linear(3, 2))
+    torchcache.mark(model if whole else module, audit=0)
     for _ in range(3):
-        model.train()
         model(torch.randn(8, 3))
+        model.train()
+    model(torch.randn(8, 3))
     told = [text for text in warnings if "eval mode" in text]
     assert len(told) == (said is not None)
     assert said is None or said in told[0]
+
+
+def test_who_asks_for_eval_mode_again_is_told_nothing(warnings):
+    class Kept(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    model = Kept(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).requires_grad_(False), nn.Linear(3, 2))
+    torchcache.mark(model[0], audit=0)
+    for _ in range(3):
+        model.train()
+        model(torch.randn(8, 3))
+    assert not warnings
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -186,6 +206,21 @@ def test_statistics_are_taken_anew_as_without_a_mark(whole):
     for one, other in zip(got, averaged(False)[1], strict=True):
         torch.testing.assert_close(one, other)
     assert torchcache.stats(average.module if whole else average.module[0]).hits >= 64
+
+
+def test_statistics_are_taken_anew_in_a_compiled_model():
+    data = torch.randn(64, 6) * 3 + 2
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()).requires_grad_(False).eval()
+    model = nn.Sequential(model, nn.Linear(8, 2))
+    twin = copy.deepcopy(model)
+    compiled = DOORS["compile"](torchcache.mark(model, audit=0))
+    for one in (compiled, twin):
+        for _ in range(2):
+            one(data).sum().backward()
+        update_bn([data[:32], data[32:]], one)
+    torch.testing.assert_close(model[0][1].running_var, twin[0][1].running_var)
+    for _ in range(2):
+        torch.testing.assert_close(compiled.eval()(data), twin.eval()(data))
 
 
 class Attending(DropPath):

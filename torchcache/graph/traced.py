@@ -39,7 +39,7 @@ from torchcache.graph.trial import Trial
 from torchcache.identity.modules import backward_hooks
 from torchcache.logging import logger, warn_once
 from torchcache.mark import Mark, and_then
-from torchcache.modes import estimate, resume
+from torchcache.modes import estimate, resume, tell_of_eval
 from torchcache.op import subject_name
 from torchcache.quantity import names_text
 from torchcache.trainable import frozen_parts, which_train
@@ -212,6 +212,7 @@ class Traced:
         """The trace for the program as it is. The one that was used longest ago gives way to a new one."""
         if has_global_hooks():
             raise Bypass("hooks run with every module, and a trace does not call them", quiet=True)
+        tell_of_eval(module)
         program = self._region.subject.identity.program()
         if program.problem is not None and self._region.options.persistent_module_hash is None:
             # It may decide that another trace is due, or be used up by a trial.
