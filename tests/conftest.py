@@ -1,5 +1,6 @@
 """What every test starts from: nothing remembered or left to write, a cache directory of its own; no error of ours."""
 
+import gc
 import logging
 
 import pytest
@@ -9,6 +10,20 @@ import torchvision_operators  # noqa: F401  # before anything imports torchvisio
 import torchcache
 from torchcache.call import Region
 from torchcache.logging import inform_once, logger, warn_once
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What earlier files and imports left is neither walked through by later collections nor copied by forks."""
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _whole():
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ _records: dict[int, weakref.ref[Record]] = {}
 def check_in_background(record: Record) -> None:
     """Hash the tensors of ``record`` now and then, as long as it lives; what differs becomes suspect."""
     key = id(record)
-    _records[key] = weakref.ref(record, lambda _: _records.pop(key, None))
+    _records[key] = weakref.ref(record)
+    weakref.finalize(record, _records.pop, key, None).atexit = False
     keep_checking()
 
 

@@ -24,7 +24,8 @@ def suspect_after_steps(record: Record) -> None:
     """
     _install()
     key = id(record)
-    _records[key] = weakref.ref(record, lambda _: _records.pop(key, None))
+    _records[key] = weakref.ref(record)
+    weakref.finalize(record, _records.pop, key, None).atexit = False
 
 
 @functools.cache
