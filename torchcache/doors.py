@@ -174,8 +174,8 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
             return APART
         region.note(Bypass(WRITTEN, "set it outside of what is compiled, or leave fullgraph=True out"))
         return PLAIN
-    if (exchange := identity.exchanges()) is not None:
-        region.note(exchange)
+    if (unreadable := identity.unreadable()) is not None:
+        region.note(unreadable)
         return PLAIN
     if ((gradients or region.partial) and identity.trains()) or _goes_by_parts(region):
         return PLAIN if module is None else PART if dynamo.names_parts() else APART

@@ -229,7 +229,7 @@ def _of_forward(kind: type[nn.Module]) -> tuple[bool, frozenset[str], bool]:
     methods = ["forward"]
     for name in methods:
         function = inspect.unwrap(beneath(getattr(kind, name)))
-        if not isinstance(function, types.FunctionType) or function.__module__.startswith("torch.nn.modules."):
+        if not isinstance(function, types.FunctionType) or str(function.__module__).startswith("torch.nn.modules."):
             continue
         reads = reads_of(function.__code__)
         names |= reads.names
@@ -246,7 +246,7 @@ def _reads_mode(function: Any) -> bool:
 
 
 def _is_of_torch(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
+    return str(kind.__module__).partition(".")[0] == "torch"
 
 
 def _is_flagged(module: nn.Module) -> bool:

@@ -5,7 +5,10 @@ import collections
 import contextvars
 import copy
 import gc
+import io
+import itertools
 import logging
+import queue
 import random
 import threading
 import weakref
@@ -845,6 +848,53 @@ def test_what_is_written_beneath_objects_is_written_once_a_call(function, kind):
     cached = torchcache.cached(lambda x: module(x)) if function else torchcache.mark(module, audit=0)
     for x in [torch.randn(4, 3) for _ in range(4)] * 2:
         assert torch.equal(cached(x), twin(x))
+
+
+# A source, and how something is taken from it.
+SOURCES = {
+    "random.Random": (lambda: random.Random(0), random.Random.random),
+    "Generator of NumPy": (lambda: np.random.default_rng(0), lambda source: source.random()),
+    "RandomState of NumPy": (lambda: np.random.RandomState(0), lambda source: source.rand()),
+    "Generator of torch": (torch.Generator, lambda source: torch.rand((), generator=source).item()),
+    "count": (itertools.count, next),
+    "iterator": (lambda: iter(range(100)), next),
+    "queue": (lambda: _queue(range(100)), lambda source: source.get()),
+    "bytes": (lambda: io.BytesIO(bytes(100)), lambda source: source.read(1) and source.tell()),
+}
+
+
+def _queue(items):
+    filled = queue.Queue()
+    for item in items:
+        filled.put(item)
+    return filled
+
+
+class Taking(nn.Linear):
+    """Takes from a source in each call."""
+
+    def __init__(self, source, take):
+        super().__init__(3, 3)
+        self.source, self.take = [source], take
+
+    def forward(self, x):
+        self.take(self.source[0])
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "torchcache"])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_what_is_taken_in_a_call_is_taken_once_a_call(kind, backend):
+    made, take = SOURCES[kind]
+    twin, module = Taking(made(), take), torchcache.mark(Taking(made(), take), freeze=True)
+    options = {"options": {"inner": "eager"}} if backend == "torchcache" else {}
+    run = torch.compile(module, backend=backend, **options) if backend else module
+    for _ in range(6):
+        x = torch.randn(4, 3)
+        run(x), twin(x)
+    assert take(module.source[0]) == take(twin.source[0])
+    assert torchcache.stats(module).hits == 0
+    assert reasons(module)
 
 
 COUNTED = contextvars.ContextVar("COUNTED", default=0)

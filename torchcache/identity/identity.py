@@ -155,10 +155,13 @@ class Identity:
             self._given[given] = program, state
         return self._digest(program, state)
 
-    def exchanges(self) -> Unreadable | None:
-        """Why other processes must run it at the same time; ``None`` where they need not."""
-        found = self.program().exchange
-        return Unreadable(found, ADVICE) if found else None
+    def unreadable(self) -> Unreadable | None:
+        """Why each call is computed: it has no identity, or other processes must run it at the same time."""
+        try:
+            self.current()
+        except Unreadable as found:
+            return found
+        return None
 
     def trains(self) -> bool:
         """Whether the program reads anything that is trainable, or may, where it cannot be read."""

@@ -33,8 +33,8 @@ class Outside:
         Names that the code assigns to, of anything.
     tensors : sequence of torch.Tensor
         Tensors that it reads.
-    arrays : iterable of (object, callable)
-        Arrays and buffers that it reads.
+    filled : iterable of (object, callable)
+        Arrays, buffers and random generators that it reads.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class Outside:
         containers: Iterable[Place],
         names: frozenset[str],
         tensors: Sequence[torch.Tensor],
-        arrays: Sequence[Place],
+        filled: Sequence[Place],
     ) -> None:
-        self._given = places, containers, names, tensors, arrays
+        self._given = places, containers, names, tensors, filled
         self._slots_by_kind: dict[type, Sequence[tuple[str, Any]]] = {}
         self._names = frozenset(name for name in names if not ignored(name))
         self._before = [(owner, path, self._held(owner)) for owner, path in places if self._names]
         held = [(value, path) for _, path, found in self._before for value in found.values()]
         self._containers = Containers([*containers, *held])
-        self.tensors, self.arrays = tensors, arrays
+        self.tensors, self.filled = tensors, filled
         self._tensors = [(tensor, version_of(tensor)) for tensor in tensors]
 
     def again(self) -> Outside:

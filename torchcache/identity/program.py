@@ -13,7 +13,7 @@ import torch
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import Stamps
 from torchcache.identity.alike import alike
-from torchcache.identity.arrays import BUFFERS
+from torchcache.identity.arrays import FILLED
 from torchcache.identity.callables import Torch
 from torchcache.identity.containers import Place
 from torchcache.identity.encode import encode
@@ -72,7 +72,7 @@ class Program:
         self.asks_for_gradients = self.asks_for_inference = False
         self._places: list[Place] = []
         self._containers: list[Place] = []
-        self._arrays: list[Place] = []
+        self._filled: list[Place] = []
         self._names: frozenset[str] = frozenset()
         # No weak references: torch swaps no tensors that have any.
         self.tensors: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ class Program:
             self._names = frozenset(reach.written)
             self._places = _places(reach, module)
             self._containers = [(node.value, node.path) for node in reach.nodes.values() if node.kind == "group"]
-            self._arrays = [(node.value, node.path) for node in reach.nodes.values() if isinstance(node.value, BUFFERS)]
+            self._filled = [(node.value, node.path) for node in reach.nodes.values() if isinstance(node.value, FILLED)]
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, [*given] or roots)
             self._watch = _watch(reach, module)
@@ -129,7 +129,7 @@ class Program:
 
     def outside(self) -> Outside:
         """What the code may write outside of its module, as it is at this time."""
-        return Outside(self._places, self._containers, self._names, self.tensors, self._arrays)
+        return Outside(self._places, self._containers, self._names, self.tensors, self._filled)
 
     def changes(self) -> list[str]:
         """What differs from what was read, by the user's names: ``blocks.3.calls``, ``the global LOG``."""

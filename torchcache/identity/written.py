@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchcache.errors import Bypass
-from torchcache.identity.arrays import BUFFERS, fill, held_by, is_writable, size_of
+from torchcache.identity.arrays import FILLED, fill, held_by, is_writable, size_of
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.content import content_digest
 from torchcache.identity.modules import GROUPS, KEPT
@@ -39,8 +39,8 @@ class Written:
     wrote : sequence of Difference
         What an earlier call wrote: the contents of tensors among it are restored as well.
     contents : bool
-        Whether contents are compared, and restored, of what is no parameter and not too large: no version tells that
-        BatchNorm's statistics change, or what is written through ``data`` or NumPy.
+        Whether contents are compared, and restored, of tensors that are no parameters and not too large, as they are of
+        arrays and the like: no version tells that BatchNorm's statistics change, or what is written through ``data``.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class Written:
         self._containers = Containers((held, functools.partial(str, name)) for name, (held, _) in self._before.items())
         self._hooks = Containers((hooks, str) for hooks in _hooks(module))
         held = {id(leaf): (one.name, leaf) for one in wrote for leaf in _tensors(one.now)}
-        if contents:
-            room = MOST_IN_ALL
-            named = [(name, value) for name, (value, _) in self._before.items()]
-            if outside is not None:
-                named += [(READ, leaf) for leaf in outside.tensors]
-                named += [(path(), array) for array, path in outside.arrays]
-            named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
-            for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
-                size = size_of(leaf) if isinstance(leaf, BUFFERS) else leaf.nbytes
-                if id(leaf) not in held and size <= min(MOST_BYTES, room):
-                    held[id(leaf)] = (name, leaf)
-                    room -= size
+        room = MOST_IN_ALL
+        named = [(name, value) for name, (value, _) in self._before.items()]
+        if outside is not None:
+            named += [(READ, leaf) for leaf in outside.tensors]
+            named += [(path(), value) for value, path in outside.filled]
+        named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
+        for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
+            filled = isinstance(leaf, FILLED)
+            size = size_of(leaf) if filled else leaf.nbytes
+            if (filled or contents) and id(leaf) not in held and size <= min(MOST_BYTES, room):
+                held[id(leaf)] = (name, leaf)
+                room -= size
         self._contents = [_Content(name, leaf) for name, leaf in held.values() if _is_readable(leaf)]
 
     def again(self) -> Written:
@@ -148,22 +148,22 @@ class Written:
 
 
 class _Content:
-    """What a tensor, an array or a buffer holds at one time."""
+    """What a tensor, an array, a buffer or a random generator holds at one time."""
 
     def __init__(self, name: str, leaf: Any) -> None:
         self.name, self.leaf = name, leaf
-        self._array = isinstance(leaf, BUFFERS)
-        self._was = held_by(leaf) if self._array else (content_digest(leaf), leaf.detach().clone())
+        self._filled = isinstance(leaf, FILLED)
+        self._was = held_by(leaf) if self._filled else (content_digest(leaf), leaf.detach().clone())
 
     def differs(self) -> bool:
         """Whether it holds something else."""
-        return held_by(self.leaf) != self._was if self._array else content_digest(self.leaf) != self._was[0]
+        return held_by(self.leaf) != self._was if self._filled else content_digest(self.leaf) != self._was[0]
 
     def restore(self) -> None:
         """Put back what it held; what other graphs keep of it is as it was, and so is its version."""
         if not self.differs():
             return
-        if self._array:
+        if self._filled:
             fill(self.leaf, self._was)
             return
         with torch.no_grad(), torch.inference_mode(self.leaf.is_inference()):
@@ -172,7 +172,7 @@ class _Content:
 
 def _is_readable(leaf: Any) -> bool:
     """Whether its content can be told: that of sparse tensors and of most subclasses cannot."""
-    if isinstance(leaf, BUFFERS):
+    if isinstance(leaf, FILLED):
         return is_writable(leaf)
     try:
         content_digest(leaf)
@@ -192,11 +192,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _leaves(value: Any, further: int = 4) -> list[Any]:
-    """What of a value has contents of its own that a forward may write: tensors that are no parameters, and arrays."""
+    """What of a value has contents of its own that a forward may write: tensors that are no parameters, arrays, ..."""
     if type(value) in (dict, tuple, list):
         items = value.values() if type(value) is dict else value
         return [leaf for item in items for leaf in _leaves(item, further - 1)] if further else []
-    return [value] if isinstance(value, BUFFERS) else _tensors(value)
+    return [value] if isinstance(value, FILLED) else _tensors(value)
 
 
 def _hooks(module: nn.Module | None) -> Iterable[Any]:
