@@ -247,25 +247,22 @@ def hints(tensors: Sequence[torch.Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def fake_state(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Fake tensors for the parameters and buffers of ``module``, in the mode of ``tensors``, which is in force."""
+def faking(tensors: Sequence[torch.Tensor]) -> Iterator[FakeTensorMode]:
+    """The mode of the fake ``tensors``, in force: nothing is run on other tensors either, for which fake ones stand."""
     mode = detect_fake_mode(list(tensors))
     assert mode is not None
-    # By place: a module that stands under two names would be given its own fake tensors back as its state.
-    held = [
-        (f"{path}.{name}".lstrip("."), tensor)
-        for path, inner in module.named_modules()
-        for group in (inner._parameters, inner._buffers)
-        for name, tensor in group.items()
-        if tensor is not None
-    ]
     before = fake_tensor_tls.allow_non_fake_inputs_override
-    fake_tensor_tls.allow_non_fake_inputs_override = True  # tensors that are no parameters and no buffers
+    fake_tensor_tls.allow_non_fake_inputs_override = True
     try:
         with mode, _uncompiled():
-            yield {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in held}
+            yield mode
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before
+
+
+def fake_of(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor | None:
+    """What stands for ``tensor`` in a mode that has met it."""
+    return mode.fake_tensor_converter._get_memo(tensor)
 
 
 @contextlib.contextmanager
@@ -288,7 +285,7 @@ def _uncompiled() -> Iterator[None]:
 def stands_for(value: Any, tensor: Any) -> bool:
     """Whether ``value`` is the fake tensor that a trace put in the place of ``tensor``."""
     known = isinstance(value, FakeTensor) and isinstance(tensor, torch.Tensor)
-    return known and value.fake_mode.fake_tensor_converter._get_memo(tensor) is value
+    return known and fake_of(tensor, value.fake_mode) is value
 
 
 def expression_of(size: Any) -> Any:

@@ -31,7 +31,7 @@ from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
 from torchcache.returned import Link, linked, links_of, looks_so, not_passed
-from torchcache.unreal import Unreal
+from torchcache.unreal import StateWrittenError, Unreal
 from torchcache.values.layout import dense, inverted, memory_order
 
 Leaves = Sequence[Any]
@@ -131,15 +131,17 @@ class _Traced:
                 identity.current()
             args, kwargs = self.arguments(tensors, numbers)
             with dynamo.no_mode():
-                holder = Unreal(self.mark, module, identity.outside())
-            with dynamo.fake_state(holder, tensors) as state, torch.set_grad_enabled(self.gradients), computing():
-                holder.stands(state)
+                run = Unreal(self.mark, module, identity.outside())
+            with dynamo.faking(tensors) as mode, torch.set_grad_enabled(self.gradients), computing():
                 try:
-                    outputs = torch.func.functional_call(holder, state, args, kwargs, tie_weights=False)
+                    outputs = run(mode, args, kwargs)
+                except StateWrittenError as error:
+                    names = [str(error)]
+                    break
                 except Exception as error:
                     raise self._apart(module, f"{error!r} on tensors without data") from error
             with dynamo.no_mode():
-                names = holder.written or identity.changes()
+                names = run.written or identity.changes()
             if not names:
                 break
         after, spec = pytree.tree_flatten((args, kwargs))

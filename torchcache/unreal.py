@@ -8,7 +8,7 @@ import gc
 import types
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,23 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchcache import dynamo
-from torchcache.dynamo import FakeTensor, TorchDispatchMode, storage_of
+from torchcache.dynamo import FakeTensor, FakeTensorMode, TorchDispatchMode, storage_of
 from torchcache.identity.containers import names_of
 from torchcache.identity.outside import Outside
-from torchcache.identity.written import Written
+from torchcache.identity.written import Written, tensor_names
 from torchcache.mark import Mark
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-class Unreal(nn.Module):
-    """The original as a module, so that its state can be replaced.
+class StateWrittenError(Exception):
+    """The original would write to the state of its module, which is called so."""
+
+
+class Unreal:
+    """The original, run on tensors without data.
+
+    Its parameters and buffers stay where they are, since other threads may compute with them.
 
     Parameters
     ----------
@@ -45,49 +51,47 @@ class Unreal(nn.Module):
     """
 
     def __init__(self, mark: Mark, module: nn.Module | None, outside: Outside | None) -> None:
-        super().__init__()
-        self.mark = mark
-        self.module = module
-        self.written: list[str] = []
+        self._original = functools.partial(mark.original(module), *(() if module is None else (module,)))
+        self._names = tensor_names(module)
+        self._written = functools.partial(Written, module)
         self._outside = outside
-        self._real: dict[int, torch.Tensor] = {}
+        self.written: list[str] = []
 
-    def stands(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Note which tensors without data stand for which of its own, by their names."""
-        own = {
-            **dict(self.named_parameters(remove_duplicate=False)),
-            **dict(self.named_buffers(remove_duplicate=False)),
-        }
-        self._real = {id(fake): own[name] for name, fake in state.items() if name in own}
+    def __call__(self, mode: FakeTensorMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the original returns, in the mode in force.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns."""
-        original = self.mark.original(self.module)
-        given = args if self.module is None else (self.module, *args)
-
-        def run() -> Any:
-            with _Made(self._real) as made:
-                outputs = original(*given, **kwargs)
-            made.make_real()
-            return outputs
-
-        # From within: to replace state may write as well, as it does in recurrent modules.
-        before, kept = Written(self.module, self._outside), False
+        Raises
+        ------
+        StateWrittenError
+            When it writes to a parameter or a buffer in place, which it then does not.
+        """
+        with dynamo.no_mode():
+            before, kept = self._written(self._outside, contents=True), False
         try:
-            outputs = run()
-            found = before.differences()
+            outputs = self._run(mode, args, kwargs)
+            with dynamo.no_mode():
+                found = before.differences()
             # ``self.mean = self.mean.to(x)`` may put in the fake tensor of what is there.
             self.written = names_of(one for one in found if not dynamo.stands_for(one.now, one.was))
             kept = not found
             if self.written and not any(_may_differ(one.now) for one in found):
-                after = before.again()
-                outputs = run()
-                kept = not after.changes()
+                with dynamo.no_mode():
+                    after = before.again()
+                outputs = self._run(mode, args, kwargs)
+                with dynamo.no_mode():
+                    kept = not after.changes()
                 self.written = [] if kept else self.written
             return outputs
         finally:
             if not kept:
-                before.restore(everything=True)
+                with dynamo.no_mode():
+                    before.restore(everything=True)
+
+    def _run(self, mode: FakeTensorMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _Made(mode, self._names) as made:
+            outputs = self._original(*args, **kwargs)
+        made.make_real()
+        return outputs
 
 
 def _may_differ(value: Any) -> bool:
@@ -116,13 +120,18 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Parameters
     ----------
-    real : mapping
-        What tensors without data stand for, by their ``id``.
+    mode : FakeTensorMode
+        The mode in force.
+    names : mapping
+        What the parameters and buffers of the module are called, by ``id``.
     """
 
-    def __init__(self, real: Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, mode: FakeTensorMode, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._real = real
+        self._mode, self._names = mode, names
+        # What was met that has data, by the ``id`` of what stands for it; and its memory, with its name.
+        self._real: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._state: dict[int, str] = {}
         self._made: list[weakref.ref[torch.Tensor]] = []
         self._places: dict[int, int] = {}
         self._acts: list[tuple[Any, list[Any], pytree.TreeSpec, list[int]]] = []
@@ -133,15 +142,19 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         targets = dynamo.written(func, args, kwargs)
-        if not all(isinstance(leaf, FakeTensor) for leaf in targets):
-            raise TypeError("a write in place to a tensor that is neither a parameter nor a buffer")
+        for leaf in targets:
+            if name := self._names.get(id(leaf)) or self._state.get(storage_of(leaf)):
+                raise StateWrittenError(name)
+            if not isinstance(leaf, FakeTensor):
+                raise TypeError("a write in place to a tensor that is neither a parameter nor a buffer")
         outputs = func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._meet(leaves)
         named = [self._named(leaf) for leaf in leaves]
         known = not any(one is _UNKNOWN for one in named) and torch.Tag.nondeterministic_seeded not in func.tags
         written = {*map(storage_of, targets)}
         if known and written <= self._own:  # the state is not to be written to twice
-            given = {storage_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+            given = {storage_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}.union(self._state)
             made = pytree.tree_leaves(outputs)
             self._own |= {storage_of(leaf) for leaf in made if isinstance(leaf, FakeTensor)} - given
             self._acts.append((func, named, spec, [*map(self._note, made)]))
@@ -149,13 +162,22 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._spoiled |= written
         return outputs
 
+    def _meet(self, leaves: Sequence[Any]) -> None:
+        """Take note of what stands for parameters and buffers among the arguments of an operator."""
+        for leaf in leaves:
+            name = self._names.get(id(leaf))
+            fake = dynamo.fake_of(leaf, self._mode) if name is not None else None
+            if fake is not None and name is not None:
+                self._real[id(fake)] = leaf, fake
+                self._state[storage_of(fake)] = name
+
     def _named(self, leaf: Any) -> Any:
         if isinstance(leaf, _NUMBERS) or (isinstance(leaf, torch.Tensor) and storage_of(leaf) in self._spoiled):
             return _UNKNOWN
         if not isinstance(leaf, FakeTensor):
             return leaf
         number = self._number(leaf)
-        return self._real.get(id(leaf), _UNKNOWN) if number is None else _Place(number)
+        return self._real.get(id(leaf), (_UNKNOWN,))[0] if number is None else _Place(number)
 
     def _number(self, leaf: torch.Tensor) -> int | None:
         number = self._places.get(id(leaf))

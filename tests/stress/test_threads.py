@@ -213,3 +213,31 @@ def test_what_draws_itself_is_not_cached_beside_a_thread_that_draws(own):
             module(x)
     assert torchcache.stats(module).misses == torchcache.stats(module).hits == 0
     assert "random" in str(torchcache.stats(module).regions[0].reasons)
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).requires_grad_(False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "torchcache"])
+def test_threads_compute_while_another_compiles(backend):
+    model, twin = Headed(), Headed()
+    twin.load_state_dict(model.state_dict())
+    torchcache.mark(model.body)
+    options = {"options": {"inner": "aot_eager"}} if backend == "torchcache" else {}
+    compiled = torch.compile(model, backend=backend, **options)
+    batches = [torch.randn(rows, 16) for rows in [1, 3, 8, 5] * 3]
+
+    def work(number):
+        for turn, batch in enumerate(batches):
+            with torch.no_grad():
+                answer = (compiled if (number + turn) % 2 else model)(batch)
+                torch.testing.assert_close(answer, twin(batch))
+
+    together(work)
