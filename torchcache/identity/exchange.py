@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-ADVICE = "shard the marked module as a whole, or leave it unsharded"
+ADVICE = "leave the marked module unsharded, or shard it as a whole and name it yourself with persistent_module_hash"
 
 
 def exchange(modules: Iterable[tuple[str, nn.Module]], root: nn.Module | None) -> str:
@@ -25,16 +25,21 @@ def exchange(modules: Iterable[tuple[str, nn.Module]], root: nn.Module | None) -
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return ""
     wrappers = (nn.parallel.DistributedDataParallel, *_loaded("torch.distributed.fsdp", "FullyShardedDataParallel"))
-    sharded, spread = _loaded("torch.distributed.fsdp", "FSDPModule"), _loaded("torch.distributed.tensor", "DTensor")
+    spread = _loaded("torch.distributed.tensor", "DTensor")
     for path, module in modules:
         held: list[torch.Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if (
             isinstance(module, wrappers)
-            or (module is not root and isinstance(module, sharded))
+            or (module is not root and is_sharded(module))
             or any(isinstance(tensor, spread) for tensor in held)
         ):
             return f"{path or 'its forward'} exchanges data with other processes, which must all take part"
     return ""
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called with a module: but in its forward, a process has a part of its parameters."""
+    return isinstance(module, _loaded("torch.distributed.fsdp", "FSDPModule"))
 
 
 def _loaded(module: str, name: str) -> tuple[Any, ...]:

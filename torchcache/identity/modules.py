@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from torchcache.identity.exchange import is_sharded
 from torchcache.identity.homes import beneath_class, is_class, named_class
 from torchcache.identity.libraries import only_checks
 from torchcache.identity.node import Check, Node, Space
@@ -51,6 +52,9 @@ def describe_module(value: nn.Module, hooked: bool = True) -> Node:
         node.problem = "is compiled by TorchScript and cannot be read"
         return node
     node.problem = getattr(kind, "torchcache_problem", "")
+    if is_sharded(value):
+        node.problem = "is sharded: each process has a part of its weights"
+        return node
     leave = KEPT | NOTES if is_noted(kind) else KEPT
     node.spaces.append(member_space("attribute", members, leave))
     for group, kind_of in GROUPS.items():
