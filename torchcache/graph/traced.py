@@ -65,7 +65,7 @@ MOST_WANTED = 4
 # A trace is tried again after so many calls, then after so many times as many, and so on; not with ``audit=0``.
 LATER = 8
 
-# Seconds of tracing after which it is told of.
+# Seconds of tracing after which it is told of, and no more traces are made on trust.
 LONG = 20.0
 
 Key = tuple[bytes, bytes, bool, tuple[int, ...]]
@@ -95,7 +95,7 @@ class Traced:
         self._trusted = MOST_TRUSTED
         self._wanted: dict[Key, int] = {}
         self._failed: Bypass | None = None
-        self._seconds = 0.0
+        self._seconds = self._unpaid = 0.0
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
@@ -167,7 +167,7 @@ class Traced:
             trace.outcome.tell_of_nothing()
         trace.note(call)
         if trace.calls == ENOUGH_CALLS:
-            self._trusted = MOST_TRUSTED
+            self._trusted, self._unpaid = MOST_TRUSTED, 0.0
         if trace.lookups == before:
             reasons = trace.outcome.reasons or ["it has no frozen part that gives rows"]
             bypass = Bypass(f"it trains, and {reasons[0]}", quiet=True)
@@ -192,6 +192,9 @@ class Traced:
     def _note_tracing(self, seconds: float) -> None:
         """Take note of a call that was traced, and tell of it where such calls take long."""
         before, self._seconds = self._seconds, self._seconds + seconds
+        self._unpaid += seconds
+        if self._unpaid > LONG:
+            self._trusted = 0
         if before <= LONG < self._seconds:
             warn_once(
                 f"{self._region.name}: calls in which Dynamo traced it took {self._seconds:.0f} s so far: mark the "
