@@ -260,9 +260,9 @@ def faking(tensors: Sequence[torch.Tensor]) -> Iterator[FakeTensorMode]:
         fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
-def fake_of(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor | None:
-    """What stands for ``tensor`` in a mode that has met it."""
-    return mode.fake_tensor_converter._get_memo(tensor)
+def takes_constants(operator: Any) -> bool:
+    """Whether an operator is given a tensor that code has just made of numbers, in Python."""
+    return operator in FakeTensorMode.lift_fns
 
 
 @contextlib.contextmanager
@@ -285,7 +285,7 @@ def _uncompiled() -> Iterator[None]:
 def stands_for(value: Any, tensor: Any) -> bool:
     """Whether ``value`` is the fake tensor that a trace put in the place of ``tensor``."""
     known = isinstance(value, FakeTensor) and isinstance(tensor, torch.Tensor)
-    return known and fake_of(tensor, value.fake_mode) is value
+    return known and value.fake_mode.fake_tensor_converter._get_memo(tensor) is value
 
 
 def expression_of(size: Any) -> Any:

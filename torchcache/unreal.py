@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torchcache import dynamo
 from torchcache.dynamo import FakeTensor, FakeTensorMode, TorchDispatchMode, storage_of
 from torchcache.identity.containers import names_of
-from torchcache.identity.outside import Outside
+from torchcache.identity.outside import READ, Outside
 from torchcache.identity.written import Written, tensor_names
 from torchcache.mark import Mark
 
@@ -52,7 +52,7 @@ class Unreal:
 
     def __init__(self, mark: Mark, module: nn.Module | None, outside: Outside | None) -> None:
         self._original = functools.partial(mark.original(module), *(() if module is None else (module,)))
-        self._names = tensor_names(module)
+        self._module, self._names = module, tensor_names(module)
         self._written = functools.partial(Written, module)
         self._outside = outside
         self.written: list[str] = []
@@ -67,6 +67,7 @@ class Unreal:
         """
         with dynamo.no_mode():
             before, kept = self._written(self._outside, contents=True), False
+            memory = [(one, one.data, one.grad if one.is_leaf else None) for one in self._held()]
         try:
             outputs = self._run(mode, args, kwargs)
             with dynamo.no_mode():
@@ -83,15 +84,36 @@ class Unreal:
                 self.written = [] if kept else self.written
             return outputs
         finally:
-            if not kept:
-                with dynamo.no_mode():
+            with dynamo.no_mode():
+                replaced = [tensor for tensor, data, grad in memory if _put_back(tensor, data, grad)]
+                self.written += [self._names.get(id(tensor), READ) for tensor in replaced]
+                if not kept:
                     before.restore(everything=True)
+
+    def _held(self) -> list[torch.Tensor]:
+        """The tensors whose memory code may replace."""
+        parts = self._module.modules() if self._module is not None else ()
+        held: list[Any] = [
+            one for part in parts for group in (part._parameters, part._buffers, vars(part)) for one in group.values()
+        ]
+        held += self._outside.tensors if self._outside is not None else ()
+        return [one for one in held if type(one) in (torch.Tensor, nn.Parameter)]
 
     def _run(self, mode: FakeTensorMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _Made(mode, self._names) as made:
             outputs = self._original(*args, **kwargs)
         made.make_real()
         return outputs
+
+
+def _put_back(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> bool:
+    """Have a tensor have its memory and its gradient again; whether one was replaced, which calls no operator."""
+    replaced = False
+    if tensor.layout is torch.strided and storage_of(tensor) != storage_of(data):
+        tensor.data, replaced = data, True
+    if tensor.is_leaf and tensor.grad is not grad:
+        tensor.grad, replaced = grad, True
+    return replaced
 
 
 def _may_differ(value: Any) -> bool:
@@ -143,13 +165,12 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         targets = dynamo.written(func, args, kwargs)
         for leaf in targets:
-            if name := self._names.get(id(leaf)) or self._state.get(storage_of(leaf)):
-                raise StateWrittenError(name)
-            if not isinstance(leaf, FakeTensor):
-                raise TypeError("a write in place to a tensor that is neither a parameter nor a buffer")
-        outputs = func(*args, **kwargs)
+            if not isinstance(leaf, FakeTensor) or storage_of(leaf) in self._state:
+                raise StateWrittenError(self._names.get(id(leaf)) or self._state.get(storage_of(leaf), READ))
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._meet(leaves)
+        if not dynamo.takes_constants(func):
+            self._meet(leaves)
+        outputs = func(*args, **kwargs)
         named = [self._named(leaf) for leaf in leaves]
         known = not any(one is _UNKNOWN for one in named) and torch.Tag.nondeterministic_seeded not in func.tags
         written = {*map(storage_of, targets)}
@@ -163,13 +184,13 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
     def _meet(self, leaves: Sequence[Any]) -> None:
-        """Take note of what stands for parameters and buffers among the arguments of an operator."""
+        """Have tensors stand for those with data among the arguments of an operator, as long as this runs."""
         for leaf in leaves:
-            name = self._names.get(id(leaf))
-            fake = dynamo.fake_of(leaf, self._mode) if name is not None else None
-            if fake is not None and name is not None:
+            if type(leaf) in (torch.Tensor, nn.Parameter):
+                fake = self._mode.from_tensor(leaf, static_shapes=True)
                 self._real[id(fake)] = leaf, fake
-                self._state[storage_of(fake)] = name
+                if leaf.layout is torch.strided:
+                    self._state.setdefault(storage_of(fake), self._names.get(id(leaf), READ))
 
     def _named(self, leaf: Any) -> Any:
         if isinstance(leaf, _NUMBERS) or (isinstance(leaf, torch.Tensor) and storage_of(leaf) in self._spoiled):

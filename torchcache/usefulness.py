@@ -171,8 +171,8 @@ def tell() -> None:
     if _marks and not _called:
         names = ", ".join(_marks.values())
         told.append(
-            f"{names}: marked, but never called in this process. If another method is called instead of it, mark that one: "
-            "torchcache.mark(module, method='encode_image'). torchcache.explain(model, batch) shows what is called"
+            f"{names}: marked, but never called in this process. If another method is called instead of it, mark that "
+            "one: torchcache.mark(module, method='encode_image'). torchcache.explain(model, batch) shows what is called"
         )
     if told and not any(getattr(getattr(handler, "stream", None), "closed", False) for handler in logger.handlers):
         logger.warning("no row was served in this run: %s", "; ".join(told))

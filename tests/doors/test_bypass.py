@@ -765,17 +765,19 @@ def test_what_cannot_be_read_is_not_read_again_in_every_call(monkeypatch):
 
 
 class Moving(nn.Module):
-    """Moves a parameter in each call, its own or one that is not of its tree."""
+    """Moves a parameter in each call, its own or one that is not of its tree; sets a table up where it needs one."""
 
     def __init__(self, outside, write):
         super().__init__()
         self.outside, self.write = outside, write
         held = nn.Linear(3, 3).requires_grad_(False)
-        self.held = [held] if outside else held
+        self.held, self.tables = [held] if outside else held, {}
 
     def forward(self, x):
         held = self.held[0] if self.outside else self.held
-        made = held(x)
+        if x.shape[0] not in self.tables:
+            self.tables[x.shape[0]] = torch.zeros(3)
+        made = held(x) + self.tables[x.shape[0]]
         self.write(held.weight, held.weight.detach() * 0.9 + x.mean())
         return made
 
@@ -795,9 +797,79 @@ def test_parameters_are_written_as_often_as_the_caller_calls(where, write):
     twin = Moving(where != "inside", write)
     module = copy.deepcopy(twin)
     cached = torchcache.cached(lambda x: module(x)) if where == "function" else torchcache.mark(module)
-    for _ in range(8):
-        x = torch.randn(4, 3)
+    for rows in (4, 4, 4, 4, 5, 5, 4, 6):
+        x = torch.randn(rows, 3)
         assert torch.equal(cached(x), twin(x))
+
+
+def _set_data(net, x):
+    net.weight.data = net.weight.data * 0.9
+
+
+def _view_data(net, x):
+    net.weight.data.view(-1).mul_(0.9)
+
+
+def _average(net, x):
+    net.bias.data.mul_(0.9).add_(x.mean(0), alpha=0.1)
+
+
+def _set_gradient(net, x):
+    net.weight.grad = torch.ones(3, 3)
+
+
+def _swap(net, x):
+    net.weight, net.other = net.other, net.weight
+
+
+def _through_numpy(net, x):
+    net.kept.numpy()[0] += 1
+
+
+def _slice(net, x):
+    net.kept[:2] += 1
+
+
+def _slice_data(net, x):
+    net.kept.data[:2].add_(1)
+
+
+class Written(nn.Linear):
+    """Writes to its state in each call, and sets a table up in the first."""
+
+    def __init__(self, write):
+        super().__init__(3, 3)
+        self.other = nn.Parameter(torch.ones(3, 3))
+        self.register_buffer("kept", torch.zeros(3))
+        self.write, self.tables = write, {}
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        self.write(self, x)
+        if 3 not in self.tables:
+            self.tables[3] = torch.arange(3.0) * self.weight.data[0]
+        return super().forward(x) + self.kept + self.tables[3]
+
+
+WRITES = [
+    _set_data, _view_data, _average, _set_gradient, _swap, _through_numpy, _slice, _slice_data
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("write", WRITES)
+def test_state_is_written_once_a_call(write, backend):
+    twin = Written(write)
+    module = torchcache.mark(copy.deepcopy(twin))
+    run = torch.compile(module, backend=backend) if backend else module
+    with torch.no_grad():
+        for rows in (4, 4, 5, 4):
+            x = torch.randn(rows, 3)
+            torch.testing.assert_close(run(x), twin(x))
+    torch.testing.assert_close(dict(module.state_dict()), dict(twin.state_dict()))
+    for given, expected in zip(module.parameters(), twin.parameters(), strict=True):
+        assert type(given.grad) is type(expected.grad)
+        torch.testing.assert_close(given.grad, expected.grad)
 
 
 class Averaged:

@@ -12,7 +12,7 @@ from torch import nn
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import layout_check
-from torchcache.errors import Unreadable
+from torchcache.errors import Bypass, Unreadable
 from torchcache.identity.exchange import ADVICE
 from torchcache.identity.outside import READ, Outside
 from torchcache.identity.program import Program, reads
@@ -161,6 +161,8 @@ class Identity:
             self.current()
         except Unreadable as found:
             return found
+        except Bypass:  # for this state, which may be another in the next call
+            return None
         return None
 
     def trains(self) -> bool:

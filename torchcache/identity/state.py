@@ -32,12 +32,14 @@ class State:
     Attributes
     ----------
     changed : list of int
-        Which tensors had other contents than before when they were hashed last; empty where their number was another.
+        Which tensors had other contents than before when they were hashed last; of another number of tensors, those of
+        them that were there before.
     """
 
     def __init__(self) -> None:
         self.changed: list[int] = []
         self._known: tuple[Record, str, bytes] | None = None
+        self._seen: list[int] = []
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         # What is known of tensors says nothing about their copies.
@@ -76,8 +78,12 @@ class State:
             record = _watched(plain)
             record.contents = contents_of(plain)
         known = self._known[0].contents if self._known is not None else []
-        alike = len(known) == len(record.contents) == len(tensors)
-        self.changed = [i for i, content in enumerate(record.contents) if content != known[i]] if alike else []
+        before, self._seen = self._seen, [id(tensor) for tensor in plain]
+        if len(known) != len(record.contents):
+            contents = dict(zip(before, known, strict=True))
+            known = [contents.get(key, content) for key, content in zip(self._seen, record.contents, strict=True)]
+        same = len(plain) == len(tensors)
+        self.changed = [i for i, content in enumerate(record.contents) if content != known[i]] if same else []
         return self._keep(record, wrapping)
 
     def current(self, tensors: Sequence[torch.Tensor]) -> bytes:
