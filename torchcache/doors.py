@@ -174,15 +174,19 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
             return APART
         region.note(Bypass(WRITTEN, "set it outside of what is compiled, or leave fullgraph=True out"))
         return PLAIN
-    if (unreadable := identity.unreadable()) is not None:
-        region.note(unreadable)
+    if (exchange := identity.exchanges()) is not None:
+        region.note(exchange)
         return PLAIN
     if ((gradients or region.partial) and identity.trains()) or _goes_by_parts(region):
         return PLAIN if module is None else PART if dynamo.names_parts() else APART
     if region.writes:
         return PLAIN
-    # What is not built has nothing to tell a graph of its outputs.
-    return APART if region.apart or region.subject.deferred is not None else LOOKUP
+    if region.apart or region.subject.deferred is not None:  # what is not built says nothing of its outputs
+        return APART
+    if (unreadable := identity.unreadable()) is not None:  # each call is computed
+        region.note(unreadable)
+        return PLAIN
+    return LOOKUP
 
 
 def _goes_by_parts(region: Region) -> bool:

@@ -969,6 +969,26 @@ def test_what_is_taken_in_a_call_is_taken_once_a_call(kind, backend):
     assert reasons(module)
 
 
+class Beside(nn.Module):
+    """Reads what has no identity beside its frozen part."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8).requires_grad_(False), nn.Linear(8, 2)
+        self.source = iter([])
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh()) if self.source is not None else x
+
+
+def test_a_frozen_part_is_cached_in_compiled_models_beside_what_cannot_be_read():
+    model = torchcache.mark(Beside(), audit=0)
+    compiled, x = torch.compile(model, backend="torchcache", options={"inner": "eager"}), torch.randn(4, 3)
+    for _ in range(4):
+        compiled(x).sum().backward()
+    assert counts(model) == (4, 12)
+
+
 COUNTED = contextvars.ContextVar("COUNTED", default=0)
 LOCAL = threading.local()
 

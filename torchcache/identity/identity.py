@@ -155,13 +155,18 @@ class Identity:
             self._given[given] = program, state
         return self._digest(program, state)
 
+    def exchanges(self) -> Unreadable | None:
+        """Why other processes must run it at the same time; ``None`` where they need not."""
+        found = self.program().exchange
+        return Unreadable(found, ADVICE) if found else None
+
     def unreadable(self) -> Unreadable | None:
-        """Why each call is computed: it has no identity, or other processes must run it at the same time."""
+        """Why it has no identity, whatever its state; ``None`` where it may have one."""
         try:
             self.current()
         except Unreadable as found:
             return found
-        except Bypass:  # for this state, which may be another in the next call
+        except Bypass:
             return None
         return None
 

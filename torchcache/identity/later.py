@@ -76,9 +76,9 @@ class LaterIdentity(Identity):
         """Empty: the name says nothing of them, and what would take anything from them may not be there."""
         return b""
 
-    def unreadable(self) -> Unreadable | None:
+    def exchanges(self) -> Unreadable | None:
         """As for ``Identity``; ``None`` while it is not there."""
-        return super().unreadable() if self.there() is not None else None
+        return super().exchanges() if self.there() is not None else None
 
     def trains(self) -> bool:
         """Whether it reads anything that is trainable."""
