@@ -39,7 +39,6 @@ class State:
     def __init__(self) -> None:
         self.changed: list[int] = []
         self._known: tuple[Record, str, bytes] | None = None
-        self._seen: list[int] = []
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         # What is known of tensors says nothing about their copies.
@@ -77,13 +76,8 @@ class State:
             plain, wrapping = plain_tensors(tensors)
             record = _watched(plain)
             record.contents = contents_of(plain)
-        known = self._known[0].contents if self._known is not None else []
-        before, self._seen = self._seen, [id(tensor) for tensor in plain]
-        if len(known) != len(record.contents):
-            contents = dict(zip(before, known, strict=True))
-            known = [contents.get(key, content) for key, content in zip(self._seen, record.contents, strict=True)]
-        same = len(plain) == len(tensors)
-        self.changed = [i for i, content in enumerate(record.contents) if content != known[i]] if same else []
+        changed = _changed(self._known[0], record) if self._known is not None else []
+        self.changed = changed if len(plain) == len(tensors) else []
         return self._keep(record, wrapping)
 
     def current(self, tensors: Sequence[torch.Tensor]) -> bytes:
@@ -148,6 +142,15 @@ class State:
         self._known = (record, wrapping, digest)
         check_in_background(record)
         return digest
+
+
+def _changed(before: Record, now: Record) -> list[int]:
+    """The indices of tensors that hold something else."""
+    known = before.contents
+    if len(known) != len(now.contents):
+        held = dict(zip(before.tensors, known, strict=True))
+        known = [held.get(tensor, content) for tensor, content in zip(now.tensors, now.contents, strict=True)]
+    return [i for i, content in enumerate(now.contents) if content != known[i]]
 
 
 def _watched(plain: Sequence[torch.Tensor]) -> Record:
