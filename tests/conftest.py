@@ -22,6 +22,7 @@ def _settled():
 
 @pytest.fixture(autouse=True, scope="session")
 def _whole():
+    """Libraries look at the end for what they left, and find it where it was put aside."""
     yield
     gc.unfreeze()
 

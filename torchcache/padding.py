@@ -272,7 +272,7 @@ class Padding:
         if self._pure:
             yield
             return
-        written = Written(self._subject.module, self._subject.identity.outside(), contents=True)
+        written = Written(self._subject.module, self._subject.identity.outside())
         error = None
         try:
             yield

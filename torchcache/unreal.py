@@ -26,7 +26,7 @@ _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class StateWrittenError(Exception):
-    """The original would write to the state of its module, which is called so."""
+    """The original would write to a tensor that has data, of this name."""
 
 
 class Unreal:
@@ -53,7 +53,6 @@ class Unreal:
     def __init__(self, mark: Mark, module: nn.Module | None, outside: Outside | None) -> None:
         self._original = functools.partial(mark.original(module), *(() if module is None else (module,)))
         self._module, self._names = module, tensor_names(module)
-        self._written = functools.partial(Written, module)
         self._outside = outside
         self.written: list[str] = []
 
@@ -63,10 +62,10 @@ class Unreal:
         Raises
         ------
         StateWrittenError
-            When it writes to a parameter or a buffer in place, which it then does not.
+            Instead of the first write in place to a parameter, a buffer or another tensor that has data.
         """
         with dynamo.no_mode():
-            before, kept = self._written(self._outside, contents=True), False
+            before, kept = Written(self._module, self._outside), False
             memory = [(one, one.data, one.grad if one.is_leaf else None) for one in self._held()]
         try:
             outputs = self._run(mode, args, kwargs)

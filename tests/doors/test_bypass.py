@@ -851,9 +851,7 @@ class Written(nn.Linear):
         return super().forward(x) + self.kept + self.tables[3]
 
 
-WRITES = [
-    _set_data, _view_data, _average, _set_gradient, _swap, _through_numpy, _slice, _slice_data
-]  # fmt: skip
+WRITES = [_set_data, _view_data, _average, _set_gradient, _swap, _through_numpy, _slice, _slice_data]
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])

@@ -129,7 +129,7 @@ def test_what_is_sharded_after_it_was_cached(two_processes, warnings):
     assert "leave the marked module unsharded, or shard it as a whole and name it" in "".join(warnings)
 
 
-def test_reasons_are_the_same_in_all_processes(two_processes):
+def test_a_mark_that_is_sharded_is_told_of_as_such(two_processes):
     net = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), freeze=True)
     from torch.distributed.fsdp import fully_shard
 

@@ -381,7 +381,7 @@ class Learning:
         identity = self._subject.identity
         who = identity.current()
         if not names and (who != batch.who or batch.moved):
-            settled = Written(self._subject.module, identity.outside(), contents=True)
+            settled = Written(self._subject.module, identity.outside())
             tensors = batch.taken.tensors
             backwards = [select_rows(leaf, range(leaf.shape[0])[::-1]) for leaf in rows_of(tensors, learnt.rows)]
             with generators_kept():
@@ -404,7 +404,7 @@ class Learning:
         """What may be written, as it is, where it matters that it is written."""
         if self._options.pure:
             return None
-        return Written(self._subject.module, self._subject.identity.outside(), wrote, contents=True)
+        return Written(self._subject.module, self._subject.identity.outside(), wrote)
 
     def _writes(self, form: Form, names: list[str]) -> Writes:
         """Why a call that writes is computed; said where it is no setting up."""

@@ -24,7 +24,7 @@ def undone(subject: Subject, options: CacheOptions) -> Iterator[None]:
     if options.pure or lacks(subject):
         yield
         return
-    written = Written(subject.module, subject.identity.outside(), contents=True)
+    written = Written(subject.module, subject.identity.outside())
     try:
         yield
     finally:

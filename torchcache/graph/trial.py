@@ -125,7 +125,7 @@ class Trial:
         return program.digest, State().update(program.tensors)
 
     def _snapshot(self) -> Written:
-        return Written(self._module, self._identity.outside(), contents=True)
+        return Written(self._module, self._identity.outside())
 
 
 def _leaves(outputs: Any) -> list[Any]:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
 from torchcache.identity.reads import Reads
-
-# FSDP names what it keeps in a module otherwise in each process.
-_UUID = re.compile(r"_?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclasses.dataclass(slots=True)
@@ -142,7 +138,7 @@ class Node:
             if node.label.startswith("the "):
                 break
             node = node.parent
-        return _UUID.sub("", "".join(reversed(labels)).lstrip("."))
+        return "".join(reversed(labels)).lstrip(".")
 
     def release(self) -> None:
         """Keep the object and its ``__dict__`` alive no more: it is compared later by whoever has it."""

@@ -13,11 +13,11 @@ import torch
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import Stamps
 from torchcache.identity.alike import alike
-from torchcache.identity.arrays import FILLED
 from torchcache.identity.callables import Torch
 from torchcache.identity.containers import Place
 from torchcache.identity.encode import encode
 from torchcache.identity.exchange import exchange
+from torchcache.identity.filled import FILLED
 from torchcache.identity.homes import home_of, is_installed, is_named, module_of, named_class
 from torchcache.identity.known import Known
 from torchcache.identity.modules import GROUPS, GlobalHooks

@@ -38,15 +38,15 @@ class Record:
     ----------
     contents : list of Content
         What was hashed, tensor by tensor; empty until then.
-    tensors : list of int
-        Their ``id``.
+    ids : list of int
+        The ``id`` of each tensor.
     by_storage : dict of int to list of int
         The indices of the tensors that lie in a storage, by the storage's address.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.contents: list[Content] = []
-        self.tensors = [*map(id, tensors)]
+        self.ids = [*map(id, tensors)]
         self.by_storage: dict[int, list[int]] = {}
         # The last event that made a tensor suspect, and the last that was cleared by a hash, both by index.
         self._suspected: dict[int, int] = {}

@@ -148,8 +148,8 @@ def _changed(before: Record, now: Record) -> list[int]:
     """The indices of tensors that hold something else."""
     known = before.contents
     if len(known) != len(now.contents):
-        held = dict(zip(before.tensors, known, strict=True))
-        known = [held.get(tensor, content) for tensor, content in zip(now.tensors, now.contents, strict=True)]
+        held = dict(zip(before.ids, known, strict=True))
+        known = [held.get(key, content) for key, content in zip(now.ids, now.contents, strict=True)]
     return [i for i, content in enumerate(now.contents) if content != known[i]]
 
 

@@ -15,7 +15,6 @@ import marshal
 import operator
 import os
 import pathlib
-import random
 import re
 import sys
 import threading
@@ -31,6 +30,7 @@ import xxhash
 
 from torchcache.identity.arrays import describe_array, describe_buffer, describe_view
 from torchcache.identity.bytecode import constant_bytes
+from torchcache.identity.filled import GENERATORS, held_by
 from torchcache.identity.homes import module_of, named_class
 from torchcache.identity.libraries import describe_configuration, describe_operator, describe_ufunc
 from torchcache.identity.node import Check, Node, Space
@@ -379,13 +379,10 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     np.ndarray: describe_array,
     np.dtype: _text(lambda value: value.descr),
     np.ufunc: describe_ufunc,
-    np.random.Generator: _state_reader(lambda value: repr(value.bit_generator.state)),
-    np.random.RandomState: _state_reader(lambda value: repr(value.get_state())),
     **dict.fromkeys(_PLAIN, _number),
     **dict.fromkeys((torch.dtype, torch.layout, torch.memory_format), _text(str)),
     torch.device: _text(lambda value: value.type),
     torch.Size: _sequence,
-    torch.Generator: _state_reader(lambda value: value.get_state().numpy().tobytes()),
     range: _text(repr),
     slice: _text(repr),
     dict: _mapping,
@@ -408,7 +405,7 @@ _DESCRIBERS: dict[type, Callable[[Any], Node]] = {
     **dict.fromkeys((datetime.date, datetime.time, datetime.timedelta, datetime.timezone), _text(repr)),
     **dict.fromkeys((decimal.Decimal, uuid.UUID), _text(repr)),
     pathlib.PurePath: _text(lambda value: value.as_posix()),
-    random.Random: _state_reader(random.Random.getstate),
+    **dict.fromkeys(GENERATORS, _state_reader(held_by)),
     **dict.fromkeys(_MOVING, _closed),
 }  # fmt: skip
 try:

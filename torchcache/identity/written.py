@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 from torchcache.errors import Bypass
-from torchcache.identity.arrays import FILLED, fill, held_by, is_writable, size_of
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.content import content_digest
+from torchcache.identity.filled import FILLED, fill, held_by, is_writable, size_of
 from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import READ, Outside
 from torchcache.identity.watch import same
 from torchcache.quantity import names_text
 
-# Larger tensors, and what is beyond so many bytes in all, are compared by their versions only.
+# Contents of tensors are compared and put back, since no version tells that BatchNorm's statistics change, or what is
+# written through ``data``. Larger ones, and what is beyond so many bytes in all, are compared by their versions only.
 MOST_BYTES, MOST_IN_ALL = 1 << 24, 1 << 28
 # Holds no contents that a forward writes, as most of what modules hold.
 _WITHOUT = frozenset({nn.Parameter, bool, int, float, str, type(None)})
@@ -38,9 +39,6 @@ class Written:
         What may be written elsewhere.
     wrote : sequence of Difference
         What an earlier call wrote: the contents of tensors among it are restored as well.
-    contents : bool
-        Whether contents are compared, and restored, of tensors that are no parameters and not too large, as they are of
-        arrays and the like: no version tells that BatchNorm's statistics change, or what is written through ``data``.
     """
 
     def __init__(
@@ -48,8 +46,6 @@ class Written:
         module: nn.Module | None,
         outside: Outside | None = None,
         wrote: Sequence[Difference] = (),
-        *,
-        contents: bool = False,
     ) -> None:
         self._module = module
         self._outside = outside
@@ -67,9 +63,8 @@ class Written:
             named += [(path(), value) for value, path in outside.filled]
         named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
         for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
-            filled = isinstance(leaf, FILLED)
-            size = size_of(leaf) if filled else leaf.nbytes
-            if (filled or contents) and id(leaf) not in held and size <= min(MOST_BYTES, room):
+            size = size_of(leaf) if isinstance(leaf, FILLED) else leaf.nbytes
+            if id(leaf) not in held and size <= min(MOST_BYTES, room):
                 held[id(leaf)] = (name, leaf)
                 room -= size
         self._contents = [_Content(name, leaf) for name, leaf in held.values() if _is_readable(leaf)]

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchcache.identity.filled import GENERATORS, held_by
+
 # Objects that are looked through for generators, at most, and entries of one container.
 MOST = 20_000
 ENTRIES = 64
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _ENDS = (torch.Tensor, np.ndarray, str, bytes, int, float)
 
 
@@ -39,13 +40,7 @@ class Chance:
         held = [torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state())]
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             held.append(torch.cuda.get_rng_state().numpy().tobytes())
-        return held + [_state(generator) for generator in self._own]
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes()
-    return generator.getstate() if isinstance(generator, random.Random) else pickle.dumps(generator)
+        return held + [held_by(generator) for generator in self._own]
 
 
 def _generators(dataset: Any) -> list[Any]:
@@ -58,7 +53,7 @@ def _generators(dataset: Any) -> list[Any]:
         if id(value) in seen or issubclass(type(value), _ENDS):  # what an object says of its class is its own code
             continue
         seen.add(id(value))
-        if issubclass(type(value), _GENERATORS):
+        if issubclass(type(value), GENERATORS):
             found.append(value)
         else:
             left.extend(_within(value))
@@ -91,6 +86,6 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
         value = function.__globals__.get(name)
         if type(value) is types.ModuleType:
             members = (vars(value).get(inner) for inner in names)
-            yield from (member for member in members if issubclass(type(member), _GENERATORS))
+            yield from (member for member in members if issubclass(type(member), GENERATORS))
         else:
             yield value
