@@ -66,7 +66,6 @@ class Unreal:
         """
         with dynamo.no_mode():
             before, kept = Written(self._module, self._outside), False
-            memory = [(one, one.data, one.grad if one.is_leaf else None) for one in self._held()]
         try:
             outputs = self._run(mode, args, kwargs)
             with dynamo.no_mode():
@@ -83,36 +82,15 @@ class Unreal:
                 self.written = [] if kept else self.written
             return outputs
         finally:
-            with dynamo.no_mode():
-                replaced = [tensor for tensor, data, grad in memory if _put_back(tensor, data, grad)]
-                self.written += [self._names.get(id(tensor), READ) for tensor in replaced]
-                if not kept:
+            if not kept:
+                with dynamo.no_mode():
                     before.restore(everything=True)
-
-    def _held(self) -> list[torch.Tensor]:
-        """The tensors whose memory code may replace."""
-        parts = self._module.modules() if self._module is not None else ()
-        held: list[Any] = [
-            one for part in parts for group in (part._parameters, part._buffers, vars(part)) for one in group.values()
-        ]
-        held += self._outside.tensors if self._outside is not None else ()
-        return [one for one in held if type(one) in (torch.Tensor, nn.Parameter)]
 
     def _run(self, mode: FakeTensorMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _Made(mode, self._names) as made:
             outputs = self._original(*args, **kwargs)
         made.make_real()
         return outputs
-
-
-def _put_back(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> bool:
-    """Have a tensor have its memory and its gradient again; whether one was replaced, which calls no operator."""
-    replaced = False
-    if tensor.layout is torch.strided and storage_of(tensor) != storage_of(data):
-        tensor.data, replaced = data, True
-    if tensor.is_leaf and tensor.grad is not grad:
-        tensor.grad, replaced = grad, True
-    return replaced
 
 
 def _may_differ(value: Any) -> bool:

@@ -818,6 +818,20 @@ def _set_gradient(net, x):
     net.weight.grad = torch.ones(3, 3)
 
 
+@torch.enable_grad()
+def _backward(net, x):
+    net.weight.requires_grad_()
+    (net.weight * x.mean(0)).sum().backward()
+    net.weight.requires_grad_(False)
+
+
+@torch.enable_grad()
+def _backward_in_place(net, x):
+    if net.weight.grad is None:
+        net.weight.grad = torch.zeros(3, 3)
+    net.weight.grad += 1
+
+
 def _swap(net, x):
     net.weight, net.other = net.other, net.weight
 
@@ -851,7 +865,18 @@ class Written(nn.Linear):
         return super().forward(x) + self.kept + self.tables[3]
 
 
-WRITES = [_set_data, _view_data, _average, _set_gradient, _swap, _through_numpy, _slice, _slice_data]
+WRITES = [
+    _set_data,
+    _view_data,
+    _average,
+    _set_gradient,
+    _backward,
+    _backward_in_place,
+    _swap,
+    _through_numpy,
+    _slice,
+    _slice_data,
+]
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])

@@ -1,4 +1,4 @@
-"""What a forward writes: attributes, buffers and containers that differ from a snapshot."""
+"""What a forward writes: attributes, buffers, gradients and containers that differ from a snapshot."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchcache.dynamo import storage_of
 from torchcache.errors import Bypass
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.content import content_digest
@@ -58,9 +59,10 @@ class Written:
         held = {id(leaf): (one.name, leaf) for one in wrote for leaf in _tensors(one.now)}
         room = MOST_IN_ALL
         named = [(name, value) for name, (value, _) in self._before.items()]
-        if outside is not None:
-            named += [(READ, leaf) for leaf in outside.tensors]
-            named += [(path(), value) for value, path in outside.filled]
+        named += [(READ, leaf) for leaf in (outside.tensors if outside is not None else ())]
+        self._memory = [_Memory(name, leaf) for name, leaf in named if type(leaf) in (torch.Tensor, nn.Parameter)]
+        named += [(one.grad_name, one.grad) for one in self._memory if one.grad is not None]
+        named += [(path(), value) for value, path in (outside.filled if outside is not None else ())]
         named = [(name, value) for name, value in named if type(value) not in _WITHOUT]
         for name, leaf in [(name, leaf) for name, value in named for leaf in _leaves(value)]:
             size = size_of(leaf) if isinstance(leaf, FILLED) else leaf.nbytes
@@ -80,6 +82,7 @@ class Written:
         """
         found = [] if self._is_as_before() else self._differing()
         found += self._containers.differences()
+        found += [difference for one in self._memory for difference in one.differences()]
         told = {one.name for one in found}
         found += [
             Difference(one.name, one.leaf, one.leaf) for one in self._contents if one.name not in told and one.differs()
@@ -106,7 +109,7 @@ class Written:
         return names_of(self.differences())
 
     def restore(self, *, everything: bool = False) -> None:
-        """Put back attributes that were set, replaced or removed, containers' items, and hooks.
+        """Put back attributes that were set, replaced or removed, containers' items, hooks and gradients.
 
         Nothing where parameters or modules are among them: then another thread loads weights, and knows better. With
         ``everything`` these, too.
@@ -138,8 +141,38 @@ class Written:
                     holder[name] = value
         self._containers.restore()
         self._hooks.restore()
-        for one in self._contents:
-            one.restore()
+        for memory in self._memory:
+            memory.restore(everything=everything)
+        for content in self._contents:
+            content.restore()
+
+
+class _Memory:
+    """The memory of a tensor and its gradient, both of which code may replace without an operator."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self._name, self._tensor, self._data = name, tensor, tensor.data
+        self.grad_name, self.grad = f"{name}.grad", self._grad_now()
+
+    def _grad_now(self) -> torch.Tensor | None:
+        return self._tensor.grad if self._tensor.is_leaf else None
+
+    def _is_elsewhere(self) -> bool:
+        return self._tensor.layout is torch.strided and storage_of(self._tensor) != storage_of(self._data)
+
+    def differences(self) -> list[Difference]:
+        """What was replaced of it since."""
+        found = [Difference(self._name, self._data, self._tensor.data)] if self._is_elsewhere() else []
+        if (grad := self._grad_now()) is not self.grad:
+            found.append(Difference(self.grad_name, self.grad, grad))
+        return found
+
+    def restore(self, *, everything: bool) -> None:
+        """Have it have its gradient again; and its memory, that of a parameter with ``everything`` only."""
+        if self._is_elsewhere() and (everything or not isinstance(self._tensor, nn.Parameter)):
+            self._tensor.data = self._data
+        if self._grad_now() is not self.grad:
+            self._tensor.grad = self.grad
 
 
 class _Content:
