@@ -11,6 +11,7 @@ import logging
 import queue
 import random
 import threading
+import types
 import weakref
 
 import numpy as np
@@ -955,7 +956,47 @@ SOURCES = {
     "iterator": (lambda: iter(range(100)), next),
     "queue": (lambda: _queue(range(100)), lambda source: source.get()),
     "bytes": (lambda: io.BytesIO(bytes(100)), lambda source: source.read(1) and source.tell()),
+    "variable of contexts": (lambda: _with_context(), lambda source: source.set(source.get() + 1) and source.get()),
+    "thread's own": (lambda: _counting(threading.local()), lambda source: _count(source)),
+    "computed name": (lambda: _counting(types.SimpleNamespace()), lambda source: _count_by_name(source, "number")),
+    "attribute beneath its class": (lambda: _counting(types.SimpleNamespace()), lambda source: _count_beneath(source)),
+    "attribute of a function": (lambda: _counting(lambda: 0), lambda source: _count(source)),
+    "attribute of a module": (lambda: _counting(types.ModuleType("counting")), lambda source: _count(source)),
+    "attribute of a tensor": (lambda: _counting(torch.zeros(2)), lambda source: _count(source)),
+    "array of objects": (lambda: np.array([0, None], dtype=object), lambda source: _count_item(source)),
+    "masked array": (lambda: np.ma.array([0, 1]), lambda source: _count_item(source)),
 }
+
+
+def _counting(source):
+    source.number = 0
+    return source
+
+
+def _count(source):
+    source.number += 1
+    return source.number
+
+
+def _count_by_name(source, name):
+    setattr(source, name, getattr(source, name) + 1)
+    return source.number
+
+
+def _count_beneath(source):
+    object.__setattr__(source, "number", source.number + 1)
+    return source.number
+
+
+def _count_item(source):
+    source[0] += 1
+    return source[0]
+
+
+def _with_context():
+    variable = contextvars.ContextVar("counting")
+    variable.set(0)
+    return variable
 
 
 def _queue(items):

@@ -1,8 +1,9 @@
-"""Arrays, buffers and random generators: what they hold, which no attribute does, compared and put back."""
+"""What has contents of its own, which no attribute shows: how these are compared and put back."""
 
 from __future__ import annotations
 
 import array
+import contextvars
 import pickle
 import random
 from typing import Any
@@ -10,29 +11,43 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchcache.identity.watch import same
+
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-# What has contents of its own, and is no tensor.
-FILLED = (np.ndarray, bytearray, array.array, memoryview, *GENERATORS)
-# Bytes of the largest state of a generator, about.
+_PACKED = (np.ndarray, bytearray, array.array, memoryview)
+# None of it is a tensor.
+FILLED = (*_PACKED, *GENERATORS, contextvars.ContextVar)
+# Bytes of others, about: the largest is the state of a generator.
 _STATE_BYTES = 5056
 
 
 def is_writable(value: Any) -> bool:
     """Whether it may be written to in place, and all that it holds can be put back."""
-    if type(value) is np.ndarray:
-        return bool(value.flags.writeable and not value.dtype.hasobject)
+    if isinstance(value, np.ndarray):
+        return bool(value.flags.writeable) and (_is_of_objects(value) or not value.dtype.hasobject)
+    if type(value) is contextvars.ContextVar:
+        return held_by(value) != ()
     return type(value) in FILLED and not (type(value) is memoryview and (value.readonly or value.ndim != 1))
+
+
+def _is_of_objects(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "O"
 
 
 def size_of(value: Any) -> int:
     """How many bytes it holds."""
-    if isinstance(value, GENERATORS):
+    if not isinstance(value, _PACKED):
         return _STATE_BYTES
     return int(value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes)
 
 
 def held_by(value: Any) -> tuple[Any, ...]:
-    """What it holds, to compare."""
+    """What it holds, to compare; of a variable of contexts and an array of objects these themselves."""
+    if isinstance(value, contextvars.ContextVar):
+        try:
+            return (value.get(),)  # a default of the call's own would stand before that of the variable
+        except LookupError:
+            return ()
     if isinstance(value, torch.Generator):
         return (value.get_state().numpy().tobytes(),)
     if isinstance(value, random.Random):
@@ -41,8 +56,17 @@ def held_by(value: Any) -> tuple[Any, ...]:
         return (pickle.dumps(value.get_state()),)
     if isinstance(value, np.random.Generator):
         return (pickle.dumps(value.bit_generator.state),)
+    if _is_of_objects(value):
+        return tuple(value.ravel().tolist())
     content = bytes(value) if isinstance(value, bytearray) else value.tobytes()
     return getattr(value, "dtype", None), getattr(value, "shape", None), content
+
+
+def holds(value: Any, held: tuple[Any, ...]) -> bool:
+    """Whether it holds what it held."""
+    if isinstance(value, contextvars.ContextVar) or _is_of_objects(value):
+        return same(held_by(value), held)  # their own ``==`` may be anything
+    return held_by(value) == held
 
 
 def fill(value: Any, held: tuple[Any, ...]) -> None:
@@ -55,8 +79,11 @@ def fill(value: Any, held: tuple[Any, ...]) -> None:
         value.set_state(pickle.loads(held[0]))
     elif type(value) is np.random.Generator:
         value.bit_generator.state = pickle.loads(held[0])
-    elif type(value) is np.ndarray:
-        value[...] = np.frombuffer(held[2], held[0]).reshape(held[1])
+    elif type(value) is contextvars.ContextVar:
+        value.set(held[0])
+    elif isinstance(value, np.ndarray):
+        flat = np.fromiter(held, object, len(held)) if _is_of_objects(value) else np.frombuffer(held[2], held[0])
+        value.view(np.ndarray)[...] = flat.reshape(value.shape)
     elif type(value) is memoryview:
         value.cast("B")[:] = held[2]
     else:

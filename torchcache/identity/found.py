@@ -5,7 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from torchcache.identity.reads import DISPLAYS, ENVIRONMENT, SCOPES, WHOLES, Chain, Reads, modules_named, watched
+from torchcache.identity.reads import (
+    ANY,
+    DELETERS,
+    DISPLAYS,
+    ENVIRONMENT,
+    SCOPES,
+    SETTERS,
+    WHOLES,
+    Chain,
+    Reads,
+    modules_named,
+    watched,
+)
 from torchcache.identity.symbols import DISPLAYED, UNKNOWN, Symbol, Value, chains
 
 
@@ -151,8 +163,10 @@ class Found:
         """``getattr`` and the like: one name where that is a constant, else the whole object."""
         texts = {symbol[1] for symbol in given[1] if symbol[0] == "const"} if len(given) > 1 else set()
         constant = len(given) > 1 and bool(texts) and all(symbol[0] == "const" for symbol in given[1])
-        if how in ("setattr", "delattr"):
-            self.written.update(map(str, texts))
+        if how in SETTERS:
+            place = -1 if how in DELETERS else -2
+            name = given[place] if len(given) >= -place else UNKNOWN
+            self.written |= {str(symbol[1]) if symbol[0] == "const" else ANY for symbol in name} or {ANY}
             return UNKNOWN
         self.dynamic = True
         if not constant:

@@ -1,10 +1,11 @@
-"""What a forward writes outside of its module: other objects, globals, closures, containers, tensors that it reads."""
+"""What a forward writes outside of its module: other objects, globals, closures, containers, what it reads."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ class Outside:
     Parameters
     ----------
     places : iterable of (object, callable)
-        Objects, classes, cells of closures and dicts of globals. What is kept here lives for one call.
+        Objects, classes, functions, tensors, cells of closures and dicts of globals. What is kept here lives for one
+        call.
+    whole : set of int
+        The ``id`` of those that code may write to under names that only it knows.
     containers : iterable of (object, callable)
         Values of which those that are containers are looked into.
     names : frozenset of str
@@ -40,15 +44,18 @@ class Outside:
     def __init__(
         self,
         places: Iterable[Place],
+        whole: Set[int],
         containers: Iterable[Place],
         names: frozenset[str],
         tensors: Sequence[torch.Tensor],
         filled: Sequence[Place],
     ) -> None:
-        self._given = places, containers, names, tensors, filled
+        self._given = places, whole, containers, names, tensors, filled
         self._slots_by_kind: dict[type, Sequence[tuple[str, Any]]] = {}
         self._names = frozenset(name for name in names if not ignored(name))
-        self._before = [(owner, path, self._held(owner)) for owner, path in places if self._names]
+        self._whole = whole
+        places = [place for place in places if self._names or id(place[0]) in whole]
+        self._before = [(owner, path, self._held(owner)) for owner, path in places]
         held = [(value, path) for _, path, found in self._before for value in found.values()]
         self._containers = Containers([*containers, *held])
         self.tensors, self.filled = tensors, filled
@@ -92,9 +99,10 @@ class Outside:
         return found
 
     def _held(self, owner: Any) -> dict[str, Any]:
-        members = _members(owner)
-        names = self._names
-        held = {name: value for name, value in list(members.items()) if name in names}
+        held, written = dict(_members(owner)), self._names
+        if id(owner) in self._whole:
+            written = frozenset(name for name in held if type(name) is str and not ignored(name)) | written
+        held = {name: value for name, value in held.items() if name in written}
         for name, slot in self._slots(owner):
             with contextlib.suppress(AttributeError, ValueError):  # an empty one
                 held[name] = slot.__get__(owner)
@@ -104,9 +112,10 @@ class Outside:
         kind: Any = type(owner)
         known = self._slots_by_kind.get(kind)
         if known is None:
-            slots = [] if isinstance(owner, type) else [slot for slot in slots_of(kind) if slot[0] in self._names]
-            known = self._slots_by_kind[kind] = _CELL if kind is types.CellType else slots
-        return known
+            known = () if isinstance(owner, type) else slots_of(kind)
+            known = self._slots_by_kind[kind] = _CELL if kind is types.CellType else known
+        whole = kind is types.CellType or id(owner) in self._whole
+        return known if whole or not known else [slot for slot in known if slot[0] in self._names]
 
 
 def _members(owner: Any) -> Any:
@@ -114,6 +123,8 @@ def _members(owner: Any) -> Any:
         return owner
     if isinstance(owner, type):
         return vars(owner)
+    if isinstance(owner, threading.local):
+        return threading.local.__getattribute__(owner, "__dict__")
     members = members_of(owner)
     return {} if members is None else members
 

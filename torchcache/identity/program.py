@@ -25,8 +25,11 @@ from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import ABSENT, beneath_mark, member_space
 from torchcache.identity.outside import Outside
 from torchcache.identity.reach import Reach
+from torchcache.identity.reads import ANY
 from torchcache.identity.watch import Watch, beneath_proxy, same
 
+# Kinds of nodes that code may set attributes of.
+_HOLDERS = frozenset({"object", "module", "group", "tensor", "function", "python module"})
 _ASK_FOR_INFERENCE = frozenset({id(torch.is_inference_mode_enabled), id(torch.is_inference)})
 
 
@@ -71,6 +74,7 @@ class Program:
         self.problem: str | None = None
         self.asks_for_gradients = self.asks_for_inference = False
         self._places: list[Place] = []
+        self._whole: set[int] = set()
         self._containers: list[Place] = []
         self._filled: list[Place] = []
         self._names: frozenset[str] = frozenset()
@@ -91,8 +95,9 @@ class Program:
             self.asks_for_gradients = id(torch.is_grad_enabled) in reach.nodes
             self.asks_for_inference = not reach.nodes.keys().isdisjoint(_ASK_FOR_INFERENCE)
             self.asks_for_inference |= "is_inference" in reach.known.names
-            self._names = frozenset(reach.written)
+            self._names = frozenset(reach.written | reach.known.names if ANY in reach.written else reach.written)
             self._places = _places(reach, module)
+            self._whole = {id(value) for value, _ in self._places if (node := reach.node_of(value)) and node.level}
             self._containers = [(node.value, node.path) for node in reach.nodes.values() if node.kind == "group"]
             self._filled = [(node.value, node.path) for node in reach.nodes.values() if isinstance(node.value, FILLED)]
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
@@ -129,7 +134,7 @@ class Program:
 
     def outside(self) -> Outside:
         """What the code may write outside of its module, as it is at this time."""
-        return Outside(self._places, self._containers, self._names, self.tensors, self._filled)
+        return Outside(self._places, self._whole, self._containers, self._names, self.tensors, self._filled)
 
     def changes(self) -> list[str]:
         """What differs from what was read, by the user's names: ``blocks.3.calls``, ``the global LOG``."""
@@ -157,11 +162,11 @@ def _places(reach: Reach, module: Any) -> list[Place]:
     found: dict[int, Place] = {}
     for node in reach.nodes.values():
         kind = type(node.value)
-        holds = node.kind in ("object", "module", "group") or kind is types.CellType
-        if (holds and kind is not dict) or (node.kind == "class" and not named_class(node.value)):
-            if id(node.value) not in tree:
-                found[id(node.value)] = (node.value, node.path)
-        elif node.reads is not None and node.reads.written:
+        holds = node.kind in _HOLDERS or kind is types.CellType
+        holds = (holds and kind is not dict) or (node.kind == "class" and not named_class(node.value))
+        if holds and id(node.value) not in tree:
+            found[id(node.value)] = (node.value, node.path)
+        if node.reads is not None and node.reads.written:
             found[id(node.value.__globals__)] = (node.value.__globals__, node.path)
     return list(found.values())
 

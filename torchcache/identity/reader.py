@@ -20,11 +20,13 @@ from torchcache.identity.bytecode import (
 from torchcache.identity.found import Found
 from torchcache.identity.reads import (
     DISPLAYS,
+    FORMATS,
     GETTERS,
     LOOKUPS,
     MUTATORS,
     READERS,
     READERS_OF_GLOBALS,
+    SETTERS,
     Chain,
     Reads,
     closed_over,
@@ -46,9 +48,6 @@ from torchcache.identity.symbols import (
 
 # By these, variables are found under names that only the running code knows.
 _SHOWS = frozenset({"locals", "vars", "dir"})
-
-# Methods that take attributes of their arguments by names in a text.
-_FORMATS = frozenset({"format", "format_map", "vformat", "get_field"})
 
 # So often code is read again where variables hold what is assigned further down; loops that go on are not understood.
 MOST_ROUNDS = 5
@@ -373,9 +372,11 @@ class _Reader:
         for symbol in callee:
             if symbol[0] == "attr" and symbol[1] in GETTERS and self.code.co_name not in GETTERS:
                 return self.found.read_access(symbol[1], [receiver or UNKNOWN, *given])
+            if symbol[0] == "attr" and symbol[1] in SETTERS:
+                self.found.read_access(symbol[1], given)
             if symbol[0] == "attr" and symbol[1] in MUTATORS:
                 self.found.written |= mutated(receiver)
-            if symbol[0] == "attr" and symbol[1] in _FORMATS:
+            if symbol[0] == "attr" and symbol[1] in FORMATS:
                 for value in given:
                     self.found.read_whole(value, display=True)
         for chain in chains(callee):
@@ -383,7 +384,7 @@ class _Reader:
             if last in MUTATORS and len(chain.names) > 1:
                 self.found.written.add(chain.names[-2])
             first = given[0] if given else None
-            if last in (*GETTERS, "hasattr", "delattr", "setattr") and first is not None:
+            if last in (*GETTERS, *SETTERS, "hasattr") and first is not None:
                 return self.found.read_access(last, given)
             if last in ("import_module", "__import__") or str(chain).endswith("sys.modules.get"):
                 return self.found.read_module(first or NOTHING, top=last == "__import__")
@@ -391,7 +392,7 @@ class _Reader:
                 return self.found.read_module(UNKNOWN)
             if last in ("attrgetter", "methodcaller"):
                 self.found.read_paths(given)
-            elif last in _FORMATS and len(chain.names) > 1:
+            elif last in FORMATS and len(chain.names) > 1:
                 for value in given:
                     self.found.read_whole(value, display=True)
             elif last in ("globals", "locals", "eval", "exec", "_getframe", "currentframe"):

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+# Stands among the names that code assigns to for those that only the running code knows.
+ANY = "*"
+
 # Calls that read all of their first argument; True where they read all that is within it, too.
 READERS = {
     "vars": False, "dir": False, "str": False, "repr": False, "ascii": False, "format": False, "print": False,
@@ -21,7 +24,11 @@ READERS = {
 }  # fmt: skip
 READERS_OF_GLOBALS = frozenset({"vars", "dir", "str", "repr", "ascii", "format", "print"})
 DISPLAYS = frozenset({"str", "repr", "ascii", "format", "print"})
+# Methods that take attributes of their arguments by names in a text.
+FORMATS = frozenset({"format", "format_map", "vformat", "get_field"})
 GETTERS = frozenset({"getattr", "__getattr__", "__getattribute__", "getattr_static"})
+DELETERS = frozenset({"delattr", "__delattr__"})
+SETTERS = DELETERS | {"setattr", "__setattr__"}
 MUTATORS = frozenset(
     "append extend insert add update setdefault pop popitem popleft appendleft clear remove discard sort".split()
 )

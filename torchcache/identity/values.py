@@ -34,7 +34,7 @@ from torchcache.identity.filled import GENERATORS, held_by
 from torchcache.identity.homes import module_of, named_class
 from torchcache.identity.libraries import describe_configuration, describe_operator, describe_ufunc
 from torchcache.identity.node import Check, Node, Space
-from torchcache.identity.objects import ABSENT, NOTES, hidden, is_noted, member_space, members_of, own_state, state_of
+from torchcache.identity.objects import NOTES, hidden, is_noted, member_space, members_of, own_state, state_of
 from torchcache.identity.per_class import once_per_class
 
 # Items of a container that may be names of environment variables.
@@ -312,20 +312,12 @@ def _local(value: Any) -> Node:
 
 
 def _context(value: contextvars.ContextVar[Any]) -> Node:
-    held = _in_context(value)
     return Node(
         value,
         ("context",),  # libraries make its name of an address
-        [] if held == (ABSENT,) else [(".get()", held[0])],
-        checks=[Check("content", value, read=_in_context)],
+        [(".get()", held) for held in held_by(value)],
+        checks=[Check("content", value, read=held_by)],
     )
-
-
-def _in_context(value: contextvars.ContextVar[Any]) -> tuple[Any]:
-    try:
-        return (value.get(),)  # a default of the call's own would stand before that of the variable
-    except LookupError:
-        return (ABSENT,)
 
 
 def _future(value: Any) -> Node:

@@ -14,7 +14,7 @@ from torchcache.dynamo import storage_of
 from torchcache.errors import Bypass
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.content import content_digest
-from torchcache.identity.filled import FILLED, fill, held_by, is_writable, size_of
+from torchcache.identity.filled import FILLED, fill, held_by, holds, is_writable, size_of
 from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import READ, Outside
@@ -176,7 +176,7 @@ class _Memory:
 
 
 class _Content:
-    """What a tensor, an array, a buffer or a random generator holds at one time."""
+    """What a tensor, or another object that has contents of its own, holds at one time."""
 
     def __init__(self, name: str, leaf: Any) -> None:
         self.name, self.leaf = name, leaf
@@ -185,7 +185,7 @@ class _Content:
 
     def differs(self) -> bool:
         """Whether it holds something else."""
-        return held_by(self.leaf) != self._was if self._filled else content_digest(self.leaf) != self._was[0]
+        return not holds(self.leaf, self._was) if self._filled else content_digest(self.leaf) != self._was[0]
 
     def restore(self) -> None:
         """Put back what it held; what other graphs keep of it is as it was, and so is its version."""
