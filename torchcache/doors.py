@@ -55,6 +55,11 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         _note_inlined(mark, ctypes.cast(address, ctypes.py_object).value if address else None, needed)
         return True
 
+    @dynamo.constant
+    def traced_anew() -> bool:
+        dynamo.retrace()
+        return True
+
     def opened(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():  # the other question is of all threads
             return _enter(mark, args, kwargs)
@@ -72,7 +77,9 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
                 return _enter(mark, args, kwargs)
             if not (gradients and trains):
                 given, kwargs = pytree.tree_map(_passed, (given, kwargs))
-                outputs, structure = pytree.tree_flatten(opaque(subject, given, kwargs))
+                outputs = opaque(subject, given, kwargs)
+                traced_anew()
+                outputs, structure = pytree.tree_flatten(outputs)
                 return pytree.tree_unflatten(outputs, structure)  # with constants in the place of their stand-ins
         if how == APART:
             return _enter(mark, args, kwargs)
@@ -181,8 +188,10 @@ def _how(region: Region, module: nn.Module | None, gradients: bool) -> str:
         return PLAIN if module is None else PART if dynamo.names_parts() else APART
     if region.writes:
         return PLAIN
-    if region.apart or region.subject.deferred is not None:  # what is not built says nothing of its outputs
+    if region.subject.deferred is not None:  # what is not built says nothing of its outputs
         return APART
+    if region.apart:
+        return PLAIN if dynamo.is_whole() else APART
     if (unreadable := identity.unreadable()) is not None:  # each call is computed
         region.note(unreadable)
         return PLAIN

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -22,12 +23,11 @@ from torchcache import dynamo
 from torchcache.call import Region
 from torchcache.context import computing
 from torchcache.digest.cpu import digest_bytes
-from torchcache.errors import Bypass, MarkError, Writes
+from torchcache.errors import Bypass, MarkError
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import written_text
 from torchcache.lazy.tensor import LazyTensor, take_whole
 from torchcache.lazy.use import stand_in
-from torchcache.logging import warn_once
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
 from torchcache.returned import Link, linked, links_of, looks_so, not_passed
@@ -45,6 +45,10 @@ class Call(Protocol):
 
     def fake(self, tensors: Leaves, numbers: Leaves) -> list[torch.Tensor]:
         """What it returns for fake tensors: without contents, but in the shapes and memory orders of ``real``."""
+
+
+class _TracedAnewError(Exception):
+    """The frame will be traced anew."""
 
 
 class _Tensor:
@@ -139,29 +143,21 @@ class _Traced:
                     names = [str(error)]
                     break
                 except Exception as error:
-                    raise self._apart(module, f"{error!r} on tensors without data") from error
+                    raise self._apart(module, Bypass(f"{error!r} on tensors without data")) from error
             with dynamo.no_mode():
                 names = run.written or identity.changes()
             if not names:
                 break
         after, spec = pytree.tree_flatten((args, kwargs))
-        given = iter((*tensors,))
-        if (
-            names
-            or spec != self.spec
-            or not all(leaf is next(given) for leaf in after if isinstance(leaf, torch.Tensor))
-        ):
-            bypass = Writes(*written_text(names or ["its arguments"]))
-            if dynamo.is_whole():
-                region = region_of(self.mark, module)
-                region.writes = True
-                warn_once(f"{region.name} is computed, not cached: {bypass}")
-            raise self._apart(module, f"{bypass.reason} where it is traced")
+        left = [leaf for leaf in after if isinstance(leaf, torch.Tensor)]
+        if names or spec != self.spec or not all(map(operator.is_, left, tensors)):
+            reason, advice = written_text(names or ["its arguments"])
+            raise self._apart(module, Bypass(f"{reason} where it is traced", advice))
         leaves, self.output_spec = pytree.tree_flatten(outputs)
         sized = any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape) or bool(numbers)
         unfit = not_passed(outputs, self.leaves if sized else None)
         if unfit and not dynamo.is_whole():
-            raise self._apart(module, unfit)
+            raise self._apart(module, Bypass(unfit))
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.output_leaves = [_Tensor if isinstance(leaf, torch.Tensor) else _plain(leaf) for leaf in leaves]
         lie = [([*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]) for leaf in made]
@@ -173,11 +169,15 @@ class _Traced:
             self.links = links_of(made) if views else [None] * len(made)
         return [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in made]
 
-    def _apart(self, module: nn.Module | None, why: str) -> RuntimeError:
-        """What to raise so that the call is made between two graphs from now on."""
-        region_of(self.mark, module).apart = why
+    def _apart(self, module: nn.Module | None, why: Bypass) -> Exception:
+        """What to raise so that the call is made between two graphs from now on, or is a part of the only one."""
+        region = region_of(self.mark, module)
+        region.apart = why.reason
         dynamo.retrace_later()
-        return dynamo.leave_graph(why)
+        if dynamo.is_whole():
+            region.note(why)
+            return _TracedAnewError()
+        return dynamo.leave_graph(why.reason)
 
     def real(self, tensors: Leaves, numbers: Leaves) -> list[torch.Tensor]:
         """The call itself."""
@@ -321,7 +321,10 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     shaped = f"{form} {dynamo.hints(tensors)}"
     if dynamo.is_fake([*map(stand_in, tensors)]):
         traced = _Traced(mark, owner, spec, kept, called != subject)
-        outputs = traced.fake(tensors, numbers)
+        try:
+            outputs = traced.fake(tensors, numbers)
+        except _TracedAnewError:
+            return torch.empty(0)
         call = _name(subject, traced, outputs)
         for key in (form, shaped):
             _latest.pop(key, None)

@@ -227,11 +227,12 @@ class Counts(SetsUp):
         return self.linear(x) * self.table * self.scale
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_set_up_by_writes_in_place_is_written_once(backend):
+def test_what_is_set_up_by_writes_in_place_is_written_once(backend, whole):
     plain = Counts().eval().requires_grad_(False)
     module = torchcache.mark(copy.deepcopy(plain), audit=0)
-    run, x = compiled(nn.Sequential(module, nn.Identity()), backend), torch.randn(6, 8)
+    run, x = compiled(nn.Sequential(module, nn.Identity()), backend, fullgraph=whole), torch.randn(6, 8)
     for rows in (range(4), range(4), [5, 1, 0], range(6)):
         torch.testing.assert_close(run(x[[*rows]]), plain(x[[*rows]]))
     for name in ("scale", "plain", "table"):
