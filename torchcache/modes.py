@@ -228,7 +228,8 @@ def _of_forward(kind: type[nn.Module]) -> tuple[bool, frozenset[str], bool]:
     beside = set().union(*map(vars, kind.__mro__[: home + 1]))
     methods = ["forward"]
     for name in methods:
-        function = inspect.unwrap(beneath(getattr(kind, name)))
+        member = inspect.getattr_static(kind, name)
+        function = inspect.unwrap(beneath(getattr(member, "__func__", member)))
         if not isinstance(function, types.FunctionType) or str(function.__module__).startswith("torch.nn.modules."):
             continue
         reads = reads_of(function.__code__)

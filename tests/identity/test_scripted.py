@@ -120,3 +120,29 @@ def test_python_in_a_graph_is_not_read(module):
     (reason,) = torchcache.stats(calls).regions[0].reasons
     assert "prim::PythonOp" in reason
     assert not torchcache.stats(calls).hits
+
+
+class Scripted(nn.Module):
+    """A layer beside one that TorchScript compiled."""
+
+    def __init__(self, compile: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.linear, self.compiled = nn.Linear(4, 4), compile(nn.Sequential(nn.Linear(4, 4), nn.Dropout()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compiled(self.linear(x))
+
+
+@pytest.mark.parametrize("door", ["call", "transform", "eager", "torchcache"])
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda part: torch.jit.trace(part.eval(), torch.ones(2, 4))])
+def test_modules_that_torchscript_compiled_are_computed_with_a_reason(compile, door):
+    marked = torchcache.mark(Scripted(compile), freeze=True)
+    model = nn.Sequential(marked, nn.Linear(4, 2))
+    run = torchcache.transform(model) if door == "transform" else model
+    if door not in ("call", "transform"):
+        run = torch.compile(model, backend=door)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), model[1](Scripted.forward(marked.eval(), x)))
+    (reason,) = torchcache.stats(model).regions[0].reasons
+    assert "TorchScript" in reason
