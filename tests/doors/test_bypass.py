@@ -4,6 +4,7 @@ import array
 import collections
 import contextvars
 import copy
+import functools
 import gc
 import io
 import itertools
@@ -910,9 +911,14 @@ AVERAGES = {
     "array of Python": lambda: Averaged(array.array("f", [1, 1, 1]), _floats),
     "memoryview": lambda: Averaged(memoryview(bytearray(np.ones(3, np.float32))), _floats),
     "tensors": lambda: Averaged(collections.deque([(torch.ones(3),)]), lambda kept: kept[0][0]),
+    "object in a cache": lambda: Averaged(_kept_in_a_cache(), lambda kept: kept().mean),
     "buffer": lambda: Averaged(nn.BatchNorm1d(3), lambda kept: kept.running_var),
     "parameter": lambda: Averaged(nn.Linear(1, 3).requires_grad_(False), lambda kept: kept.weight[:, 0]),
 }
+
+
+def _kept_in_a_cache():
+    return functools.cache(lambda: types.SimpleNamespace(mean=torch.ones(3)))
 
 
 def _floats(kept):

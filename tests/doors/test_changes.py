@@ -571,6 +571,31 @@ def function_behind_a_lru_cache():
 
 
 @case
+def object_that_a_lru_cache_keeps():
+    settings = functools.lru_cache(lambda: types.SimpleNamespace(scale=2.0))
+    return module_of(lambda self: self.held().scale, settings), lambda: setattr(settings(), "scale", 3.0)
+
+
+@case
+def dict_that_a_cache_keeps():
+    settings = functools.cache(lambda: {"scale": 2.0})
+    return module_of(lambda self: self.held()["scale"], settings), lambda: settings().update(scale=3.0)
+
+
+@case
+def cache_that_is_cleared():
+    box = [2.0]
+    settings = functools.cache(lambda: types.SimpleNamespace(scale=box[0]))
+    module = module_of(lambda self: self.held().scale, settings)
+
+    def change():
+        box[0] = 3.0
+        settings.cache_clear()
+
+    return module, change
+
+
+@case
 def hook():
     module = nn.Sequential(module_of(lambda self: 2.0))
     return module, lambda: module[0].register_forward_hook(lambda module, args, output: output * 1.5)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchcache.identity.filled import held_by, keeps_one
 from torchcache.identity.homes import (
     beneath,
     beneath_class,
@@ -284,8 +285,12 @@ def _wrapped(value: Any) -> Node:
 
 
 def _cached(value: Any) -> Node:
-    """A function behind ``functools.lru_cache``."""
-    return Node(value, ("cached",), [("", value.__wrapped__)], numbered=False, wraps=True)
+    """A function behind ``functools.lru_cache``, and what it keeps where that is one object."""
+    node = Node(value, ("cached",), [("", value.__wrapped__)], numbered=False, wraps=True)
+    if keeps_one(value):
+        node.parts += [("()", kept) for kept in held_by(value)]
+        node.checks.append(Check("content", value, read=held_by))
+    return node
 
 
 def _slot(value: Any) -> Node:
