@@ -1,5 +1,6 @@
 """What cannot be cached is computed: the right answer, a reason, one warning; and nothing of ours ends a run."""
 
+import argparse
 import array
 import collections
 import contextvars
@@ -966,6 +967,12 @@ SOURCES = {
     "thread's own": (lambda: _counting(threading.local()), lambda source: _count(source)),
     "computed name": (lambda: _counting(types.SimpleNamespace()), lambda source: _count_by_name(source, "number")),
     "attribute beneath its class": (lambda: _counting(types.SimpleNamespace()), lambda source: _count_beneath(source)),
+    "whole dict": (lambda: _counting(argparse.Namespace()), lambda source: _count_in_another_dict(source)),
+    "default of a function": (lambda: _with_default(), lambda source: _count_default(source)),
+    "buffers beside": (nn.Module, lambda source: _count_buffers(source)),
+    "children beside": (nn.ModuleList, lambda source: len(source.append(nn.Identity()))),
+    "hooks beside": (nn.Identity, lambda source: source.register_forward_hook(print) and len(source._forward_hooks)),
+    "training beside": (lambda: nn.Linear(3, 3).requires_grad_(False), lambda source: _toggle(source)),
     "attribute of a function": (lambda: _counting(lambda: 0), lambda source: _count(source)),
     "attribute of a module": (lambda: _counting(types.ModuleType("counting")), lambda source: _count(source)),
     "attribute of a tensor": (lambda: _counting(torch.zeros(2)), lambda source: _count(source)),
@@ -992,6 +999,29 @@ def _count_by_name(source, name):
 def _count_beneath(source):
     object.__setattr__(source, "number", source.number + 1)
     return source.number
+
+
+def _count_in_another_dict(source):
+    source.__dict__ = {"number": source.number + 1}
+    return source.number
+
+
+def _with_default():
+    return lambda number=0: number
+
+
+def _count_default(source):
+    source.__defaults__ = (source() + 1,)
+    return source()
+
+
+def _count_buffers(source):
+    source.register_buffer(f"kept{len(source._buffers)}", torch.ones(1))
+    return len(source._buffers)
+
+
+def _toggle(source):
+    return source.requires_grad_(not source.weight.requires_grad).weight.requires_grad
 
 
 def _count_item(source):

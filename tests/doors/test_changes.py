@@ -571,6 +571,12 @@ def function_behind_a_lru_cache():
 
 
 @case
+def whole_dict_of_an_object():
+    held = Bag(scale=2.0)
+    return module_of(lambda self: self.held.scale, held), lambda: setattr(held, "__dict__", {"scale": 3.0})
+
+
+@case
 def object_that_a_lru_cache_keeps():
     settings = functools.lru_cache(lambda: types.SimpleNamespace(scale=2.0))
     return module_of(lambda self: self.held().scale, settings), lambda: setattr(settings(), "scale", 3.0)

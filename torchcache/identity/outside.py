@@ -18,7 +18,13 @@ from torchcache.identity.watch import same
 # What a tensor is called that no module of the tree holds itself.
 READ = "a tensor that it reads"
 
-_CELL = (("cell_contents", types.CellType.cell_contents),)
+# What of objects of torch's own and Python's own classes is in no ``__dict__``.
+_SLOTS: dict[type, Sequence[tuple[str, Any]]] = {
+    types.CellType: [("cell_contents", types.CellType.cell_contents)],
+    types.FunctionType: [
+        (name, vars(types.FunctionType)[name]) for name in ("__defaults__", "__kwdefaults__", "__code__")
+    ],
+}
 
 
 class Outside:
@@ -112,8 +118,8 @@ class Outside:
         kind: Any = type(owner)
         known = self._slots_by_kind.get(kind)
         if known is None:
-            known = () if isinstance(owner, type) else slots_of(kind)
-            known = self._slots_by_kind[kind] = _CELL if kind is types.CellType else known
+            known = () if isinstance(owner, type) else _SLOTS.get(kind) or slots_of(kind)
+            self._slots_by_kind[kind] = known
         whole = kind is types.CellType or id(owner) in self._whole
         return known if whole or not known else [slot for slot in known if slot[0] in self._names]
 

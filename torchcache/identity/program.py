@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchcache.digest.cpu import digest_bytes
 from torchcache.dynamo import Stamps
@@ -95,10 +96,14 @@ class Program:
             self.asks_for_gradients = id(torch.is_grad_enabled) in reach.nodes
             self.asks_for_inference = not reach.nodes.keys().isdisjoint(_ASK_FOR_INFERENCE)
             self.asks_for_inference |= "is_inference" in reach.known.names
-            self._names = frozenset(reach.written | reach.known.names if ANY in reach.written else reach.written)
+            anything = not reach.written.isdisjoint((ANY, "__dict__"))
+            self._names = frozenset(reach.written | reach.known.names if anything else reach.written)
             self._places = _places(reach, module)
             self._whole = {id(value) for value, _ in self._places if (node := reach.node_of(value)) and node.level}
             self._containers = [(node.value, node.path) for node in reach.nodes.values() if node.kind == "group"]
+            # Of modules that are not in the tree: their parameters, buffers, children and hooks.
+            beside = [(value, path) for value, path in self._places if isinstance(value, nn.Module)]
+            self._containers += [(held, path) for value, path in beside for held in vars(value).values()]
             self._filled = [(node.value, node.path) for node in reach.nodes.values() if isinstance(node.value, FILLED)]
             roots = [function, GlobalHooks, Torch] if module is None else [module, function, GlobalHooks, Torch]
             self.digest, self.tensors = encode(reach, [*given] or roots)

@@ -148,10 +148,10 @@ class Written:
 
 
 class _Memory:
-    """The memory of a tensor and its gradient, both of which code may replace without an operator."""
+    """The memory of a tensor, its gradient and whether it needs one, which code may set without an operator."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self._name, self._tensor, self._data = name, tensor, tensor.data
+        self._name, self._tensor, self._data, self._trains = name, tensor, tensor.data, tensor.requires_grad
         self.grad_name, self.grad = f"{name}.grad", self._grad_now()
 
     def _grad_now(self) -> torch.Tensor | None:
@@ -165,6 +165,8 @@ class _Memory:
         found = [Difference(self._name, self._data, self._tensor.data)] if self._is_elsewhere() else []
         if (grad := self._grad_now()) is not self.grad:
             found.append(Difference(self.grad_name, self.grad, grad))
+        if self._tensor.requires_grad != self._trains:
+            found.append(Difference(f"{self._name}.requires_grad", self._trains, not self._trains))
         return found
 
     def restore(self, *, everything: bool) -> None:
@@ -173,6 +175,8 @@ class _Memory:
             self._tensor.data = self._data
         if self._grad_now() is not self.grad:
             self._tensor.grad = self.grad
+        if self._tensor.is_leaf and self._tensor.requires_grad != self._trains:
+            self._tensor.requires_grad_(self._trains)
 
 
 class _Content:
