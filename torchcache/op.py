@@ -339,9 +339,9 @@ def opaque(subject: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _called(region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call that a graph makes."""
+    served = region.counters.hits
     outputs = region(args, kwargs)
-    if region.writes:
-        # The rest of the graph was compiled as if it wrote nothing, so what comes of it may be wrong.
+    if region.writes and not served:  # the rest of the graph was compiled as if it wrote nothing, and may read that
         raise MarkError(
             f"{region.name} wrote nothing beside its output when it was compiled, and it does now (was a hook added?): "
             "repeat this call, which compiles it again"

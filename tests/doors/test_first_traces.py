@@ -358,3 +358,37 @@ def test_what_is_a_part_of_a_graph_for_its_gradient_says_so(backend, warnings):
     assert sum("an argument needs a gradient: detach it" in text for text in warnings) == 1
     (region,) = torchcache.stats(model).regions
     assert list(region.reasons) == ["an argument needs a gradient"]
+
+
+class Memo(SetsUp):
+    """Keeps a table for each number of rows, as code does that keys tables by whole shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.memo = {}
+
+    def set_up(self, x):
+        if x.shape not in self.memo:
+            self.memo[x.shape] = torch.ones(x.shape)
+
+    def forward(self, x):
+        self.set_up(x)
+        return self.linear(x) + self.memo[x.shape]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_for_numbers_of_rows_may_be_emptied_while_a_model_trains(backend):
+    plain = Memo().eval().requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(plain))
+    net = nn.Sequential(module, nn.Linear(8, 2))
+    run, batches = compiled(net, backend), [torch.randn(6, 8) for _ in range(2)]
+    hits = []
+    for epoch in range(6):
+        if epoch == 2:
+            module.memo.clear()
+        for x in batches:
+            torch.testing.assert_close(run(x), net[1](plain(x)))
+            with torch.no_grad():
+                torch.testing.assert_close(run(x), net[1](plain(x)))
+        hits.append(torchcache.stats(module).hits)
+    assert hits[5] - hits[4] == hits[4] - hits[3] == 24

@@ -233,12 +233,9 @@ class Learning:
     def _read_lists(self, batch: Batch) -> None:
         """Take lists of tensors for batches where such calls were learnt so."""
         if self._stacked:
-            taken = self._stack(batch)
+            taken = take(batch.given, stack_lists=True)
             if taken.key in self._stacked:
                 batch.taken = taken
-
-    def _stack(self, batch: Batch) -> Taken:
-        return take(batch.given, stack_lists=True)
 
     def _learn_either(self, batch: Batch, form: Form, whole: Taken | None) -> Plan:
         """Learn with the arguments as they are; where that fails, with lists of tensors taken for batches."""
@@ -247,7 +244,7 @@ class Learning:
         except Writes:
             raise
         except (Bypass, RowwiseError) as failed:
-            plain, stacked = batch.taken, self._stack(batch)
+            plain, stacked = batch.taken, take(batch.given, stack_lists=True)
             if stacked.key == plain.key:
                 raise
             batch.taken = stacked
@@ -264,8 +261,12 @@ class Learning:
         names: list[str] = []
         steady = self._subject.identity.steady()
         try:
-            with generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names):
+            with generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names) as noted:
                 learnt, output, agree = self._probe(batch, form, whole)
+                if noted is not None and noted.differences():
+                    again = noted.again()
+                    self._probe(batch, form, whole)
+                    noted.is_set_up = not again.differences()
         except Unproven:
             form.keep_spare(batch)
             alike = "its rows are all alike so far, so that it cannot be told whether they depend on each other"
@@ -362,17 +363,16 @@ class Learning:
             check_again(run, quiet=form.unsettled < SETUP_CALLS)
 
     @contextlib.contextmanager
-    def _noting(self, batch: Batch, names: list[str]) -> Iterator[None]:
-        """Add what a probe writes to ``names``, and put it back: it must not show in what is kept.
+    def _noting(self, batch: Batch, names: list[str]) -> Iterator[Written | None]:
+        """Add what a probe writes to ``names``, unless it sets something up, and put it back: nobody is to see it.
 
-        It stays where nothing was learnt before, and the caller's call wrote nothing: then it is set up for such rows
-        as a probe has.
+        It stays where nothing was learnt before, and the caller's call wrote nothing: it is set up for such rows now.
         """
         written = self._watch(batch.wrote)
         try:
-            yield
+            yield written
         finally:
-            names += written.changes() if written is not None else []
+            names += written.changes() if written is not None and not written.is_set_up else []
             if written is not None and (batch.wrote or not batch.given.ran or self._plans):
                 written.restore()
 

@@ -19,7 +19,7 @@ def undone(subject: Subject, options: CacheOptions) -> Iterator[None]:
     Raises
     ------
     Bypass
-        When it wrote.
+        When it wrote, and not only kept something for another number of rows.
     """
     if options.pure or lacks(subject):
         yield
@@ -28,8 +28,8 @@ def undone(subject: Subject, options: CacheOptions) -> Iterator[None]:
     try:
         yield
     finally:
-        changed = bool(written.differences())
-        if changed:
+        found = written.differences()
+        if found:
             written.restore()
-    if changed:
+    if not all(one.grew for one in found):
         raise Bypass(CHANGED, lasting=False, quiet=True)

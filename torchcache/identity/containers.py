@@ -31,11 +31,15 @@ class Difference(NamedTuple):
         What people call it.
     was, now : Any
         What stood there, and what does: a container's items, now without keys.
+    grew : bool
+        Whether it is a dict in which entries were added, and no other was touched, as in one that keeps what was
+        computed for sizes.
     """
 
     name: str
     was: Any
     now: Any
+    grew: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,6 +58,13 @@ class _Held:
         now = _items(self.container, len(self.items))
         alike = all(map(operator.is_, now, self.items)) or same(now, self.items)
         return not alike or _versions(now) != self.versions
+
+    def grew(self) -> bool:
+        if not self.items or not issubclass(_kind(self.container), dict):
+            return False
+        now, count = _items(self.container, MOST_ITEMS), _length(self.container)
+        kept = (*now[: self.length], *now[count : count + self.length])
+        return count > self.length and all(map(operator.is_, kept, self.items))
 
     def restore(self) -> None:
         kind = _kind(self.container)
@@ -107,8 +118,9 @@ class Containers:
     def differences(self) -> list[Difference]:
         """Those that were written to since, and those with a tensor that was."""
         differing = [held for held in self._held if held.differs()]
-        found = [Difference(held.path(), held.items, _values(held.container)) for held in differing]
-        return found + [Difference(path(), (), _values(container)) for container, path in self._empty if container]
+        found = [Difference(held.path(), held.items, _values(held.container), held.grew()) for held in differing]
+        filled = [(container, path) for container, path in self._empty if container]
+        return found + [Difference(path(), (), _values(one), isinstance(one, dict)) for one, path in filled]
 
     def restore(self) -> None:
         """Put back what they held."""

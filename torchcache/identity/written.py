@@ -40,6 +40,11 @@ class Written:
         What may be written elsewhere.
     wrote : sequence of Difference
         What an earlier call wrote: the contents of tensors among it are restored as well.
+
+    Attributes
+    ----------
+    is_set_up : bool
+        Whether what was written since is known to be a setting up, that further calls find done.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Written:
     ) -> None:
         self._module = module
         self._outside = outside
+        self.is_set_up = False
         self._dicts = [(members, tuple(members), tuple(members.values())) for members in _members(module)]
         self._before = _snapshot(module)
         self._versions = [entry for entry in self._before.values() if isinstance(entry[0], torch.Tensor)]
