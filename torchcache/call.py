@@ -17,8 +17,8 @@ from torchcache.checks.chance import generators_kept
 from torchcache.checks.learning import Learning
 from torchcache.checks.novelty import Novelty
 from torchcache.checks.plan import CHANGED, OTHERWISE, Plan
-from torchcache.checks.probe import select
 from torchcache.checks.rest import Rest
+from torchcache.checks.roles import select
 from torchcache.checks.stored import keep
 from torchcache.checks.undone import undone
 from torchcache.context import ASKED, bypassed, current_explainer, current_ids, current_watcher, normal_tensors

@@ -596,3 +596,48 @@ def test_rows_that_mix_are_found_in_two_bytes(dtype):
     module = torchcache.mark(Mixed().to(dtype), freeze=True, audit=0)
     with pytest.raises(torchcache.RowwiseError, match="changes with the other rows"):
         module(torch.randn(8, 16).to(dtype))
+
+
+class Messages(nn.Module):
+    """Adds to each node what its edge leads from; notes how many nodes it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.counts = nn.Linear(4, 4), []
+        self.register_buffer("kept", torch.randperm(20))
+
+    def forward(self, x, sources=None):
+        self.counts.append(len(x))
+        x = self.linear(x)
+        return x + x[self.kept if sources is None else sources]
+
+
+@pytest.mark.parametrize("given", [(), (torch.randperm(20),)], ids=["buffer", "argument"])
+def test_a_graph_is_computed_and_not_tried_on_fewer_nodes_than_its_edges_name(given, warnings):
+    twin = Messages()
+    module = torchcache.mark(copy.deepcopy(twin), freeze=True, pure=True)
+    for _ in range(4):
+        x = torch.randn(20, 4)
+        torch.testing.assert_close(module(x, *given), twin(x, *given))
+    assert set(module.counts) == {20}
+    assert torchcache.stats(module).hits == 0
+    assert any("numbers that it is given point at" in text for text in warnings)
+
+
+class Positions(nn.Module):
+    """Adds what stands at positions, which all rows share."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(12, 4)
+
+    def forward(self, x, positions):
+        return x + self.table(positions)
+
+
+def test_positions_that_could_be_rows_are_none():
+    module = torchcache.mark(Positions(), freeze=True, audit=0)
+    x, positions = torch.randn(20, 12, 4), torch.arange(12)
+    for _ in range(3):
+        torch.testing.assert_close(module(x, positions), x + module.table(positions))
+    assert torchcache.stats(module).hits == 40

@@ -11,7 +11,8 @@ from torchcache.checks.chance import generators_kept
 from torchcache.checks.compare import Rounding
 from torchcache.checks.culprit import Run, find_culprit, mixing
 from torchcache.checks.plan import OTHERWISE, Plan
-from torchcache.checks.probe import not_rows, select
+from torchcache.checks.probe import not_rows
+from torchcache.checks.roles import select
 from torchcache.checks.undone import undone
 from torchcache.context import normal_tensors
 from torchcache.errors import Bypass

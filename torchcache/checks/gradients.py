@@ -10,7 +10,8 @@ from torchcache.batch import Batch, lacks
 from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.plan import Form
-from torchcache.checks.probe import Learnt, Roles, rows_of, select
+from torchcache.checks.probe import Learnt
+from torchcache.checks.roles import Roles, rows_of, select
 from torchcache.context import normal_tensors
 from torchcache.errors import Bypass
 from torchcache.lazy.use import loaded

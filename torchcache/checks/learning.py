@@ -15,7 +15,8 @@ from torchcache.checks.chance import Draws, check_again, generators_kept
 from torchcache.checks.company import check_company
 from torchcache.checks.gradients import Original, check_outputs, check_recorded, modes_agree
 from torchcache.checks.plan import CHANGED, Form, Plan
-from torchcache.checks.probe import Learnt, Roles, Unproven, learn, may_lie_elsewhere, rows_of, select
+from torchcache.checks.probe import Learnt, Unproven, learn, may_lie_elsewhere
+from torchcache.checks.roles import Roles, rows_of, select
 from torchcache.checks.said import check_said
 from torchcache.checks.stored import stored, suffices
 from torchcache.context import computing, normal_tensors
@@ -299,16 +300,12 @@ class Learning:
     def _probe(self, batch: Batch, form: Form, whole: Taken | None) -> tuple[Learnt, Taken, bool]:
         """What the probe learns, and whether grad modes matter to nothing, as far as that is known then."""
         ask = self._subject.identity.asks_for_gradients and batch.who not in self.modal
+        tensors, state, dim = batch.taken.tensors, self._subject.identity.look().tensors, self._options.batch_dim
         for both in (True, False) if ask else (False,):
             original = Original(batch, both)
             try:
                 learnt, output = learn(
-                    self._subject.name,
-                    batch.taken.tensors,
-                    whole,
-                    original,
-                    batch_dim=self._options.batch_dim,
-                    spare=form.spare,
+                    self._subject.name, tensors, whole, original, batch_dim=dim, spare=form.spare, state=state
                 )
             except (Bypass, RowwiseError, Unproven):
                 if not original.crossed:  # else it may be the other mode that differs

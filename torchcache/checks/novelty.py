@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchcache.batch import Batch
-from torchcache.checks.probe import Roles
+from torchcache.checks.roles import Roles
 from torchcache.errors import Bypass
 from torchcache.logging import warn_once
 from torchcache.values.take import take_arguments

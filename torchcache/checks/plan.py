@@ -11,7 +11,8 @@ from torchcache.batch import Batch
 from torchcache.checks.alarm import Otherwise
 from torchcache.checks.chance import generators_kept
 from torchcache.checks.extremes import Extremes
-from torchcache.checks.probe import Learnt, Roles, rows_of
+from torchcache.checks.probe import Learnt
+from torchcache.checks.roles import Roles, rows_of
 from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass
 from torchcache.logging import warn_once

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from torchcache.checks.arguments import ArgumentWritten
 from torchcache.checks.compare import Narrowest, Rounding, identical, nearly
 from torchcache.checks.culprit import Run, find_culprit, mixing, unstable
+from torchcache.checks.pointers import check_pointers
+from torchcache.checks.roles import Roles, counts_of, guesses, rows_of, select
 from torchcache.digest.rows import digest_rows
 from torchcache.errors import Bypass
 from torchcache.store.select import concatenate, select_rows
-from torchcache.values.layout import laid, lie_of
+from torchcache.values.layout import lie_of
 from torchcache.values.take import Taken
 
 Tensors = Sequence[torch.Tensor]
 Original = Callable[[Tensors], Taken]
-# For each tensor argument the dimension of its rows; ``None`` where all rows share it.
-Roles = tuple[int | None, ...]
-
-# Ways to tell rows from shared arguments that are tried before giving up.
-MOST_GUESSES = 8
 
 
 class Unproven(Exception):  # noqa: N818
@@ -74,6 +70,7 @@ def learn(
     batch_dim: int = 0,
     spare: Tensors | None = None,
     known: Roles | None = None,
+    state: Tensors = (),
 ) -> tuple[Learnt, Taken]:
     """Find the roles of the arguments, and check that rows depend on nothing but themselves.
 
@@ -93,6 +90,8 @@ def learn(
         The arguments of an earlier call of the same form with one row, for neighbours where they are as long and wide.
     known : tuple or None
         The roles, where they were learnt before.
+    state : sequence of torch.Tensor
+        What the original reads beside its arguments.
 
     Returns
     -------
@@ -113,9 +112,8 @@ def learn(
     if spare is not None and not _as_large(spare, tensors, {0, batch_dim}):
         spare = None
     first: Exception | None = None
-    guesses = [known] if known is not None else _guesses(tensors, whole, batch_dim)
-    for roles in itertools.islice(guesses, MOST_GUESSES):
-        trial = _Trial(where, tensors, whole, original, roles)
+    for roles in [known] if known is not None else guesses(tensors, whole, batch_dim):
+        trial = _Trial(where, tensors, whole, original, roles, state)
         try:
             return trial.learn(spare)
         except _InconsistentError as failed:
@@ -132,34 +130,9 @@ def learn(
         del first  # its traceback leads here, and would keep the batch until garbage is collected
 
 
-def _guesses(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Iterator[Roles]:
-    """Roles that could explain the outputs: all tensors as long as the batch have rows, or all but one, or two."""
-    shapes = [tuple(leaf.shape) for leaf in whole.tensors] if whole is not None else []
-    for size in _counts(tensors, batch_dim):
-        # Of one row alone an output may lack the dimension: forward may squeeze it.
-        if not size or not (size == 1 or all(size in shape for shape in shapes)):
-            continue
-        roles = [
-            next(
-                (dim for dim in dict.fromkeys((batch_dim, 0)) if tensor.ndim > dim and tensor.shape[dim] == size), None
-            )
-            for tensor in tensors
-        ]
-        candidates = [place for place, dim in enumerate(roles) if dim is not None]
-        for count in range(min(3, len(candidates))):
-            for shared in itertools.combinations(reversed(candidates), count):
-                yield tuple(None if place in shared else dim for place, dim in enumerate(roles))
-
-
-def _counts(tensors: Tensors, batch_dim: int) -> list[int]:
-    """How many rows there could be."""
-    dims = dict.fromkeys((batch_dim, 0))
-    return [*dict.fromkeys(tensor.shape[dim] for tensor in tensors for dim in dims if tensor.ndim > dim)]
-
-
 def _without_rows(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Bypass:
     """Why there are no roles to try: the output that has no rows where others have them, or that none has."""
-    counts, outputs = _counts(tensors, batch_dim), whole.tensors if whole is not None else []
+    counts, outputs = counts_of(tensors, batch_dim), whole.tensors if whole is not None else []
     without = {count: [i for i, leaf in enumerate(outputs) if count not in leaf.shape] for count in counts if count}
     count = min(without, key=lambda count: len(without[count]), default=0)
     if whole is not None and count and len(without[count]) < len(outputs):
@@ -195,24 +168,6 @@ def may_lie_elsewhere(tensors: Tensors, batch_dim: int) -> bool:
     )
 
 
-def rows_of(tensors: Tensors, roles: Sequence[int | None]) -> list[torch.Tensor]:
-    """The tensors that have rows, with their rows first."""
-    return [
-        tensor if dim == 0 else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, roles, strict=True)
-        if dim is not None
-    ]
-
-
-def select(tensors: Tensors, roles: Sequence[int | None], rows: Tensors) -> list[torch.Tensor]:
-    """``tensors`` with ``rows``, rows first, in place of those that have rows, and as these lie in memory."""
-    given = iter(rows)
-    return [
-        tensor if dim is None else laid(next(given) if dim == 0 else next(given).movedim(0, dim), tensor, dim)
-        for tensor, dim in zip(tensors, roles, strict=True)
-    ]
-
-
 class _Trial:
     """One guess of the roles, tried on small batches."""
 
@@ -223,6 +178,7 @@ class _Trial:
         whole: Taken | None,
         original: Original,
         roles: Roles,
+        state: Tensors,
     ) -> None:
         self._where = where
         self._tensors = tensors
@@ -232,10 +188,17 @@ class _Trial:
         self._count = self._given[0].shape[0]
         self._single = whole if self._count == 1 else None
         self._whole = whole if self._count > 1 else None
+        self._state = state
         self._lie_alike = True
 
     def learn(self, spare: Tensors | None) -> tuple[Learnt, Taken]:
         """What these roles explain; with rows that were made from others where there are too few, if these run."""
+        try:
+            check_pointers(self._tensors, self._roles, self._whole, self._original, self._state)
+        except ArgumentWritten:
+            raise
+        except Bypass as bypass:
+            raise _InconsistentError(bypass) from None
         extra = rows_of(spare, self._roles) if spare is not None else None
         try:
             return self._learn(*self._choose(extra, made=True))
