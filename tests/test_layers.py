@@ -31,6 +31,7 @@ LAYERS = [
     {"op"},
     {"graph"},
     {"doors"},
+    {"marked_class"},
     {"marks"},
     {"transform", "backend"},
     {"reports"},

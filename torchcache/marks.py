@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import abc
-import copyreg
-import functools
 import inspect
 import types
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast, overload
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import fx, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from torchcache.doors import door
 from torchcache.errors import MarkError
 from torchcache.mark import Mark, original_of, own_name
-from torchcache.modes import train
+from torchcache.marked_class import Choice, mark_of, marked_class, marks_of, set_class, settled_train
 from torchcache.options import CacheOptions
 from torchcache.stand_in import Deferred
-from torchcache.usefulness import forget_mark, note_call, note_mark
+from torchcache.usefulness import forget_mark, note_mark
 
 T = TypeVar("T", bound=Callable[..., Any])
 M = TypeVar("M")
@@ -137,7 +132,7 @@ def mark(
         )
     if output is not None and not callable(output):
         raise TypeError(f"torchcache: output must be a function of what the module returns, or None, not {output!r}")
-    chosen = _Choice(CacheOptions.of(options), output)
+    chosen = Choice(CacheOptions.of(options), output)
     names = [method] if isinstance(method, str) else list(method)
     for name in names:
         if not callable(getattr(module, name, None)):
@@ -154,7 +149,7 @@ def mark(
             )
         module.requires_grad_(False)
         module.eval()
-    known: dict[str, _Choice] = {} if "forward" in names else vars(type(module)).get("_torchcache_marks", {})
+    known: dict[str, Choice] = {} if "forward" in names else vars(type(module)).get("_torchcache_marks", {})
     unmark(module)
     vars(module).pop("torchcache_enabled", None)
     own = vars(module)
@@ -163,7 +158,7 @@ def mark(
             note_mark(module, name)
         if name in own:
             own[own_name(name)] = own.pop(name)
-    _set_class(module, _marked_class(type(module), {**known, **dict.fromkeys(names, chosen)}))
+    set_class(module, marked_class(type(module), {**known, **dict.fromkeys(names, chosen)}))
     return module
 
 
@@ -245,25 +240,10 @@ def unmark(module: Any) -> Any:
             forget_mark(module, name)
             if own_name(name) in members:
                 members[name] = members.pop(own_name(name))
-        _set_class(module, kind.torchcache_base)
+        set_class(module, kind.torchcache_base)
     if mark_of(module) is not None:
         members["torchcache_enabled"] = False
     return module
-
-
-def marks_of(module: nn.Module) -> Iterator[Mark]:
-    """The marks on ``module`` and its class, enabled or not."""
-    kind = type(module)
-    names = ["forward", *(name for name in getattr(kind, "_torchcache_methods", ()) if name != "forward")]
-    for name in names:
-        found = getattr(getattr(kind, name, None), "torchcache_mark", None)
-        if isinstance(found, Mark):
-            yield found
-
-
-def mark_of(module: nn.Module) -> Mark | None:
-    """The first mark on ``module`` or its class, enabled or not."""
-    return next(marks_of(module), None)
 
 
 def marked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Mark]]:
@@ -286,135 +266,9 @@ def _decorate(target: Any, options: CacheOptions) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
         target.forward = door(Mark("forward", options, original_of(target.forward)))
         if not hasattr(target.train, "torchcache_function"):
-            target.train = _settled_train(target.train)  # type: ignore[method-assign]
+            target.train = settled_train(target.train)  # type: ignore[method-assign]
         return target
     if isinstance(target, types.FunctionType):
         return door(Mark(target.__name__, options, original_of(target)))
     advice = "use torchcache.mark for instances" if isinstance(target, nn.Module) else "mark a class or a function"
     raise MarkError(f"@torchcache takes an nn.Module class or a function, not {target!r}: {advice}")
-
-
-def _settled_train(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def settled(self: nn.Module, mode: bool = True) -> nn.Module:
-        found = mark_of(self)
-        return train(self, original, mode, kept=found is not None and found.options_for(self).enabled)
-
-    settled.torchcache_function = original  # type: ignore[attr-defined]
-    return settled
-
-
-class _Choice(NamedTuple):
-    """What was chosen for one method of an instance."""
-
-    options: CacheOptions
-    output: Callable[[Any], Any] | None
-
-
-def _make_class(base: type[nn.Module], marks: tuple[tuple[str, _Choice], ...]) -> type[nn.Module]:
-    """A subclass of ``base`` whose methods of these names are doors."""
-    members: dict[str, Any] = {
-        name: door(Mark(name, chosen.options, base=base, output=chosen.output), of=getattr(base, name, None))
-        for name, chosen in marks
-    }
-    members["train"] = _settled_train(original_of(base.train))
-    members["__reduce_ex__"] = _reduce
-    if issubclass(base, fx.GraphModule):
-        members["recompile"] = _recompile
-    later = getattr(base, "cls_to_become", None)  # the class that a lazy module gets when it is called first
-    if isinstance(later, type):
-        members["cls_to_become"] = _marked_class(later, dict(marks))
-    members["_torchcache_marks"] = dict(marks)
-    members["_torchcache_methods"] = tuple(name for name, _ in marks)
-    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    made: type[nn.Module] = _kind_of(type(base))(base.__name__, (base,), members)
-    type.__setattr__(made, "torchcache_base", base)
-    return made
-
-
-def _kind_of(kind: Any) -> Any:
-    """A class of classes that hand on to the user's class what is assigned to them once they are made.
-
-    To delete it gives back what was there before the last assignment: patches delete what a class itself does not have.
-    """
-    before: dict[str, Any] = {}
-
-    def assign(made: type, name: str, value: Any) -> None:
-        base = vars(made).get("torchcache_base")
-        if base is None:
-            kind.__setattr__(made, name, value)
-        else:
-            before[name] = vars(base).get(name, before)
-            setattr(base, name, value)
-
-    def delete(made: type, name: str) -> None:
-        base = vars(made).get("torchcache_base")
-        if base is None:
-            kind.__delattr__(made, name)
-        elif (known := before.pop(name, before)) is before:
-            delattr(base, name)
-        else:
-            setattr(base, name, known)
-
-    # A class inherits no annotations.
-    annotations = property(lambda made: getattr(vars(made).get("torchcache_base"), "__annotations__", {}))
-    # Code may make a class of a marked one and of an abstract one.
-    kinds = (abc.ABCMeta,) if kind is type else (kind,)
-    shown = {"__annotations__": annotations, "__bases__": property(_bases)}
-    return type(kind.__name__, kinds, {"__setattr__": assign, "__delattr__": delete, **shown})
-
-
-def _bases(made: Any) -> tuple[type, ...]:
-    """The bases of a class; torch removes its own class for parametrizations by them, and the mark is to stay."""
-    base = vars(made).get("torchcache_base")
-    if base is not None and base.__module__ == parametrize.__name__:
-        return (_marked_class(base.__bases__[0], made._torchcache_marks),)
-    return cast(tuple[type, ...], type.__dict__["__bases__"].__get__(made))
-
-
-# As long as they are in use: a class that was made holds the user's, and a key must hold no function of the user's.
-_made: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakValueDictionary[Any, type[nn.Module]]]
-_made = weakref.WeakKeyDictionary()
-
-
-def _marked_class(base: type[nn.Module], marks: dict[str, _Choice]) -> type[nn.Module]:
-    """The same class for the same marks, except where they hold functions."""
-    key = tuple(marks.items())
-    if any(chosen.output is not None for chosen in marks.values()):
-        return _make_class(base, key)
-    known = _made.setdefault(base, weakref.WeakValueDictionary())
-    made = known.get(key)
-    if made is None:
-        made = known.setdefault(key, _make_class(base, key))
-    return made
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
-
-
-def _recompile(self: fx.GraphModule) -> Any:
-    """What it makes anew are methods of the module's class, which has to be its own."""
-    kind: Any = type(self)
-    _set_class(self, kind.torchcache_base)
-    try:
-        return self.recompile()
-    finally:
-        _set_class(self, kind)
-
-
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """Copies and pickles: the user's class and the marks, since the class made for them has no name to import."""
-    note_call()
-    kind: Any = type(self)
-    reduced = super(kind, self).__reduce_ex__(protocol) if "_torchcache_marks" in vars(kind) else None
-    if reduced is None:  # a class that somebody made from ours
-        return nn.Module.__reduce_ex__(self, protocol)
-    if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1][:1] == (kind,):  # type: ignore[attr-defined]
-        return (_new, (kind.torchcache_base, kind._torchcache_marks, *reduced[1][1:]), *reduced[2:])
-    return reduced
-
-
-def _new(base: type[nn.Module], marks: dict[str, _Choice], *args: Any) -> nn.Module:
-    kind = _marked_class(base, marks)
-    return kind.__new__(kind, *args)

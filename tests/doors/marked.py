@@ -1,6 +1,8 @@
 """Small marked modules, and what is asked of their counters."""
 
+import contextlib
 import copy
+import time
 
 import torch
 from torch import nn
@@ -57,3 +59,16 @@ def assert_same(got, expected):
             assert_same(*pair)
     else:
         assert got == expected
+
+
+@contextlib.contextmanager
+def process_group():
+    """A process group of this process alone, for the block."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        # Gloo's thread takes the interpreter's lock to let go of the last reduction, and whoever lets go of the reducer
+        # waits for that thread with the lock held.
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()

@@ -4,11 +4,11 @@ import copy
 import functools
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
 import torch
+from marked import process_group
 from torch import nn
 
 import torchcache
@@ -343,8 +343,7 @@ def test_mode_reaches_inductor_for_the_rest_and_for_the_misses(given, monkeypatc
 
 @pytest.mark.parametrize("wrap", ["outside", "inside"])
 def test_under_distributed_data_parallel(wrap):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with process_group():
         net, plain = pair()
         if wrap == "outside":
             run = compiled(nn.parallel.DistributedDataParallel(net))
@@ -355,11 +354,6 @@ def test_under_distributed_data_parallel(wrap):
             torch.testing.assert_close(step(run, batch), step(plain, batch))
             torch.testing.assert_close(net.head.weight.grad, plain.head.weight.grad)
         assert (torchcache.stats(net).misses, torchcache.stats(net).hits) == (4, 7)
-    finally:
-        # Gloo's thread takes the interpreter's lock to let go of the last reduction, and whoever lets go of the reducer
-        # waits for that thread with the lock held.
-        time.sleep(0.2)
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from marked import counts, reasons, unmarked
+from marked import counts, process_group, reasons, unmarked
 from torch import nn
 
 import torchcache
@@ -263,9 +263,8 @@ def test_replicas_compute_with_their_own_weights(warnings):
     assert sum("replica of DataParallel" in text for text in warnings) == 1
 
 
-def test_distributed_data_parallel_finds_rows(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
+def test_distributed_data_parallel_finds_rows():
+    with process_group():
         model = nn.Sequential(torchcache.mark(nn.Linear(4, 4), freeze=True, audit=0), nn.Linear(4, 2))
         run = nn.parallel.DistributedDataParallel(model)
         x = torch.randn(5, 4)
@@ -273,8 +272,6 @@ def test_distributed_data_parallel_finds_rows(tmp_path):
             run(x).sum().backward()
         assert counts(model) == (5, 10)
         torch.testing.assert_close(run(x), model[1](unmarked(model[0])(x)))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_unmark_restores_the_instance():
@@ -399,12 +396,11 @@ def test_a_graph_may_be_recompiled():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_a_mark_beside_what_is_sharded(tmp_path):
+def test_a_mark_beside_what_is_sharded():
     """FSDP's parameters are tensors around tensors, and name their mesh as a part."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
+    with process_group():
         backbone, head = torchcache.mark(nn.Linear(4, 4), freeze=True), nn.Linear(4, 2)
         fully_shard(head, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
         optimizer, x = torch.optim.AdamW(head.parameters()), torch.randn(6, 4)
@@ -412,8 +408,6 @@ def test_a_mark_beside_what_is_sharded(tmp_path):
             head(backbone(x)).sum().backward()
             optimizer.step()
         assert torchcache.stats(backbone).hits == 12
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -264,7 +264,7 @@ class Learning:
         try:
             with generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names) as noted:
                 learnt, output, agree = self._probe(batch, form, whole)
-                if noted is not None and noted.differences():
+                if noted is not None and (found := noted.differences()) and all(one.grew for one in found):
                     again = noted.again()
                     self._probe(batch, form, whole)
                     noted.is_set_up = not again.differences()

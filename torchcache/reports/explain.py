@@ -22,7 +22,7 @@ from torchcache.checks.plan import Plan
 from torchcache.context import explaining
 from torchcache.errors import Bypass, TorchcacheError, Trains
 from torchcache.mark import Mark, original_of
-from torchcache.marks import marks_of
+from torchcache.marked_class import marks_of
 from torchcache.modes import differs_in_training
 from torchcache.quantity import share_text
 from torchcache.regions import Called, name_module
