@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import re
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from marked import counts, reasons
 from torch import nn
 
 import torchcache
+from torchcache.checks import patience
 
 DOORS = {
     "eager": lambda model: model,
@@ -641,3 +643,24 @@ def test_positions_that_could_be_rows_are_none():
     for _ in range(3):
         torch.testing.assert_close(module(x, positions), x + module.table(positions))
     assert torchcache.stats(module).hits == 40
+
+
+class Waiting(nn.Module):
+    """Goes over its rows until it met as many as it is told, or its patience ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, count):
+        done, began = 0, time.monotonic()
+        while done < count and time.monotonic() - began < 1:
+            done += len(x[done : done + 4])
+        return self.linear(x)
+
+
+def test_checks_that_do_not_end_are_told_of_while_they_run(warnings, monkeypatch):
+    monkeypatch.setattr(patience, "LONG", 0.2)
+    module, x = torchcache.mark(Waiting(), freeze=True, audit=0), torch.randn(8, 4)
+    module(x, 8)
+    assert any("is tried on a few of its rows, for" in text for text in warnings)

@@ -14,6 +14,7 @@ from torchcache.checks.arguments import Arguments
 from torchcache.checks.chance import Draws, check_again, generators_kept
 from torchcache.checks.company import check_company
 from torchcache.checks.gradients import Original, check_outputs, check_recorded, modes_agree
+from torchcache.checks.patience import told_if_long
 from torchcache.checks.plan import CHANGED, Form, Plan
 from torchcache.checks.probe import Learnt, Unproven, learn, may_lie_elsewhere
 from torchcache.checks.roles import Roles, rows_of, select
@@ -262,7 +263,8 @@ class Learning:
         names: list[str] = []
         steady = self._subject.identity.steady()
         try:
-            with generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names) as noted:
+            told = told_if_long(self._subject.name)
+            with told, generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names) as noted:
                 learnt, output, agree = self._probe(batch, form, whole)
                 if noted is not None and (found := noted.differences()) and all(one.grew for one in found):
                     again = noted.again()
