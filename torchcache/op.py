@@ -151,7 +151,7 @@ class _Traced:
         after, spec = pytree.tree_flatten((args, kwargs))
         left = [leaf for leaf in after if isinstance(leaf, torch.Tensor)]
         if names or spec != self.spec or not all(map(operator.is_, left, tensors)):
-            reason, advice = written_text(names or ["its arguments"])
+            reason, advice = written_text(names or ["its arguments"], module)
             raise self._apart(module, Bypass(f"{reason} where it is traced", advice))
         leaves, self.output_spec = pytree.tree_flatten(outputs)
         sized = any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape) or bool(numbers)

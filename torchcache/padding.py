@@ -283,7 +283,7 @@ class Padding:
             if restore:
                 written.restore()
             self._writes += 1
-            error = Bypass(*written_text(names), lasting=False, quiet=self._writes < SETUP_CALLS)
+            error = Bypass(*written_text(names, self._subject.module), lasting=False, quiet=self._writes < SETUP_CALLS)
         if error is not None:
             raise error
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from marked import assert_same, counts, frozen, reasons, unmarked
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 import torchcache
@@ -1263,3 +1264,22 @@ def test_rows_that_are_as_long_as_the_longest_of_their_batch_are_computed(warnin
         torch.testing.assert_close(module(*batch), plain(*batch))
     assert reasons(module) == "the size of a row of output depends on the other rows of the batch"
     assert len(warnings) == 1
+
+
+HOOKS = {
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils")
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_set_a_weight_in_each_call_are_told_of(kind, warnings):
+    layer = nn.Linear(4, 4)
+    HOOKS[kind](layer)
+    module = torchcache.mark(nn.Sequential(layer), freeze=True)
+    for _ in range(6):
+        x = torch.randn(4, 4)
+        torch.testing.assert_close(module(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert any("writes to 0.weight" in text and "parametrizations" in text for text in warnings)

@@ -408,7 +408,7 @@ class Learning:
     def _writes(self, form: Form, names: list[str]) -> Writes:
         """Why a call that writes is computed; said where it is no setting up."""
         form.unsettled += 1
-        return Writes(*written_text(names), lasting=False, quiet=form.unsettled < SETUP_CALLS)
+        return Writes(*written_text(names, self._subject.module), lasting=False, quiet=form.unsettled < SETUP_CALLS)
 
 
 def _backwards(again: Taken, whole: Taken, learnt: Learnt) -> bool:

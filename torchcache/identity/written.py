@@ -15,6 +15,7 @@ from torchcache.errors import Bypass
 from torchcache.identity.containers import Containers, Difference, names_of, version_of
 from torchcache.identity.content import content_digest
 from torchcache.identity.filled import FILLED, fill, held_by, holds, is_writable, size_of
+from torchcache.identity.homes import module_of
 from torchcache.identity.modules import GROUPS, KEPT
 from torchcache.identity.objects import ignored
 from torchcache.identity.outside import READ, Outside
@@ -281,7 +282,13 @@ def _equal(before: _Entry | None, after: _Entry | None) -> bool:
     return before is not None and after is not None and same(before[0], after[0]) and before[1] == after[1]
 
 
-def written_text(names: Sequence[str]) -> tuple[str, str]:
+def written_text(names: Sequence[str], module: nn.Module | None) -> tuple[str, str]:
     """That a forward writes to what has these names, and what to do about it."""
     advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
+    hooks = [hook for part in module.modules() for hook in part._forward_pre_hooks.values()] if module else []
+    if any(module_of(type(hook)).startswith("torch.nn.utils.") for hook in hooks):
+        advice = (
+            "a hook of torch.nn.utils sets that in each call: take it off (prune.remove, remove_weight_norm), or use "
+            "torch.nn.utils.parametrizations"
+        )
     return f"its forward writes to {names_text(names)}", advice
