@@ -285,7 +285,8 @@ def _equal(before: _Entry | None, after: _Entry | None) -> bool:
 def written_text(names: Sequence[str], module: nn.Module | None) -> tuple[str, str]:
     """That a forward writes to what has these names, and what to do about it."""
     advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
-    hooks = [hook for part in module.modules() for hook in part._forward_pre_hooks.values()] if module else []
+    parts = module.modules() if module is not None else ()
+    hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
     if any(module_of(type(hook)).startswith("torch.nn.utils.") for hook in hooks):
         advice = (
             "a hook of torch.nn.utils sets that in each call: take it off (prune.remove, remove_weight_norm), or use "
