@@ -1283,3 +1283,36 @@ def test_hooks_that_set_a_weight_in_each_call_are_told_of(kind, warnings):
         x = torch.randn(4, 4)
         torch.testing.assert_close(module(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert any("writes to 0.weight" in text and "parametrizations" in text for text in warnings)
+
+
+KEYS = {
+    "sum": lambda seen, x: x.sum().item(),
+    "first": lambda seen, x: x[0, 0].item(),
+    "bytes": lambda seen, x: x.numpy().tobytes(),
+    "call": lambda seen, x: len(seen),
+}
+
+
+class Keeping(nn.Linear):
+    """Notes something of each batch in a dict, which only grows."""
+
+    def __init__(self, key):
+        super().__init__(3, 3)
+        self.key, self.seen = key, {}
+
+    def forward(self, x):
+        self.seen[self.key(self.seen, x)] = len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("kind", KEYS)
+def test_what_is_noted_of_each_batch_in_a_growing_dict_is_written(kind, backend):
+    twin = Keeping(KEYS[kind]).requires_grad_(False)
+    module = torchcache.mark(copy.deepcopy(twin))
+    run, x = torch.compile(module, backend=backend) if backend else module, torch.randn(12, 3)
+    for epoch in range(4):
+        for rows in torch.randperm(12, generator=torch.Generator().manual_seed(epoch)).split(6):
+            torch.testing.assert_close(run(x[rows]), twin(x[rows]))
+    assert [*module.seen.items()] == [*twin.seen.items()]
+    assert torchcache.stats(module).hits == 0

@@ -20,6 +20,7 @@ from torchcache.checks.probe import Learnt, Unproven, learn, may_lie_elsewhere
 from torchcache.checks.roles import Roles, rows_of, select
 from torchcache.checks.said import check_said
 from torchcache.checks.stored import stored, suffices
+from torchcache.checks.undone import is_set_up
 from torchcache.context import computing, normal_tensors
 from torchcache.digest.cpu import digest_bytes
 from torchcache.digest.rows import digest_tensor
@@ -267,9 +268,7 @@ class Learning:
             with told, generators_kept(), normal_tensors(), torch.no_grad(), self._noting(batch, names) as noted:
                 learnt, output, agree = self._probe(batch, form, whole)
                 if noted is not None and (found := noted.differences()) and all(one.grew for one in found):
-                    again = noted.again()
-                    self._probe(batch, form, whole)
-                    noted.is_set_up = not again.differences()
+                    noted.is_set_up = is_set_up(noted, batch, learnt.rows)
         except Unproven:
             form.keep_spare(batch)
             alike = "its rows are all alike so far, so that it cannot be told whether they depend on each other"

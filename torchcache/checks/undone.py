@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torchcache.batch import Subject, lacks
+from torchcache.batch import Batch, Subject, lacks
 from torchcache.checks.plan import CHANGED
+from torchcache.checks.roles import Roles, rows_of, select
 from torchcache.errors import Bypass
 from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
+from torchcache.store.select import select_rows
+
+# Numbers of rows that the probe tries.
+_TRIED = (2, 3)
 
 
 @contextlib.contextmanager
@@ -33,3 +38,14 @@ def undone(subject: Subject, options: CacheOptions) -> Iterator[None]:
             written.restore()
     if not all(one.grew for one in found):
         raise Bypass(CHANGED, lasting=False, quiet=True)
+
+
+def is_set_up(written: Written, batch: Batch, roles: Roles) -> bool:
+    """Whether other rows, as many as the probe tried, find what it added: that is kept for numbers of rows."""
+    rows, again = rows_of(batch.taken.tensors, roles), written.again()
+    if len(rows[0]) <= max(_TRIED):
+        return False
+    for count in _TRIED:
+        others = [select_rows(leaf, range(1, 1 + count)) for leaf in rows]
+        batch.original(select(batch.taken.tensors, roles, others))
+    return not again.differences()
