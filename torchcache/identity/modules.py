@@ -14,7 +14,7 @@ from torchcache.identity.exchange import is_sharded
 from torchcache.identity.homes import beneath_class, is_class, named_class
 from torchcache.identity.libraries import only_checks
 from torchcache.identity.node import Check, Node, Space
-from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class, whose_members
+from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -47,7 +47,7 @@ def describe_module(value: nn.Module, hooked: bool = True) -> Node:
     members = vars(value)
     kind = beneath_class(type(value))
     node = Node(value, ("nn.Module",), [("", kind)], kind="module")
-    node.checks += [Check("kind", value), whose_members(value)]
+    node.checks += [Check("kind", value), Check("members", value)]
     if isinstance(value, torch.jit.ScriptModule):
         node.problem = "is compiled by TorchScript and cannot be read"
         return node

@@ -52,7 +52,7 @@ class Check:
     Attributes
     ----------
     kind : str
-        "kind", "attribute", "items", "mapping", "alive" or "content".
+        "kind", "members" (that its ``__dict__`` is the same), "attribute", "items", "mapping", "alive" or "content".
     owner : Any
         The object.
     name : str

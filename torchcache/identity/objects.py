@@ -101,7 +101,7 @@ def state_of(node: Node, value: Any, leave: frozenset[str] = frozenset()) -> Nod
         node.spaces.append(Space("attribute", held, held))
     members = members_of(value)
     if members is not None:
-        node.checks.append(whose_members(value))
+        node.checks.append(Check("members", value))
         if is_noted(kind):
             leave = leave | NOTES
         node.spaces.append(member_space("attribute", members, leave))
@@ -132,13 +132,6 @@ def members_of(value: Any) -> dict[str, Any] | None:
     except AttributeError:
         return None
     return members if isinstance(members, dict) else None
-
-
-def whose_members(value: Any) -> Check:
-    """That an object keeps its ``__dict__``, instead of another that was set."""
-    kind: Any = type(value)
-    plain = kind.__getattribute__ is object.__getattribute__
-    return Check("attribute", value, "__dict__") if plain else Check("content", value, read=members_of)
 
 
 @once_per_class

@@ -23,7 +23,7 @@ from torchcache.identity.homes import home_of, is_installed, is_named, module_of
 from torchcache.identity.known import Known
 from torchcache.identity.modules import GROUPS, GlobalHooks
 from torchcache.identity.node import Check, Node, Space
-from torchcache.identity.objects import ABSENT, beneath_mark, member_space
+from torchcache.identity.objects import ABSENT, beneath_mark, member_space, members_of
 from torchcache.identity.outside import Outside
 from torchcache.identity.reach import Reach
 from torchcache.identity.reads import ANY
@@ -225,6 +225,12 @@ def _add(watch: Watch, node: Node, check: Check, often: bool) -> None:
     owner, kind = check.owner, check.kind
     if kind == "kind":
         watch.kind(owner, node.path)
+    elif kind == "members" and not watch.owns(owner):  # the owner's are looked up anew each time
+        found: Any = type(owner).__getattribute__
+        if found is object.__getattribute__:
+            watch.attribute(owner, "__dict__", node.path, often)
+        else:
+            watch.content(owner, members_of, node.path)
     elif kind in ("attribute", "slot"):
         name = f".{check.name}" if kind == "slot" else ""
         watch.attribute(owner, check.name, lambda: node.path() + name, often)

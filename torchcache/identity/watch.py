@@ -130,7 +130,7 @@ class Watch:
 
     def kind(self, value: Any, label: Callable[[], str]) -> None:
         """Watch the class of an object."""
-        if self._owns(value):
+        if self.owns(value):
             self._owner_label = label
             return
         self._objects.append(value)
@@ -140,7 +140,7 @@ class Watch:
     def attribute(self, owner: Any, name: str, label: Callable[[], str], often: bool = True) -> None:
         """Watch one attribute; in turns where it is one of many that hardly ever change."""
         value = getattr(owner, name, ABSENT)
-        if self._owns(owner):
+        if self.owns(owner):
             self.content(owner, lambda owner: getattr(owner, name, ABSENT), label)
             return
         if not often:
@@ -164,7 +164,7 @@ class Watch:
     def content(self, owner: Any, read: Callable[[Any], Any], label: Callable[[], str]) -> None:
         """Watch what ``read`` returns for ``owner``."""
         known = read(owner)
-        if self._owns(owner):
+        if self.owns(owner):
             self.contents.append((self._owner, lambda reference: read(reference()), known, label))
         else:
             self.contents.append((owner, read, known, label))
@@ -180,7 +180,8 @@ class Watch:
         own = self._owner is not None and live is self._own
         self.namespaces.append(Namespace(None if own else live, read, differs, closed))
 
-    def _owns(self, value: Any) -> bool:
+    def owns(self, value: Any) -> bool:
+        """Whether this is the owner."""
         return self._owner is not None and value is self._owner()
 
     @property
