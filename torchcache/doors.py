@@ -46,18 +46,13 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
     base, name, own, output = mark.base, mark.name, mark.own, mark.output
 
     @dynamo.constant
-    def traced(address: int, gradients: bool, enabled: bool | None) -> str:
+    def torchcache_traced(address: int, gradients: bool, enabled: bool | None) -> str:
         module = ctypes.cast(address, ctypes.py_object).value if address else None  # its caller holds it
         return _traced(mark, module, gradients, enabled)
 
     @dynamo.constant
-    def inlined(address: int, needed: bool) -> bool:
+    def torchcache_inlined(address: int, needed: bool) -> bool:
         _note_inlined(mark, ctypes.cast(address, ctypes.py_object).value if address else None, needed)
-        return True
-
-    @dynamo.constant
-    def traced_anew() -> bool:
-        dynamo.retrace()
         return True
 
     def opened(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +64,7 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
         # Some releases hand only constants to what they run while they trace; the address is one, and guarded.
         address = 0 if module is None else id(module)
         # Dynamo guards no constant without a source: a new string has none.
-        how, subject = f"{traced(address, gradients, enabled)}".split(" ")
+        how, subject = f"{torchcache_traced(address, gradients, enabled)}".split(" ")
         if how == LOOKUP:
             given = args if module is None else args[1:]
             known, trains = _look(given, kwargs)
@@ -78,12 +73,12 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
             if not (gradients and trains):
                 given, kwargs = pytree.tree_map(_passed, (given, kwargs))
                 outputs = opaque(subject, given, kwargs)
-                traced_anew()
+                torchcache_trace_anew()
                 outputs, structure = pytree.tree_flatten(outputs)
                 return pytree.tree_unflatten(outputs, structure)  # with constants in the place of their stand-ins
         if how == APART:
             return _enter(mark, args, kwargs)
-        inlined(address, how == LOOKUP)
+        torchcache_inlined(address, how == LOOKUP)
         original: Any = shown if base is None else _beneath(base, name)
         if how == OWN:
             original, args = getattr(module, own), args[1:]
@@ -101,6 +96,13 @@ def door(mark: Mark, of: Callable[..., Any] | None = None) -> Any:
     opened.torchcache_function = shown  # type: ignore[attr-defined]
     opened.torchcache_mark = mark  # type: ignore[attr-defined]
     return opened
+
+
+@dynamo.constant
+def torchcache_trace_anew() -> bool:
+    """Have a frame traced anew from its beginning, where the call before found that it must be."""
+    dynamo.retrace()
+    return True
 
 
 def _beneath(base: type, name: str) -> Any:

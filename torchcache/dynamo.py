@@ -111,7 +111,10 @@ def nonstrict(function: Callable[..., Any]) -> None:
 
 
 def constant(function: F) -> F:
-    """Have Dynamo run ``function`` while it traces, and take what it returns for a constant."""
+    """Have Dynamo run ``function`` while it traces, and put what it returns among the user's globals, by its name.
+
+    That begins with ``torchcache_``, as all that is no part of a program.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

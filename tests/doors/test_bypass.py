@@ -978,7 +978,7 @@ SOURCES = {
     "attribute of a module": (lambda: _counting(types.ModuleType("counting")), lambda source: _count(source)),
     "attribute of a tensor": (lambda: _counting(torch.zeros(2)), lambda source: _count(source)),
     "array of objects": (lambda: np.array([0, None], dtype=object), lambda source: _count_item(source)),
-    "masked array": (lambda: np.ma.array([0, 1]), lambda source: _count_item(source)),
+    "masked array": (lambda: np.ma.array([0, 1], mask=[False, True]), lambda source: _count_item(source)),
 }
 
 

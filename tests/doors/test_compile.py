@@ -693,3 +693,41 @@ def test_calls_within_sample_keys_that_a_graph_holds_are_not_taken_for_others(ba
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
 def test_no_graph_of_cuda_holds_a_lookup():
     assert torch.Tag.cudagraph_unsafe in torch.ops.torchcache.lookup.default.tags
+
+
+SCALING = """
+import torch
+
+SCALE = 2.0
+
+class Body(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * globals()["SCALE"]
+
+class Whole(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Body(4, 4).requires_grad_(False), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+"""
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_dynamo_puts_among_globals_is_no_part_of_code_that_reads_them_all(backend):
+    scope = {"__name__": "scaling"}
+    exec(compile(SCALING, "scaling.py", "exec"), scope)
+    model = scope["Whole"]()
+    plain = copy.deepcopy(model)
+    torchcache.mark(model.body, audit=0)
+    x = torch.randn(6, 4)
+    for _ in range(3):
+        torch._dynamo.reset()
+        run = torch.compile(model, backend=backend)
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                torch.testing.assert_close(run(x), plain(x))
+    assert torchcache.stats(model).hits == 30
+    scope["SCALE"] = 3.0
+    torch.testing.assert_close(run(x), plain(x))

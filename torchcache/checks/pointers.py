@@ -16,7 +16,8 @@ from torchcache.values.take import Taken
 Tensors = Sequence[torch.Tensor]
 # Numbers below this point at rows that the smallest batch of the probe has.
 _SMALLEST = 2
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# What operators take numbers of rows as; narrower ones are weights that were quantized.
+_WIDE = (torch.int32, torch.int64)
 
 
 def check_pointers(
@@ -66,7 +67,7 @@ def check_pointers(
 
 def _may_point(leaf: torch.Tensor, count: int) -> bool:
     """Whether a tensor holds numbers that could be those of rows, and others than the smallest batch has."""
-    if leaf.dtype not in _WHOLE or leaf.layout is not torch.strided or leaf.is_meta or not leaf.numel():
+    if leaf.dtype not in _WIDE or leaf.layout is not torch.strided or leaf.is_meta or not leaf.numel():
         return False
     return _SMALLEST <= int(leaf.max()) < count
 

@@ -399,7 +399,7 @@ def traceable(mark: Mark, module: nn.Module) -> Callable[..., Any]:
     original = mark.original(module) if own not in vars(module) else None
 
     def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _prepare_trace()
+        torchcache_prepare_trace()
         if original is None:
             return and_then(getattr(module, own), output)(*args, **kwargs)
         return original(module, *args, **kwargs)
@@ -408,7 +408,8 @@ def traceable(mark: Mark, module: nn.Module) -> Callable[..., Any]:
 
 
 @constant
-def _prepare_trace() -> None:
+def torchcache_prepare_trace() -> None:
+    """Have what is traced hold for any number of rows."""
     vary_rows()
 
 

@@ -23,7 +23,7 @@ def describe_array(value: Any) -> Node:
     node = Node(value, ("array", value.dtype.str, str(value.shape)), kind="object")
     if value.dtype.hasobject:
         node.parts.append(("[...]", value.tolist()))
-        node.checks.append(Check("content", value, read=_objects))
+        node.checks.append(Check("content", value, read=held_by))
     elif value.nbytes > WHOLE_ARRAY and (value.flags.c_contiguous or value.flags.f_contiguous):
         node.head += (str(np.dtype(value.dtype).descr), "rows" if value.flags.c_contiguous else "columns")
         node.parts.append(("", torch.from_numpy(elements_at(_address(value), (value.nbytes,), (1,), 1, value))))
@@ -35,10 +35,6 @@ def describe_array(value: Any) -> Node:
         )
         node.checks.append(Check("content", value, read=held_by))
     return node if type(value) is np.ndarray else state_of(node, value)
-
-
-def _objects(value: Any) -> tuple[Any, ...]:
-    return tuple(value.ravel().tolist())
 
 
 def _place(value: Any) -> tuple[Any, ...]:

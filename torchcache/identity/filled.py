@@ -19,8 +19,8 @@ from torchcache.identity.watch import same
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _PACKED = (np.ndarray, bytearray, array.array, memoryview)
-# None of it is a tensor.
 _Cached = functools._lru_cache_wrapper
+# None of it is a tensor.
 FILLED = (*_PACKED, *GENERATORS, contextvars.ContextVar, _Cached)
 # Bytes of others, about: the largest is the state of a generator.
 _STATE_BYTES = 5056
@@ -30,7 +30,7 @@ _TAKES_MORE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 def is_writable(value: Any) -> bool:
     """Whether it may be written to in place, and all that it holds can be put back."""
     if isinstance(value, np.ndarray):
-        return bool(value.flags.writeable) and (_is_of_objects(value) or not value.dtype.hasobject)
+        return bool(value.flags.writeable) and (value.dtype.kind == "O" or not value.dtype.hasobject)
     if type(value) is contextvars.ContextVar:
         return held_by(value) != ()
     if isinstance(value, _Cached):
@@ -48,7 +48,7 @@ def keeps_one(cached: Any) -> bool:
 
 
 def _is_of_objects(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "O"
+    return isinstance(value, np.ndarray) and value.dtype.hasobject
 
 
 def size_of(value: Any) -> int:
@@ -60,6 +60,8 @@ def size_of(value: Any) -> int:
 
 def held_by(value: Any) -> tuple[Any, ...]:
     """What it holds, to compare; of a cache, a variable of contexts and an array of objects these themselves."""
+    if isinstance(value, np.ndarray):
+        value = value.view(np.ndarray)  # a class of its own may show something else
     if isinstance(value, contextvars.ContextVar):
         try:
             return (value.get(),)  # a default of the call's own would stand before that of the variable

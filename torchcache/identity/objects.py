@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchcache.identity.homes import beneath, beneath_class, home_of, module_of, named_class
+from torchcache.identity.homes import beneath, beneath_class, module_of, named_class
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.per_class import once_per_class
 from torchcache.identity.reader import reads_of
@@ -24,15 +24,6 @@ NOTES = frozenset(
     "_original_object_hash _use_default_values".split()
 )
 _NOTE_PREFIXES = ("torchcache_", "_torchcache", "_torchdynamo", "_dynamo", "___")
-# What Dynamo puts among the globals of code that it compiles, beside functions of torchcache.
-_PUT_BY_DYNAMO = (
-    "__builtins_dict__",
-    "__compiled_fn_",
-    "__resume_at_",
-    "__import_",
-    "__gen_rand_values",
-    "__warnings_",
-)
 
 # Classes whose own code, as far as calls run it, reads nothing of their objects that a name in the program would not.
 _PLAIN_HOLDERS = frozenset(
@@ -54,8 +45,6 @@ def member_space(
     for name, value in dict(live).items():
         if type(name) is str and name.startswith(OWN):
             held[name.removeprefix(OWN)] = value
-        elif kind == "global" and _is_of_dynamo(name, value):
-            continue
         elif type(name) is str and name not in leave and not name.startswith(_NOTE_PREFIXES):
             if module_of(type(value)).startswith("torchcache"):
                 value = _previous(value)
@@ -65,11 +54,6 @@ def member_space(
                 value = str(value).removeprefix("torch.")
             held[name] = value
     return Space(kind, live, held, ordered, leave=leave)
-
-
-def _is_of_dynamo(name: Any, value: Any) -> bool:
-    ours = type(value) is types.FunctionType and home_of(value).partition(".")[0] == "torchcache"
-    return ours or (type(name) is str and name.startswith(_PUT_BY_DYNAMO))
 
 
 def beneath_mark(live: Mapping[Any, Any], name: Any) -> Any:

@@ -18,7 +18,7 @@ from torchcache.identity.watch import same
 # What a tensor is called that no module of the tree holds itself.
 READ = "a tensor that it reads"
 
-# What of objects of torch's own and Python's own classes is in no ``__dict__``.
+# What cells and functions hold beside their ``__dict__``, if they have one.
 _SLOTS: dict[type, Sequence[tuple[str, Any]]] = {
     types.CellType: [("cell_contents", types.CellType.cell_contents)],
     types.FunctionType: [
@@ -44,7 +44,7 @@ class Outside:
     tensors : sequence of torch.Tensor
         Tensors that it reads.
     filled : iterable of (object, callable)
-        Arrays, buffers and random generators that it reads.
+        What it reads that has contents of its own, such as arrays.
     """
 
     def __init__(

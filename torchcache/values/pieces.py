@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,14 @@ Made = dict[int, Any]
 _NAMED = (dict, OrderedDict, defaultdict)
 
 
-class Piece:
+class Piece(abc.ABC):
     """A part of a value that was taken apart, with all that is in it."""
 
     __slots__ = ()
 
+    @abc.abstractmethod
     def build(self, tensors: Sequence[torch.Tensor], made: Made) -> Any:
         """The part around these tensors; what may stand in several places is noted in ``made``."""
-        raise NotImplementedError
 
     def paths(self) -> Iterator[tuple[int, Path]]:
         """Where each tensor stands, once."""
