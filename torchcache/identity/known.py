@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torchcache.identity.callables import CONSTRUCTORS, is_implied
 from torchcache.identity.homes import beneath_class, module_of, named_class
 from torchcache.identity.node import Node, Space
@@ -12,6 +14,8 @@ from torchcache.identity.symbols import DISPLAYED
 _WRITTEN = ("attribute", "buffer", "global")
 # Special methods that run where nothing but an attribute of an object is taken, or its class is asked for.
 _OF_ATTRIBUTES = frozenset("__getattr__ __getattribute__ __get__ __set__ __delete__ __subclasshook__".split())
+# What imports and Dynamo put among the globals of a file, as ``__name__``, ``__compiled_fn_3_...`` and ``_1402_c0``.
+_OF_MACHINERY = re.compile(r"__|\w*_\d+_c\d+$")
 
 
 @once_per_class
@@ -102,7 +106,7 @@ class Known:
         if kind == "member":
             return self._runs(node, name)
         if node.level > 0:
-            return not (kind == "global" and name.startswith("__"))
+            return not (kind == "global" and _OF_MACHINERY.match(name))
         if kind == "child":
             return self.tree or "_modules" in node.names
         if kind in ("parameter", "buffer"):
