@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
 import statistics
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -206,9 +208,24 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep as many cores busy meanwhile, as workers of a loader do."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: sum(range(10**6))"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="beside so many processes, as those of a loader"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller data, fewer repeats: under 3 minutes")
     parser.add_argument("--peers", action="store_true", help="measure other caches too, installed in an environment")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -223,7 +240,7 @@ def main() -> None:
         "calls": {},
         "wrong": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, busy(arguments.busy):
         peers = []
         if arguments.peers:
             python = environment_of_peers(Path(folder) / "peers")

@@ -12,7 +12,7 @@ from torchcache.context import ids_given
 from torchcache.digest.cpu import hashed, host_rows
 from torchcache.digest.device import OnTheWay
 from torchcache.lazy.use import digests_of, loaded
-from torchcache.store.blob import row_bytes
+from torchcache.store.select import row_bytes
 
 # Of several inputs, one whose rows have so many bytes counts by its own digest: who knows that needs no data.
 LARGE_ROW = 1024

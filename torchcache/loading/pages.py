@@ -25,9 +25,9 @@ from torchcache.loading.samples import Sample, describe
 from torchcache.logging import logger
 from torchcache.options import CacheOptions
 from torchcache.store.beneath import Beneath
-from torchcache.store.blob import row_bytes
 from torchcache.store.catalogue import Region
 from torchcache.store.note import note_bytes, note_entries
+from torchcache.store.select import row_bytes
 
 # Samples of a page, and its bytes at most; a sample that alone has more is not kept.
 SAMPLES = 1024

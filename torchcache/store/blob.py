@@ -37,7 +37,7 @@ import xxhash
 import zstandard
 
 from torchcache.store.file import SCATTERS, BlobFile, BlobFileError
-from torchcache.store.select import INDEXABLE, element_bytes, select_rows
+from torchcache.store.select import row_bytes, select_rows
 from torchcache.threads import THREADED_ROW, in_parts
 
 FORMAT_VERSION = 1
@@ -59,7 +59,6 @@ _DTYPES = """
     float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex32 float8_e8m0fnu bcomplex32
     """.split()
 CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES) if hasattr(torch, name)}
-_OF_NUMPY = INDEXABLE - {torch.bfloat16}
 
 
 class BlobError(ValueError):
@@ -115,19 +114,6 @@ def unpack_head(head: bytes) -> tuple[bool, bool, int, int]:
     if magic != MAGIC or flags not in (0, COMPRESSED, COMPRESSED | SHUFFLED) or not count or reserved:
         raise BlobError("foreign header")
     return bool(flags & COMPRESSED), bool(flags & SHUFFLED), count, size
-
-
-def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
-    count = leaf.shape[0]
-    if leaf.dtype in _OF_NUMPY:
-        array = (leaf.detach() if leaf.requires_grad else leaf).numpy()
-        if array.ndim == 2 and array.size:
-            return array.view(np.uint8)
-        flat = array.reshape(-1).view(np.uint8)
-    else:
-        flat = element_bytes(leaf.detach()).numpy()
-    return flat.reshape(count, flat.size // count if count else 0)
 
 
 def _sample(leaf: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

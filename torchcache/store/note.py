@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from torchcache.store.blob import Codec, RowSpec, row_bytes
+from torchcache.store.blob import Codec, RowSpec
 from torchcache.store.header import read_header
+from torchcache.store.select import row_bytes
 
 
 def note_entries(key: bytes, note: bytes, level: int | None) -> list[tuple[bytes, bytes]]:

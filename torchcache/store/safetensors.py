@@ -19,10 +19,10 @@ from typing import BinaryIO
 import torch
 
 from torchcache.errors import StoreError, brief
-from torchcache.store.blob import row_bytes
 from torchcache.store.file import check_whole
 from torchcache.store.gate import open_regular
 from torchcache.store.header import LARGEST_ROW
+from torchcache.store.select import row_bytes
 
 LARGEST_HEADER = 8_000_000
 # More dimensions than NumPy takes on all its versions.

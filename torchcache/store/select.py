@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from torchcache.dynamo import is_wrapped
 from torchcache.streams import send
+from torchcache.threads import in_parts
 
 Rows = Sequence[int] | npt.NDArray[np.int64]
 
@@ -28,10 +30,19 @@ INDEXABLE = {
     torch.complex64,
     torch.complex128,
 }
+# Dtypes of torch that NumPy has as well.
+_OF_NUMPY = INDEXABLE - {torch.bfloat16}
 
 
 def select_rows(leaf: torch.Tensor, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``rows`` of ``leaf`` in a fresh tensor, or in ``out``, which has their shape and dtype."""
+    """``rows`` of ``leaf`` in a fresh tensor, or in ``out``, which is contiguous and has their shape and dtype."""
+    if _is_plain(leaf):
+        places = _numbers(rows)
+        if len(places) and int(places.view(np.uint64).max()) >= len(leaf):  # negative ones are large then
+            raise IndexError(f"one of {len(places)} rows is none of the {len(leaf)} that there are")
+        target = torch.empty((len(places), *leaf.shape[1:]), dtype=leaf.dtype) if out is None else out
+        copy_rows(row_bytes(leaf), places, row_bytes(target))
+        return target
     index = _index(rows, leaf.device)
     if out is not None:
         torch.index_select(_carried(leaf), 0, index, out=_carried(out))
@@ -59,10 +70,54 @@ def element_bytes(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.as_strided((leaf.numel(),), (1,)).view(torch.uint8)
 
 
-def _index(rows: Rows, device: torch.device) -> torch.Tensor:
+def copy_rows(source: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], target: npt.NDArray[np.uint8]) -> None:
+    """Copy rows of bytes, which must be there, to ``target``.
+
+    ``index_select`` waits for all of torch's threads, where rows are long once a row: that takes many times as long as
+    the copy where loaders keep the cores busy.
+    """
+    if not target.size:
+        return
+
+    def copy(start: int, stop: int) -> list[None]:
+        # NumPy writes to ``out`` at once only in a mode that refuses no number.
+        source.take(places[start:stop], axis=0, out=target[start:stop], mode="clip")
+        return []
+
+    in_parts(len(places), target.shape[1], copy)
+
+
+def row_bytes(leaf: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a contiguous CPU tensor of shape ``(n, *)`` as an ``(n, bytes)`` array sharing its memory."""
+    count = leaf.shape[0]
+    if leaf.dtype in _OF_NUMPY:
+        array = (leaf.detach() if leaf.requires_grad else leaf).numpy()
+        if array.ndim == 2 and array.size:
+            return array.view(np.uint8)
+        flat = array.reshape(-1).view(np.uint8)
+    else:
+        flat = element_bytes(leaf.detach()).numpy()
+    return flat.reshape(count, flat.size // count if count else 0)
+
+
+def _is_plain(leaf: torch.Tensor) -> bool:
+    """Whether its elements lie one after the other in the host's memory, and nobody asks how they were selected."""
+    return (
+        type(leaf) is torch.Tensor
+        and leaf.is_cpu
+        and leaf.layout is torch.strided
+        and leaf.is_contiguous()
+        and not (leaf.requires_grad or leaf.is_conj() or leaf.is_neg() or leaf.is_quantized or is_wrapped(leaf))
+    )
+
+
+def _numbers(rows: Rows) -> npt.NDArray[np.int64]:
     # torch.tensor takes several times as long to find out that a list holds integers.
-    index = torch.from_numpy(rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64, len(rows)))
-    return send(index, device)
+    return rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64, len(rows))
+
+
+def _index(rows: Rows, device: torch.device) -> torch.Tensor:
+    return send(torch.from_numpy(_numbers(rows)), device)
 
 
 def _carried(leaf: torch.Tensor) -> torch.Tensor:

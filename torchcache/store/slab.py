@@ -1,4 +1,4 @@
-"""Rows of one spec in preallocated tensors, found by one dict pass and gathered by one ``index_select``."""
+"""Rows of one spec in preallocated tensors, found by one dict pass and copied from their slots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torchcache.store.blob import RowSpec
 from torchcache.store.buffers import Buffers
 from torchcache.store.reuse import Reuse
-from torchcache.store.select import place_rows, select_rows
+from torchcache.store.select import copy_rows, place_rows, row_bytes, select_rows
 from torchcache.streams import pinned
 
 ABSENT = -1
@@ -106,7 +106,7 @@ class Slab:
         self._last = np.full(min(capacity, self.FIRST_SLOTS), -1, np.int64)
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._memories: list[tuple[mmap.mmap, int]] = []
-        self.leaves = self._reserved() if lazy else spec.empty(min(capacity, self.FIRST_SLOTS))
+        self._hold(self._reserved() if lazy else spec.empty(min(capacity, self.FIRST_SLOTS)))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -153,8 +153,11 @@ class Slab:
 
     def gather(self, slots: Sequence[int] | npt.NDArray[np.int64], to_send: bool = False) -> list[torch.Tensor]:
         """Fresh tensors of shape ``(len(slots), *)``, one a leaf; right only where ``version`` did not move."""
-        empty, count = pinned if to_send else self._buffers.empty, len(slots)
-        return [select_rows(leaf, slots, empty((count, *leaf.shape[1:]), leaf.dtype)) for leaf in self.leaves]
+        empty, places = pinned if to_send else self._buffers.empty, np.asarray(slots, np.int64)
+        rows = [empty((len(places), *leaf.shape[1:]), leaf.dtype) for leaf in self.leaves]
+        for source, target in zip(self._bytes, rows, strict=True):
+            copy_rows(source, places, row_bytes(target))
+        return rows
 
     def lease(self, count: int) -> Lease:
         """``count`` slots for new rows; called under the tier's lock, within the capacity."""
@@ -248,7 +251,10 @@ class Slab:
         leaves = self.spec.empty(slots)
         for new, old in zip(leaves, self.leaves, strict=True):
             new[:held].copy_(old[:held])
-        self.leaves = leaves
+        self._hold(leaves)
+
+    def _hold(self, leaves: list[torch.Tensor]) -> None:
+        self.leaves, self._bytes = leaves, list(map(row_bytes, leaves))
 
     def _reserved(self) -> list[torch.Tensor]:
         """Tensors for all slots whose memory is committed as it is written.
