@@ -102,14 +102,16 @@ class Chained(Tagger):
         return self.head(self.layer(self.encoder(x))[0][:, -1])
 
 
-def test_a_layer_that_is_called_within_an_expression_is_computed_with_advice(warnings):
+def test_a_layer_that_is_called_within_an_expression_is_served_or_computed_with_advice(warnings):
     model, data = torchcache.mark(Chained(nn.LSTM)), torch.randn(4, LONGEST, 4)
-    twin = copy.deepcopy(model)
-    torch.manual_seed(0)
-    found = model(data, None)
-    torch.manual_seed(0)
-    torch.testing.assert_close(found, torchcache.unmark(twin)(data, None))
-    assert any("call such a layer in a statement of its own" in text for text in warnings)
+    twin = torchcache.unmark(copy.deepcopy(model))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found = model(data, None)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(found, twin(data, None))
+    advised = any("call such a layer in a statement of its own" in text for text in warnings)
+    assert advised != bool(torchcache.stats(model).hits)  # torch 2.15 runs a trace of it
 
 
 class Stepped(nn.Module):
