@@ -45,7 +45,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if path != PACKAGE / "__init__.py"
 }
-LONGEST = {"dynamo": 670}  # all names of torch that are not public
+LONGEST = {"dynamo": 680}  # all names of torch that are not public
 LONG = 420
 SHORT = 300
 

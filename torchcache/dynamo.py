@@ -252,12 +252,13 @@ def hints(tensors: Sequence[torch.Tensor]) -> str:
 @contextlib.contextmanager
 def faking(tensors: Sequence[torch.Tensor]) -> Iterator[FakeTensorMode]:
     """The mode of the fake ``tensors``, in force: nothing is run on other tensors either, for which fake ones stand."""
-    mode = detect_fake_mode(list(tensors))
-    assert mode is not None
+    mode = cast(FakeTensorMode, detect_fake_mode(list(tensors)))
+    # Numbers that follow from contents are none of the caller's graph.
+    unbacked = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
     before = fake_tensor_tls.allow_non_fake_inputs_override
     fake_tensor_tls.allow_non_fake_inputs_override = True
     try:
-        with mode, _uncompiled():
+        with mode, _uncompiled(), unbacked:
             yield mode
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before

@@ -33,9 +33,10 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 def settle(module: nn.Module) -> None:
     """Put ``module`` in eval mode if it is frozen, else those of its subtrees that hold frozen parameters only.
 
-    What has no weights, such as a dropout beside trainable layers or a random crop, keeps its mode.
+    What has no weights, such as a dropout beside trainable layers or a random crop, keeps its mode. So does what is in
+    train mode within a part that is not: it was put there on its own.
     """
-    changed = [part for part in _kept_in_eval(module) if part.training]
+    changed = [part for root in _staying(module) if root.training for part in _not_learning(root) if part.training]
     for part in changed:  # only where needed: a write costs those who watch the module a closer look
         part.training = False
     if changed:
@@ -102,12 +103,21 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
 
 def _kept_in_eval(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a marked module that stay in eval mode; not what learns in train mode without a gradient."""
+    return itertools.chain.from_iterable(map(_not_learning, _staying(module)))
+
+
+def _not_learning(module: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in module.modules() if not _learns(part))
+
+
+def _staying(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a marked module of which all stays in eval mode."""
     if _stays(module):
-        yield from (part for part in module.modules() if not _learns(part))
+        yield module
         return
     for child in module.children():
         if next(child.parameters(), None) is not None:
-            yield from _kept_in_eval(child)
+            yield from _staying(child)
 
 
 def _stays(module: nn.Module) -> bool:

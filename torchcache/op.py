@@ -26,11 +26,11 @@ from torchcache.digest.cpu import digest_bytes
 from torchcache.errors import Bypass, MarkError
 from torchcache.identity.numeric import autocasts
 from torchcache.identity.written import written_text
-from torchcache.lazy.tensor import LazyTensor, take_whole
+from torchcache.lazy.tensor import take_whole
 from torchcache.lazy.use import stand_in
 from torchcache.mark import Mark
 from torchcache.regions import add_call, region_of
-from torchcache.returned import Link, linked, links_of, looks_so, not_passed
+from torchcache.returned import Link, check_passed, linked, links_of, looks_so, unaliased
 from torchcache.unreal import StateWrittenError, Unreal
 from torchcache.values.layout import dense, inverted, memory_order
 
@@ -83,6 +83,8 @@ class _Traced:
         Their leaves: constants, ``_Tensor`` for a tensor, ``torch.SymInt`` for a number that varies.
     gradients : bool
         Whether the original is to run as where gradients are recorded: compiled code runs otherwise.
+    served : bool
+        Whether the call has returned what it returned where it was traced.
     """
 
     mark: Mark
@@ -90,6 +92,7 @@ class _Traced:
     spec: pytree.TreeSpec
     leaves: list[Any]
     gradients: bool
+    served: bool = False
     output_spec: pytree.TreeSpec | None = None
     output_leaves: list[Any] = dataclasses.field(default_factory=list)
     orders: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
@@ -155,9 +158,10 @@ class _Traced:
             raise self._apart(module, Bypass(f"{reason} where it is traced", advice))
         leaves, self.output_spec = pytree.tree_flatten(outputs)
         sized = any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape) or bool(numbers)
-        unfit = not_passed(outputs, self.leaves if sized else None)
-        if unfit and not dynamo.is_whole():
-            raise self._apart(module, Bypass(unfit))
+        try:
+            check_passed(outputs, self.leaves if sized else None)
+        except Bypass as why:
+            raise self._apart(module, why) from None
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.output_leaves = [_Tensor if isinstance(leaf, torch.Tensor) else _plain(leaf) for leaf in leaves]
         lie = [([*map(dynamo.hint, leaf.shape)], [*map(dynamo.hint, leaf.stride())]) for leaf in made]
@@ -198,10 +202,13 @@ class _Traced:
             and all(link is None or link.holds(made[link.base], made[place]) for place, link in enumerate(self.links))
         ):
             region.traces += 1
+            if not self.served:  # tensors without data mislead
+                region.apart = "it returns something else than where it is traced"
             raise MarkError(
                 f"{region.name} returns another structure, shape, dtype or number than when it was compiled: "
                 "repeat this call, which compiles it again"
             )
+        self.served = True
         own = [leaf for leaf, link in zip(map(dense, made, self.orders), self.links, strict=True) if link is None]
         return unaliased(own, tensors)
 
@@ -267,7 +274,6 @@ _subjects: dict[str, tuple[weakref.ReferenceType[Mark], weakref.ReferenceType[nn
 # What the latest calls that were traced are named, by what they are given: the newest last.
 _latest: dict[str, str] = {}
 MOST_TRACES = 4096
-_ORDINARY = (torch.Tensor, nn.Parameter)
 _numbers = itertools.count()
 
 
@@ -390,31 +396,3 @@ def _fixed(leaf: Any) -> Any:
     if isinstance(leaf, torch.SymBool):
         return bool(leaf)
     return float(leaf) if isinstance(leaf, torch.SymFloat) else leaf
-
-
-def unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs that share memory neither with an input nor with each other, as the operator promises."""
-    starts = [*map(torch.Tensor.data_ptr, _parts(inputs))]
-    fresh = []
-    for leaf in outputs:
-        parts = _parts([leaf])
-        storages = [part.untyped_storage() for part in parts]
-        spans = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
-        # Those without any memory have one address.
-        shared = any(first == after or first <= start < after for first, after in spans for start in starts)
-        fresh.append(leaf.clone() if shared else leaf)
-        starts += map(torch.Tensor.data_ptr, parts)
-    return fresh
-
-
-def _parts(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors in whose memory ``leaves`` are: of a wrapper all that it holds, of rows that are not loaded none."""
-    parts = [leaf for leaf in leaves if type(leaf) in _ORDINARY and leaf.layout is torch.strided]
-    for leaf in leaves if len(parts) < len(leaves) else ():
-        if isinstance(leaf, LazyTensor):
-            parts += _parts([leaf.load()]) if leaf.rows is None else []
-        elif dynamo.is_traceable_wrapper_subclass(leaf):
-            parts += _parts([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
-        elif type(leaf) not in _ORDINARY and leaf.layout is torch.strided:
-            parts.append(leaf)
-    return parts

@@ -11,14 +11,21 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchcache import dynamo
+from torchcache.errors import Bypass
+from torchcache.lazy.tensor import LazyTensor
 from torchcache.store.select import element_bytes
+from torchcache.values.containers import KEEP_NO_CACHE, is_model_cache
 from torchcache.values.layout import is_dense, share_memory
 
-_PASSED = (torch.Tensor, type(None), bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+_ORDINARY = (torch.Tensor, nn.Parameter)
+_VARYING = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_PASSED = (torch.Tensor, type(None), bool, int, float, *_VARYING)
+# What a graph can return of what varies with nothing.
+_CONSTANT = (str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-def not_passed(outputs: Any, given: Sequence[Any] | None) -> str:
-    """Why a graph cannot return ``outputs``; empty where it can.
+def check_passed(outputs: Any, given: Sequence[Any] | None) -> None:
+    """Refuse ``outputs`` that a graph cannot return.
 
     Parameters
     ----------
@@ -27,19 +34,32 @@ def not_passed(outputs: Any, given: Sequence[Any] | None) -> str:
     given : sequence or None
         The leaves of its arguments, where sizes are traced as some that vary. What is said beside tensors and numbers
         may depend on them then, unless it was given.
+
+    Raises
+    ------
+    Bypass
+        With the reason.
     """
     inner = outputs if type(outputs) in (tuple, list) else [outputs]
     if not (all(isinstance(leaf, torch.Tensor) for leaf in inner) or dynamo.passes_structures()):
-        return f"torch {torch.__version__} passes no more than tensors and tuples of them through a graph"
+        raise Bypass(f"torch {torch.__version__} passes no more than tensors and tuples of them through a graph")
     for leaf in pytree.tree_leaves(outputs, is_leaf=lambda value: type(value) is torch.Size):
         if isinstance(leaf, nn.Parameter):
-            return "its output holds a Parameter, and what an operator returns is none"
+            raise Bypass("its output holds a Parameter, and what an operator returns is none")
+        if isinstance(leaf, torch.Tensor) and (leaf.layout is not torch.strided or leaf.is_quantized):
+            raise Bypass("its output is not laid out as an operator's is")
+        if isinstance(leaf, _VARYING) and not leaf.node.has_hint():
+            raise Bypass("its output holds a number that follows from contents of tensors")
         if isinstance(leaf, _PASSED):
             continue
+        if not isinstance(leaf, (*_CONSTANT, torch.Size)):
+            advice = KEEP_NO_CACHE if is_model_cache(type(leaf)) else ""
+            raise Bypass(f"its output holds a {type(leaf).__qualname__}, which a graph cannot return", advice)
         known = given is None or any(type(one) is type(leaf) and one == leaf for one in given)
         if type(leaf) is torch.Size or not known:
-            return "its output says more than numbers, which may depend on sizes"
-    return "a list or dict stands in two places of its output" if _stands_twice(outputs) else ""
+            raise Bypass("its output says more than numbers, which may depend on sizes")
+    if _stands_twice(outputs):
+        raise Bypass("a list or dict stands in two places of its output")
 
 
 def _stands_twice(outputs: Any) -> bool:
@@ -161,3 +181,31 @@ def _known(numbers: Sequence[Any], of_base: Sequence[Any]) -> tuple[int | _OfBas
         else:
             found.append(number)
     return tuple(found)
+
+
+def unaliased(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs that share memory neither with an input nor with each other, as the operator promises."""
+    starts = [*map(torch.Tensor.data_ptr, _parts(inputs))]
+    fresh = []
+    for leaf in outputs:
+        parts = _parts([leaf])
+        storages = [part.untyped_storage() for part in parts]
+        spans = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        # Those without any memory have one address.
+        shared = any(first == after or first <= start < after for first, after in spans for start in starts)
+        fresh.append(leaf.clone() if shared else leaf)
+        starts += map(torch.Tensor.data_ptr, parts)
+    return fresh
+
+
+def _parts(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors in whose memory ``leaves`` are: of a wrapper all that it holds, of rows that are not loaded none."""
+    parts = [leaf for leaf in leaves if type(leaf) in _ORDINARY and leaf.layout is torch.strided]
+    for leaf in leaves if len(parts) < len(leaves) else ():
+        if isinstance(leaf, LazyTensor):
+            parts += _parts([leaf.load()]) if leaf.rows is None else []
+        elif dynamo.is_traceable_wrapper_subclass(leaf):
+            parts += _parts([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif type(leaf) not in _ORDINARY and leaf.layout is torch.strided:
+            parts.append(leaf)
+    return parts

@@ -85,7 +85,7 @@ def measure(folder: Path) -> Speed:
     StoreError
         Where nothing can be written there.
     """
-    images = torch.randn(BATCH, 3, 224, 224)
+    images = torch.randn(BATCH, 3, 224, 224, device="cpu")
     seconds, _ = _best(lambda: digest_rows([images], "xxh3_128"))
     size = images.numel() * images.element_size()
     try:
@@ -99,7 +99,7 @@ def measure(folder: Path) -> Speed:
 def _measure_rows(directory: Path, name: str, shape: tuple[int, ...]) -> RowSpeed:
     spec = RowSpec(((torch.float32, shape),))
     count = max(BATCH, min(4096, BUDGET_BYTES // spec.size))
-    codec, rows = Codec(spec, 1), torch.randn(count, *shape)
+    codec, rows = Codec(spec, 1), torch.randn(count, *shape, device="cpu")
     keys = [index.to_bytes(32, "little") for index in range(count)]
     encode, blobs = _best(lambda: codec.encode(keys, [rows]), repeats=1)
     tier = DiskTier(directory)

@@ -1316,3 +1316,63 @@ def test_what_is_noted_of_each_batch_in_a_growing_dict_is_written(kind, backend)
             torch.testing.assert_close(run(x[rows]), twin(x[rows]))
     assert [*module.seen.items()] == [*twin.seen.items()]
     assert torchcache.stats(module).hits == 0
+
+
+class Unsized(tuple):
+    """As the irreducible representations of a model of molecules: what has no length."""
+
+    __slots__ = ()
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_a_container_that_may_not_be_asked_for_its_length_is_left_alone():
+    model = Linear()
+    model.sizes = Unsized((1, 2))
+    torchcache.mark(model.eval(), freeze=True)
+    for _ in range(2):
+        model(torch.ones(4, 4).cumsum(0))
+    assert counts(model) == (4, 4)
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+class Table:
+    """A container that pytree knows, with a function that it keeps beside its tensors."""
+
+    def __init__(self, data, make=lambda data: data):
+        self.data, self.make = data, make
+
+
+pytree.register_pytree_node(
+    Table, lambda table: ([table.data], {"make": table.make}), lambda data, context: Table(*data, context["make"])
+)
+
+
+class Tabled(Linear):
+    def forward(self, table):
+        return Table(self.lin(table.data))
+
+
+def test_what_is_not_taken_apart_is_named_as_its_user_knows_it():
+    model = torchcache.mark(Tabled().eval(), freeze=True)
+    for _ in range(3):
+        model(Table(torch.randn(4, 4)))
+    assert reasons(model) == "argument 'table' is a Table, which torchcache cannot take apart"
+
+
+def test_statistics_of_batches_are_told_of_with_advice(warnings):
+    model = torchcache.mark(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), freeze=True)
+    model(torch.randn(8, 4))
+    model[1].train()
+    for _ in range(4):
+        model(torch.randn(8, 4))
+    assert any("call .eval() on 1, which takes statistics of its batches" in text for text in warnings)

@@ -1,10 +1,13 @@
 """Door 2: torch.compile with our backend."""
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import subprocess
 import sys
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -731,3 +734,79 @@ def test_what_dynamo_puts_among_globals_is_no_part_of_code_that_reads_them_all(b
     assert torchcache.stats(model).hits == 30
     scope["SCALE"] = 3.0
     torch.testing.assert_close(run(x), plain(x))
+
+
+class Said:
+    """What a model of people's own returns."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+
+@dataclasses.dataclass
+class Held:
+    mean: torch.Tensor
+    scale: int = 3
+
+
+class Says(nn.Module):
+    """A frozen layer that returns more than tensors, and what is computed of that."""
+
+    WAYS: ClassVar = {
+        "an object": (Said, lambda said: said.mean),
+        "a dataclass": (Held, lambda held: held.mean * held.scale),
+        "a distribution": (lambda y: torch.distributions.Normal(y, 1.0), lambda found: found.mean),
+        "a range": (lambda y: (y, range(3)), lambda found: found[0] * len(found[1])),
+        "a number of its contents": (lambda y: (y, y.mean().item()), lambda found: found[0] * found[1]),
+        "a sparse tensor": (lambda y: y.to_sparse(), lambda found: found.to_dense()),
+    }
+
+    class Body(nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.lin, self.make = nn.Linear(4, 4).requires_grad_(False), make
+
+        def forward(self, x):
+            return self.make(self.lin(x))
+
+    def __init__(self, way):
+        super().__init__()
+        make, self.use = self.WAYS[way]
+        self.body, self.head = self.Body(make), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.use(self.body(x)))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["with breaks", "as one graph"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", Says.WAYS)
+def test_what_a_graph_cannot_return_is_computed_where_it_can(way, backend, whole):
+    model, x = Says(way), torch.randn(6, 4)
+    expected = model(x)
+    options = {"backend": backend, "fullgraph": whole}
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        try:
+            torch.compile(copy.deepcopy(model), **options)(x)
+        except torch._dynamo.exc.TorchDynamoException:
+            pytest.skip("no graph without a mark either")
+        torch._dynamo.reset()
+        torchcache.mark(model.body)
+        run = torch.compile(model, **options)
+        for _ in range(3):
+            torch.testing.assert_close(run(x), expected)
+
+
+def test_a_quantized_output_is_computed_after_one_error():
+    body = nn.Sequential(nn.Linear(4, 4), Quantized()).requires_grad_(False)
+    model, x = torchcache.mark(body), torch.randn(6, 4)
+    run = torch.compile(model, backend="aot_eager")
+    with contextlib.suppress(torchcache.MarkError):
+        run(x)
+    for _ in range(2):
+        assert torch.equal(run(x).int_repr(), copy.deepcopy(body)(x).int_repr())
+
+
+class Quantized(nn.Module):
+    def forward(self, x):
+        return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)

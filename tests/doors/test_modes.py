@@ -775,3 +775,28 @@ def test_weights_that_parametrize_keeps_are_computed_with():
         expected = module(x)
     assert not torch.allclose(kept, expected)
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("persistent", [False, True], ids=["in memory", "on disk"])
+def test_another_default_device_is_none_of_the_rows(door, persistent, tmp_path):
+    options = {"persistent": persistent, "persistent_cache_dir": tmp_path, "cache_dtype": torch.int8}
+    run, twin = opened(nn.Sequential(nn.Linear(4, 8), nn.GELU()), door, **options)
+    x = torch.randn(12, 4)
+    with torch.device("meta"):
+        for _ in range(2):
+            for rows in torch.randperm(12, device="cpu").split(5):
+                torch.testing.assert_close(run(x[rows]), twin(x[rows]), rtol=0.05, atol=0.05)
+    assert counts(run) == (12, 12)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_part_that_is_put_in_train_mode_on_its_own_learns_from_the_first_call(door):
+    run, twin = opened(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), door)
+    for model in (run, twin):
+        model.backbone[1].train()
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        torch.testing.assert_close(run(x), twin(x))
+    torch.testing.assert_close(run.backbone[1].running_mean, twin.backbone[1].running_mean)
+    assert "writes to" in reasons(run)

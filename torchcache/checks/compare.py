@@ -199,5 +199,5 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     largest = (a[~same] - b[~same]).abs().max()
     finite = torch.cat((a, b)).abs()
     finite = finite[finite.isfinite()]
-    scale = finite.max() if finite.numel() else torch.ones((), dtype=torch.float64)
+    scale = finite.max() if finite.numel() else torch.ones((), dtype=torch.float64, device=a.device)
     return float(largest), float(largest / scale) if scale else math.inf

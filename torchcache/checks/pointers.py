@@ -46,7 +46,8 @@ def check_pointers(
     """
     given = rows_of(tensors, roles)
     count = given[0].shape[0]
-    if not any(_may_point(leaf, count) for leaf in (*tensors, *state)):
+    # One number of the state counts something, as batches.
+    if not any(_may_point(leaf, count) for leaf in (*tensors, *(leaf for leaf in state if leaf.ndim))):
         return
     chance = np.random.default_rng(0)
     kept, replaced = np.array_split(chance.permutation(count), 2)

@@ -27,8 +27,8 @@ from torchcache.identity.program import Program
 from torchcache.identity.state import State
 from torchcache.identity.steady import Steady
 from torchcache.logging import warn_once
-from torchcache.op import unaliased
 from torchcache.regions import add_call, add_region, kept_call, region_of
+from torchcache.returned import unaliased
 from torchcache.store.select import concatenate
 from torchcache.values.layout import dense, inverted, memory_order
 

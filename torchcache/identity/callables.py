@@ -286,7 +286,9 @@ def _wrapped(value: Any) -> Node:
 
 def _cached(value: Any) -> Node:
     """A function behind ``functools.lru_cache``, and what it keeps where that is one object."""
-    node = Node(value, ("cached",), [("", value.__wrapped__)], numbered=False, wraps=True)
+    node = Node(value, ("cached",), [("", value.__wrapped__)], numbered=False, wraps=True, kind="object")
+    leave = frozenset({"__wrapped__", *functools.WRAPPER_ASSIGNMENTS})
+    node.spaces.append(member_space("attribute", vars(value), leave))
     if keeps_one(value):
         node.parts += [("()", kept) for kept in held_by(value)]
         node.checks.append(Check("content", value, read=held_by))

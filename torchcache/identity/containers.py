@@ -105,7 +105,7 @@ class Containers:
             if id(value) in seen or not kinds[type(value)]:
                 continue
             seen.add(id(value))
-            if not value and type(value) in KINDS:
+            if type(value) in KINDS and not value:  # a class of one's own may raise when it is asked
                 self._empty += [(value, path)] if type(value) is not tuple else []
                 continue
             items = _items(value, room)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import types
+from typing import Any
 
 from torchcache.identity.callables import CONSTRUCTORS, is_implied
-from torchcache.identity.homes import beneath_class, module_of, named_class
+from torchcache.identity.homes import beneath_class, is_installed, module_of, named_class
 from torchcache.identity.node import Node, Space
 from torchcache.identity.per_class import once_per_class
 from torchcache.identity.symbols import DISPLAYED
@@ -16,6 +18,8 @@ _WRITTEN = ("attribute", "buffer", "global")
 _OF_ATTRIBUTES = frozenset("__getattr__ __getattribute__ __get__ __set__ __delete__ __subclasshook__".split())
 # What imports and Dynamo put among the globals of a file, as ``__name__``, ``__compiled_fn_3_...`` and ``_1402_c0``.
 _OF_MACHINERY = re.compile(r"__|\w*_\d+_c\d+$")
+
+_DESCRIPTORS = (staticmethod, classmethod, property)
 
 
 @once_per_class
@@ -83,10 +87,12 @@ class Known:
 
     def level_of(self, node: Node) -> int:
         """How much of an object is read because of what was seen before it was met."""
-        if node.kind not in ("object", "module"):
+        if self.everything:
+            return int(_has_names(node))
+        if node.kind not in ("object", "module", "class"):
             return 0
-        bases = type(node.value).__mro__
-        if self.everything or any(base in self.whole_classes for base in bases):
+        bases = (node.value if node.kind == "class" else type(node.value)).__mro__
+        if any(base in self.whole_classes for base in bases):
             return 1
         return int(any(module_of(base).partition(".")[0] in self.packages for base in bases))
 
@@ -105,8 +111,10 @@ class Known:
             return True
         if kind == "member":
             return self._runs(node, name)
+        if node.level > 0 and kind == "global":
+            return not _OF_MACHINERY.match(name) and self._is_told(node, space.held.get(name))
         if node.level > 0:
-            return not (kind == "global" and _OF_MACHINERY.match(name))
+            return True
         if kind == "child":
             return self.tree or "_modules" in node.names
         if kind in ("parameter", "buffer"):
@@ -119,5 +127,23 @@ class Known:
             return name in _OF_ATTRIBUTES or node.constructed or self.is_used(node.value)
         if name == "forward" and (self.kind is None or node.value not in self.kind.__mro__):
             return True  # instances are called as modules, not only by a method that is marked
-        special = name.startswith("__") and name.endswith("__")
-        return node.level > 0 and (not special or name in DISPLAYED)
+        if not node.level or (name.startswith("__") and name.endswith("__") and name not in DISPLAYED):
+            return False
+        return self._is_told(node, vars(node.value).get(name))
+
+    def _is_told(self, node: Node, member: Any) -> bool:
+        """Whether an entry of a class or a Python module is not told by the release of an installed package."""
+        if not (callable(member) or isinstance(member, (*_DESCRIPTORS, types.ModuleType))):
+            return True
+        names = node.value if type(node.value) is dict else vars(node.value)
+        home = module_of(node.value) if node.kind == "class" else str(names.get("__name__", ""))
+        return not is_installed(home)
+
+
+def _has_names(node: Node) -> bool:
+    """Whether code may read what it holds under names: an object of any kind, but no container without attributes."""
+    if node.kind == "group":
+        return any(space.kind == "attribute" for space in node.spaces)
+    if node.kind == "python module":
+        return isinstance(node.value, types.ModuleType)
+    return node.kind in ("object", "module", "class", "tensor", "function", "python modules")

@@ -94,10 +94,12 @@ def state_of(node: Node, value: Any, leave: frozenset[str] = frozenset()) -> Nod
 
 
 def own_state(node: Node, value: Any, exact: Iterable[type]) -> Node:
-    """The class of a container, and its attributes where it is a subclass."""
+    """The class of a container, and its attributes where it may have any."""
     if type(value) in exact:
         node.head = (type(value).__name__, *node.head)
         node.checks.append(Check("kind", value))
+        if (members := members_of(value)) is not None:  # an OrderedDict has some
+            node.spaces.append(member_space("attribute", members))
         return node
     return state_of(node, value)
 

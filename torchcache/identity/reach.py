@@ -36,6 +36,8 @@ from torchcache.identity.values import ATOMS
 
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
+# What a method calls the object, or the class, that it is called on.
+_OWNERS = (("self",), ("cls",))
 
 
 class Reach:
@@ -163,6 +165,8 @@ class Reach:
             else:
                 self._use(type(value))
                 self._reach(value, node, label, inner, as_type=is_module_class(value))
+        if node.level and node.kind == "python modules" and not node.parts:
+            self._read_modules(node)
         if node.level and node.kind in ("object", "module"):
             self._widen_classes(node)
         if node.kind == "class" and node.depth > FOLLOWED:
@@ -289,8 +293,8 @@ class Reach:
         if reads.whole_first or handed_first:
             if owner is not None:
                 self._read_instances(owner)
-            elif reads.whole_first:
-                self._read_anything(home)
+            if reads.whole_first and (owner is None or node.value.__code__.co_varnames[:1] not in _OWNERS):
+                self._read_anything(home)  # any object may be handed to it by its class
         if reads.anything:
             self._read_anything(home)
 
@@ -335,8 +339,8 @@ class Reach:
         self.known.whole[name] = level
         for value in self._under.get(name, ()):
             node = self.node_of(value)
-            if node is not None and node.level < level and node.kind != "function":
-                node.level = level
+            if node is not None and node.level < (most := min(level, 1) if node.kind == "function" else level):
+                node.level = most
                 self._todo.append(node)
 
     def _read_instances(self, owner: type) -> None:

@@ -163,7 +163,7 @@ def _number(value: Any) -> Node:
 
 def _mapping(value: Any) -> Node:
     if value is sys.modules:
-        return Node(value, ("sys.modules",))
+        return Node(value, ("sys.modules",), kind="python modules")
     node = Node(value, ("mapping", str(dict.__len__(value))), kind="group")
     node.checks.append(Check("mapping", value))
     items = list(dict.items(value))

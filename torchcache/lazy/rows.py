@@ -155,7 +155,7 @@ class Held:
             with dynamo.outside_dispatch():
                 some[0].source.load(some, foreign=not inside_region())
         data = [row.data for row in rows if row.data is not None]
-        made = torch.stack(data) if data else torch.empty((0, *self.kind.shape), dtype=self.kind.dtype)
+        made = torch.stack(data) if data else torch.empty((0, *self.kind.shape), dtype=self.kind.dtype, device="cpu")
         made = made.to(self.device)
         return made.pin_memory() if self.pinned else made
 

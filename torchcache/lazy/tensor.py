@@ -110,7 +110,8 @@ class LazyTensor(torch.Tensor):
         if self.token is None:
             assert self.held is not None
             number = self.held.handle()
-            self.token = torch.tensor([[number, place] for place in self.span], dtype=torch.int64).reshape(-1, 2)
+            token = torch.tensor([[number, place] for place in self.span], dtype=torch.int64, device="cpu")
+            self.token = token.reshape(-1, 2)
         return ["token"], (self.kind, str(self.device), self.single)
 
     @staticmethod

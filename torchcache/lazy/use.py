@@ -16,7 +16,7 @@ from torchcache.lazy.tensor import LazyTensor
 from torchcache.logging import warn_once
 
 _MEANT = (graph, stays)  # their operators are registered when they are imported
-_PLAIN = torch.empty(0)
+_PLAIN = torch.empty(0, device="cpu")
 
 
 def stack_rows(rows: Sequence[Row]) -> torch.Tensor:

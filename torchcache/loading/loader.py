@@ -201,7 +201,9 @@ class _Pass:
             drawn = loader.generator if loader.generator is not None else torch.default_generator
             self._seed = torch.Generator()
             self._seed.set_state(drawn.get_state())
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # PyTorch's loader draws it too
+            torch.empty((), dtype=torch.int64, device="cpu").random_(
+                generator=loader.generator
+            )  # PyTorch's loader draws it too
         if self._workers is None and self._ahead:
             self._workers = data.DataLoader(
                 self._remembered.fetcher,

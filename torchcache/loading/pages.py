@@ -179,7 +179,7 @@ def _read(value: Any) -> Any:
         return _bytes(parts[0])
     data = bytearray(_bytes(parts[-1]))
     if tag == "t" and parts[0] in _DTYPES:
-        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
         return flat.view(_DTYPES[parts[0]]).reshape(parts[1]).clone()
     dtype = np.dtype(parts[0])
     if dtype.kind not in "biufc" or tag not in ("a", "g"):

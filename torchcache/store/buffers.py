@@ -44,7 +44,7 @@ class Buffers:
         count = math.prod(shape)
         size = count * dtype.itemsize
         if size < SHORTEST:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         buffer = self._unused(size)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         self._lent.append((buffer, weakref.ref(view)))
@@ -59,4 +59,4 @@ class Buffers:
                 self._lent.append((buffer, user))
             while len(self._lent) >= self.kept:
                 self._lent.popleft()
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")

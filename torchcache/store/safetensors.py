@@ -163,7 +163,7 @@ class Reader:
         if len(data) != (stop - start) * tensor.row_size:
             raise StoreError("the file was cut short while it was read")
         if not data:
-            return torch.empty((stop - start, *tensor.shape[1:]), dtype=tensor.dtype)
+            return torch.empty((stop - start, *tensor.shape[1:]), dtype=tensor.dtype, device="cpu")
         return torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
     def _header(self) -> tuple[dict[str, Tensor], dict[str, str], dict[str, int]]:

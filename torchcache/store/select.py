@@ -40,7 +40,7 @@ def select_rows(leaf: torch.Tensor, rows: Rows, out: torch.Tensor | None = None)
         places = _numbers(rows)
         if len(places) and int(places.view(np.uint64).max()) >= len(leaf):  # negative ones are large then
             raise IndexError(f"one of {len(places)} rows is none of the {len(leaf)} that there are")
-        target = torch.empty((len(places), *leaf.shape[1:]), dtype=leaf.dtype) if out is None else out
+        target = torch.empty((len(places), *leaf.shape[1:]), dtype=leaf.dtype, device="cpu") if out is None else out
         copy_rows(row_bytes(leaf), places, row_bytes(target))
         return target
     index = _index(rows, leaf.device)

@@ -267,7 +267,7 @@ class Slab:
     def _unpromised(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(shape) * dtype.itemsize
         if not size:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
         self._memories.append((memory, size // shape[0]))
         return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)

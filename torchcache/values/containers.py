@@ -22,6 +22,10 @@ from torchcache.values.constants import (
 )
 from torchcache.values.objects import Opened, open_object
 
+# What pytree keeps of a container beside its children, as a part of it.
+CONTEXT = "context"
+# Begins what is hashed of such a container.
+REGISTERED = b"R"
 KEEP_NO_CACHE = "call it with use_cache=False, or set config.use_cache = False"
 
 
@@ -37,7 +41,7 @@ def open_container(value: Any) -> Opened:
     opener = _OPENERS.get(kind)
     if opener is not None:
         return opener(value)
-    if _is_model_cache(kind):
+    if is_model_cache(kind):
         raise Bypass(f"{type_name(value)}, which the model writes to", KEEP_NO_CACHE)
     if torch.nn.Module in kind.__mro__:
         raise not_understood(value)
@@ -52,7 +56,7 @@ def _is_namedtuple(kind: type) -> bool:
     return tuple in kind.__mro__ and isinstance(getattr(kind, "_fields", None), tuple)
 
 
-def _is_model_cache(kind: type) -> bool:
+def is_model_cache(kind: type) -> bool:
     """Whether it is a ``transformers`` Cache: forward writes to it, even where it is registered with pytree."""
     return any(base.__name__.endswith("Cache") and base.__module__.startswith("transformers.") for base in kind.__mro__)
 
@@ -148,6 +152,6 @@ def _open_registered(value: Any) -> Opened:
     node = pytree.SUPPORTED_NODES[kind]
     children, context = node.flatten_fn(value)
     parts = [*children, context]
-    names = [*range(len(parts) - 1), "context"]
-    head = _counted(b"R", len(parts), class_bytes(kind))
+    names = [*range(len(parts) - 1), CONTEXT]
+    head = _counted(REGISTERED, len(parts), class_bytes(kind))
     return Opened(head, names, parts, lambda made: node.unflatten_fn(made[:-1], made[-1]))

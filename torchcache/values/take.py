@@ -20,10 +20,11 @@ from torchcache.values.constants import (
     classes_within,
     constant_bytes,
     is_constant,
+    not_understood,
     too_deep,
     type_name,
 )
-from torchcache.values.containers import KEEP_NO_CACHE, open_container
+from torchcache.values.containers import CONTEXT, KEEP_NO_CACHE, REGISTERED, open_container
 from torchcache.values.objects import Opened
 from torchcache.values.pieces import Again, Constant, Container, Leaf, Piece, Stack
 from torchcache.values.tensors import TENSORS, check_tensor
@@ -301,7 +302,13 @@ class _Walk:
         for plain in value if kind is set else opened.names:
             if type(plain) is not str and type(plain) is not int:
                 self._classes.update(dict.fromkeys(classes_within(plain)))
-        parts = self._parts(opened.names, opened.parts, depth - 1)
+        try:
+            parts = self._parts(opened.names, opened.parts, depth - 1)
+        except Bypass:
+            if not (opened.head.startswith(REGISTERED) and self._failed[-1:] == [CONTEXT]):
+                raise
+            self._failed.clear()  # people know what they pass, and not what it is taken apart into
+            raise Bypass(not_understood(value).reason, "mark what is inside, which takes tensors") from None
         return Container(kind, opened.build, opened.names, parts)
 
     def _leaf(self, tensor: torch.Tensor, mark: bytes) -> Leaf:
