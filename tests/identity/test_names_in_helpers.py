@@ -149,3 +149,33 @@ def test_an_attribute_of_an_ordered_dict_counts_by_its_name():
             return self.lin(x) * self.config[0].scale
 
     assert agrees_after(Named(None, config), lambda: setattr(config, "scale", 3.0))
+
+
+class Reader:
+    """Made in each call."""
+
+    def __init__(self, config):
+        self.held = config
+
+    def find(self, key):
+        return getattr(self.held, key)
+
+
+Pair = collections.namedtuple("Pair", "held key")
+
+
+def by_object(config, key):
+    return Reader(config).find(key)
+
+
+def by_pair(config, key):
+    pair = Pair(config, key)
+    return getattr(pair.held, pair.key)
+
+
+@pytest.mark.parametrize("way", [by_object, by_pair])
+@pytest.mark.parametrize("holder", ["a class", "an object", "a module of Python", "a function"])
+def test_what_an_object_holds_that_is_made_in_the_call_counts(holder, way):
+    config = HOLDERS[holder]()
+    config.scale = 1.0
+    assert agrees_after(Scaled(way, config), lambda: setattr(config, "scale", 3.0))

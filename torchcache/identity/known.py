@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torchcache.identity.callables import CONSTRUCTORS, is_implied
 from torchcache.identity.homes import beneath_class, is_installed, module_of, named_class
 from torchcache.identity.node import Node, Space
 from torchcache.identity.per_class import once_per_class
+from torchcache.identity.reads import ANY
 from torchcache.identity.symbols import DISPLAYED
 
 # Namespaces that code writes to; of a class's, what is no method.
@@ -18,7 +20,6 @@ _WRITTEN = ("attribute", "buffer", "global")
 _OF_ATTRIBUTES = frozenset("__getattr__ __getattribute__ __get__ __set__ __delete__ __subclasshook__".split())
 # What imports and Dynamo put among the globals of a file, as ``__name__``, ``__compiled_fn_3_...`` and ``_1402_c0``.
 _OF_MACHINERY = re.compile(r"__|\w*_\d+_c\d+$")
-
 _DESCRIPTORS = (staticmethod, classmethod, property)
 
 
@@ -138,6 +139,23 @@ class Known:
         names = node.value if type(node.value) is dict else vars(node.value)
         home = module_of(node.value) if node.kind == "class" else str(names.get("__name__", ""))
         return not is_installed(home)
+
+
+def held_by_made(whole: set[str], written: set[str], classes: Iterable[Node]) -> bool:
+    """Whether objects that are made as code runs may hold what is read as a whole under its name: it may be anything.
+
+    Parameters
+    ----------
+    whole : set of str
+        Names under which objects stand that are read as a whole.
+    written : set of str
+        Names of attributes that code sets.
+    classes : iterable of Node
+        The classes of a program.
+    """
+    fields = [vars(node.value).get("_fields") for node in classes if node.constructed]
+    named = written.union(*(names for names in fields if type(names) is tuple))
+    return bool(whole) and (ANY in written or not whole.isdisjoint(named))
 
 
 def _has_names(node: Node) -> bool:

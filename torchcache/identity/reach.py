@@ -25,7 +25,7 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
-from torchcache.identity.known import Known
+from torchcache.identity.known import Known, held_by_made
 from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
 from torchcache.identity.node import Check, Node, Space, home_around, is_own, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
@@ -52,6 +52,7 @@ class Reach:
         self.nodes: dict[int, Node] = {}
         self.bindings: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.written: set[str] = set()
+        self._own_whole: set[str] = set()
         self.known = Known(without)
         self.problem = ""
         self._todo: list[Node] = []
@@ -78,6 +79,9 @@ class Reach:
         self._reach(GlobalHooks, root, "the global hooks")
         self._reach(Torch, root, "")
         self._run()
+        if held_by_made(self._own_whole, self.written, self._classes):
+            self._read_anything("")
+            self._run()
         while packages := {home_of(node.value).partition(".")[0] for node in self._sealed()} - self.known.packages:
             self.known.packages |= packages
             self._raise_levels()
@@ -259,6 +263,8 @@ class Reach:
             self._chain(node, reads, chain, scope)
         for name in reads.whole | reads.deep:
             self._read_whole(name, 2 if name in reads.deep else 1)
+        if not is_installed(home):
+            self._own_whole |= reads.whole | reads.deep
         for chain in reads.whole_chains:
             value = resolve(chain, scope).value
             if isinstance(value, types.ModuleType):
