@@ -30,13 +30,14 @@ _IN_PLACE = re.compile(r"[a-z]\w*_").fullmatch
 _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
-def settle(module: nn.Module) -> None:
+def settle(module: nn.Module, asked: bool = False) -> None:
     """Put ``module`` in eval mode if it is frozen, else those of its subtrees that hold frozen parameters only.
 
     What has no weights, such as a dropout beside trainable layers or a random crop, keeps its mode. So does what is in
-    train mode within a part that is not: it was put there on its own.
+    train mode within a part that is not, unless a mode was ``asked`` for: it was put there on its own.
     """
-    changed = [part for root in _staying(module) if root.training for part in _not_learning(root) if part.training]
+    roots = [root for root in _staying(module) if asked or (module.training and root.training)]
+    changed = [part for root in roots for part in _not_learning(root) if part.training]
     for part in changed:  # only where needed: a write costs those who watch the module a closer look
         part.training = False
     if changed:
@@ -97,7 +98,7 @@ def train(module: nn.Module, original: Callable[..., Any], mode: bool, kept: boo
     else:
         _held.pop(module, None)
     if kept:
-        settle(module)
+        settle(module, asked=True)
     return module
 
 

@@ -58,20 +58,24 @@ def check_passed(outputs: Any, given: Sequence[Any] | None) -> None:
         known = given is None or any(type(one) is type(leaf) and one == leaf for one in given)
         if type(leaf) is torch.Size or not known:
             raise Bypass("its output says more than numbers, which may depend on sizes")
-    if _stands_twice(outputs):
+    containers = _containers(outputs)
+    written = [id(value) for value in containers if isinstance(value, (list, dict))]
+    if len(set(written)) < len(written):  # their structures tell nothing of that
         raise Bypass("a list or dict stands in two places of its output")
+    if dynamo.is_whole() and any(hasattr(value, "_fields") for value in containers):
+        raise Bypass("its output holds a named tuple, which is not rebuilt within one graph")
 
 
-def _stands_twice(outputs: Any) -> bool:
-    """Whether a container that can be written to is in several others: their structures tell nothing of that."""
-    met: list[int] = []
+def _containers(outputs: Any) -> list[Any]:
+    """All containers within an output, and its leaves."""
+    met: list[Any] = []
 
     def note(value: Any) -> bool:
-        met.extend([id(value)] if isinstance(value, (list, dict)) else [])
+        met.append(value)
         return False
 
     pytree.tree_leaves(outputs, is_leaf=note)
-    return len(set(met)) < len(met)
+    return met
 
 
 def looks_so(leaf: torch.Tensor, traced: tuple[torch.dtype, list[int | None]]) -> bool:

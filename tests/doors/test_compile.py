@@ -7,7 +7,7 @@ import functools
 import subprocess
 import sys
 import warnings
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -749,6 +749,11 @@ class Held:
     scale: int = 3
 
 
+class Named(NamedTuple):
+    mean: torch.Tensor
+    scale: int
+
+
 class Says(nn.Module):
     """A frozen layer that returns more than tensors, and what is computed of that."""
 
@@ -758,6 +763,7 @@ class Says(nn.Module):
         "a distribution": (lambda y: torch.distributions.Normal(y, 1.0), lambda found: found.mean),
         "a range": (lambda y: (y, range(3)), lambda found: found[0] * len(found[1])),
         "a number of its contents": (lambda y: (y, y.mean().item()), lambda found: found[0] * found[1]),
+        "a named tuple": (lambda y: Named(y, 2), lambda found: found.mean * found.scale),
         "a sparse tensor": (lambda y: y.to_sparse(), lambda found: found.to_dense()),
     }
 

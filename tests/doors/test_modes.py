@@ -800,3 +800,31 @@ def test_a_part_that_is_put_in_train_mode_on_its_own_learns_from_the_first_call(
         torch.testing.assert_close(run(x), twin(x))
     torch.testing.assert_close(run.backbone[1].running_mean, twin.backbone[1].running_mean)
     assert "writes to" in reasons(run)
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
+def test_a_mode_that_is_asked_for_reaches_what_was_put_in_train_mode_on_its_own(mode):
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).requires_grad_(False).eval()
+    net, x = nn.Sequential(torchcache.mark(backbone), nn.Linear(4, 2)).eval(), torch.randn(8, 4)
+    expected = net(x)
+    for part in backbone[1:]:
+        part.train()
+    net(x)
+    net.train(mode)
+    assert not any(part.training for part in backbone)
+    backbone[1].reset_running_stats()
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_a_frozen_part_that_is_put_in_train_mode_before_the_first_call_stays_so():
+    run, twin = (nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2)) for _ in range(2))
+    twin.load_state_dict(run.state_dict())
+    for model in (run, twin):
+        model[0].requires_grad_(False)
+        model.eval()
+    torchcache.mark(run)
+    for model in (run, twin):
+        model[0].train()
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(run(x), twin(x))
+    torch.testing.assert_close(run[0][1].running_mean, twin[0][1].running_mean)

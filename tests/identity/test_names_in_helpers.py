@@ -179,3 +179,61 @@ def test_what_an_object_holds_that_is_made_in_the_call_counts(holder, way):
     config = HOLDERS[holder]()
     config.scale = 1.0
     assert agrees_after(Scaled(way, config), lambda: setattr(config, "scale", 3.0))
+
+
+def by_keyword(config, key):
+    return getattr(types.SimpleNamespace(net=config).net, key)
+
+
+def by_type(config, key):
+    return getattr(type("Made", (), {"config": config}).config, key)
+
+
+class Handed(Scaled):
+    """Hands what it holds out by a property."""
+
+    @property
+    def handed(self):
+        return self.config[0]
+
+    def forward(self, x):
+        return self.lin(x) * getattr(self.handed, self.key)
+
+
+class Answering(Scaled):
+    """And by an attribute that it makes up."""
+
+    def __getattr__(self, name):
+        return self.config[0] if name == "made_up" else super().__getattr__(name)
+
+    def forward(self, x):
+        return self.lin(x) * getattr(self.made_up, self.key)
+
+
+@pytest.mark.parametrize("made", [Handed, Answering, by_keyword, by_type])
+@pytest.mark.parametrize("holder", ["a class", "an object", "a module of Python"])
+def test_what_stands_under_no_name_counts(holder, made):
+    config = HOLDERS[holder]()
+    config.scale = 1.0
+    module = made(None, config) if isinstance(made, type) else Scaled(made, config)
+    assert agrees_after(module, lambda: setattr(config, "scale", 3.0))
+
+
+class Trunk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"layer0": nn.Linear(4, 4), "layer1": nn.Linear(4, 4)})
+
+    @property
+    def trunk(self):
+        return self.body
+
+    def forward(self, x):
+        for index in range(2):
+            x = getattr(self.trunk, f"layer{index}")(x)
+        return x
+
+
+def test_weights_count_that_a_property_hands_out():
+    module = Trunk()
+    assert agrees_after(module, lambda: module.body["layer1"].weight.detach().mul_(2.0))

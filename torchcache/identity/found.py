@@ -59,13 +59,14 @@ class Found:
     modules: bool = False
     scopes: bool = False
     dynamic: bool = False
+    searched: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, inner: Found) -> None:
         """Add what nested code reads."""
         for mine, its in ((self.loads, inner.loads), (self.typed, inner.typed)):
             for chain, count in its.items():
                 mine[chain] = mine.get(chain, 0) + count
-        for name in "names used items written texts whole deep whole_chains handed variables keys".split():
+        for name in "names used items written texts whole deep whole_chains handed variables keys searched".split():
             getattr(self, name).update(getattr(inner, name))
         for name in ("used_first", "whole_first", "anything", "scope", "environment", "modules", "scopes"):
             setattr(self, name, getattr(self, name) or getattr(inner, name))
@@ -94,6 +95,7 @@ class Found:
             self.environment,
             self.modules,
             self.scopes,
+            frozenset(self.searched),
         )
 
     def note(self, value: Value) -> None:
@@ -116,6 +118,7 @@ class Found:
         for symbol in value or UNKNOWN:
             if symbol[0] == "attr" and (display or not symbol[1].startswith("__")):  # no namespace has __class__
                 (self.deep if deep else self.whole).add(symbol[1])
+                self.searched |= set() if display else {symbol[1]}
             elif symbol[0] == "global":
                 self.whole_chains.add(Chain(symbol[1], symbol[2]))
             elif symbol[0] == "local" and symbol[1] == self.first:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchcache.identity.callables import CONSTRUCTORS, is_implied
 from torchcache.identity.homes import beneath_class, is_installed, module_of, named_class
 from torchcache.identity.node import Node, Space
 from torchcache.identity.per_class import once_per_class
-from torchcache.identity.reads import ANY
 from torchcache.identity.symbols import DISPLAYED
 
 # Namespaces that code writes to; of a class's, what is no method.
@@ -20,6 +21,8 @@ _WRITTEN = ("attribute", "buffer", "global")
 _OF_ATTRIBUTES = frozenset("__getattr__ __getattribute__ __get__ __set__ __delete__ __subclasshook__".split())
 # What imports and Dynamo put among the globals of a file, as ``__name__``, ``__compiled_fn_3_...`` and ``_1402_c0``.
 _OF_MACHINERY = re.compile(r"__|\w*_\d+_c\d+$")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_ANSWERS = ("__getattr__", "__getattribute__")
 _DESCRIPTORS = (staticmethod, classmethod, property)
 
 
@@ -141,21 +144,51 @@ class Known:
         return not is_installed(home)
 
 
-def held_by_made(whole: set[str], written: set[str], classes: Iterable[Node]) -> bool:
-    """Whether objects that are made as code runs may hold what is read as a whole under its name: it may be anything.
+@functools.lru_cache(maxsize=4096)
+def names_given(code: types.CodeType) -> frozenset[str]:
+    """Names that code may give to what an object holds: of attributes that it sets, of keywords, and as texts."""
+    found = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+    pending = list(code.co_consts)
+    while pending:
+        constant = pending.pop()
+        if type(constant) is str:
+            found.add(constant)
+        elif type(constant) in (tuple, frozenset):
+            pending += constant
+        elif isinstance(constant, types.CodeType):
+            found |= names_given(constant)
+    return frozenset(found)
+
+
+def finds_anything(met: Mapping[str, Sequence[Any] | None], given: set[str], classes: Iterable[Node]) -> bool:
+    """Whether what attributes hold that is read under computed names may be anything.
+
+    That is what a descriptor gives, or a class that makes up attributes; what stands under no name that was met, and
+    under one that code gives: an object that is made as it runs may hold it.
 
     Parameters
     ----------
-    whole : set of str
-        Names under which objects stand that are read as a whole.
-    written : set of str
-        Names of attributes that code sets.
+    met : mapping
+        By the name of the attribute, what stands under it beside atoms; ``None`` where nothing does.
+    given : set of str
+        Names that code gives.
     classes : iterable of Node
-        The classes of a program.
+        The classes of the program.
     """
-    fields = [vars(node.value).get("_fields") for node in classes if node.constructed]
-    named = written.union(*(names for names in fields if type(names) is tuple))
-    return bool(whole) and (ANY in written or not whole.isdisjoint(named))
+    if not met:
+        return False
+    if any(values is None or any(map(_is_descriptor, values)) for values in met.values()):
+        return True
+    return not given.isdisjoint(met) or any(map(_answers, classes))
+
+
+def _is_descriptor(value: Any) -> bool:
+    return hasattr(type(value), "__get__") and not isinstance(value, _FUNCTIONS)
+
+
+def _answers(node: Node) -> bool:
+    """Whether a class makes up attributes of its objects."""
+    return not named_class(node.value) and not vars(node.value).keys().isdisjoint(_ANSWERS)
 
 
 def _has_names(node: Node) -> bool:

@@ -25,7 +25,7 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
-from torchcache.identity.known import Known, held_by_made
+from torchcache.identity.known import Known, finds_anything, names_given
 from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
 from torchcache.identity.node import Check, Node, Space, home_around, is_own, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
@@ -52,7 +52,7 @@ class Reach:
         self.nodes: dict[int, Node] = {}
         self.bindings: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.written: set[str] = set()
-        self._own_whole: set[str] = set()
+        self._searched: set[str] = set()
         self.known = Known(without)
         self.problem = ""
         self._todo: list[Node] = []
@@ -79,7 +79,7 @@ class Reach:
         self._reach(GlobalHooks, root, "the global hooks")
         self._reach(Torch, root, "")
         self._run()
-        if held_by_made(self._own_whole, self.written, self._classes):
+        if self._finds_anything():
             self._read_anything("")
             self._run()
         while packages := {home_of(node.value).partition(".")[0] for node in self._sealed()} - self.known.packages:
@@ -88,6 +88,12 @@ class Reach:
             self._run()
         for node in self._sealed():
             node.head = ("installed", *node.head, file_digest(home_of(node.value)))
+
+    def _finds_anything(self) -> bool:
+        """Whether what is read under computed names, of what stands under a known one, may be anything."""
+        own = [node for node in self.nodes.values() if node.visited and node.reads is not None and is_own(node)]
+        given = self.written.union(*(names_given(node.value.__code__) for node in own))
+        return finds_anything({name: self._under.get(name) for name in self._searched}, given, self._classes)
 
     def _sealed(self) -> list[Node]:
         """Functions of installed packages that are too far from the program to be followed: their files name them."""
@@ -198,8 +204,9 @@ class Reach:
         space.chosen.add(name)
         if type(space.held[name]) is str and space.kind != "variable":
             self._text(space.held[name])
+        under = self._under.setdefault(name, [])
         if type(space.held[name]) not in ATOMS:
-            self._under.setdefault(name, []).append(space.held[name])
+            under.append(space.held[name])
             self._meet(node, space, name)
 
     def _meet(self, node: Node, space: Space, name: str) -> None:
@@ -264,7 +271,7 @@ class Reach:
         for name in reads.whole | reads.deep:
             self._read_whole(name, 2 if name in reads.deep else 1)
         if not is_installed(home):
-            self._own_whole |= reads.whole | reads.deep
+            self._searched |= reads.searched
         for chain in reads.whole_chains:
             value = resolve(chain, scope).value
             if isinstance(value, types.ModuleType):

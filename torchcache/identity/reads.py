@@ -167,6 +167,8 @@ class Reads:
         Whether it takes modules by names that cannot be told.
     scopes : bool
         Whether it reads globals of other functions under names that only the running code knows.
+    searched : frozenset of str
+        Those of ``whole`` and ``deep`` under which objects stand that are read for more than to be displayed.
     """
 
     digest: bytes
@@ -190,6 +192,7 @@ class Reads:
     environment: bool
     modules: bool
     scopes: bool
+    searched: frozenset[str]
 
 
 def closed_over(variable: str) -> str:
