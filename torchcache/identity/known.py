@@ -93,10 +93,13 @@ class Known:
         """How much of an object is read because of what was seen before it was met."""
         if self.everything:
             return int(_has_names(node))
-        if node.kind not in ("object", "module", "class"):
+        if node.kind == "class":  # those of packages keep what was made of them, for whichever model
+            read = not self.whole_classes.isdisjoint(node.value.__mro__)
+            return int(read and not is_installed(module_of(node.value)))
+        if node.kind not in ("object", "module"):
             return 0
-        bases = (node.value if node.kind == "class" else type(node.value)).__mro__
-        if any(base in self.whole_classes for base in bases):
+        bases = type(node.value).__mro__
+        if not self.whole_classes.isdisjoint(bases):
             return 1
         return int(any(module_of(base).partition(".")[0] in self.packages for base in bases))
 
