@@ -237,3 +237,21 @@ class Trunk(nn.Module):
 def test_weights_count_that_a_property_hands_out():
     module = Trunk()
     assert agrees_after(module, lambda: module.body["layer1"].weight.detach().mul_(2.0))
+
+
+class Shelf:
+    held = None
+
+
+def by_shelf(config, key):
+    Shelf.held = config
+    return taken(key)
+
+
+def taken(key):
+    return getattr(Shelf.held, key)
+
+
+def test_what_is_put_into_a_class_in_the_call_counts():
+    config = types.SimpleNamespace(scale=1.0)
+    assert agrees_after(Scaled(by_shelf, config), lambda: setattr(config, "scale", 3.0))

@@ -171,6 +171,11 @@ def owner_of(node: Node) -> type | None:
     return None
 
 
+def names_owner(node: Node) -> bool:
+    """Whether the first argument of a function has the name of what methods are called on."""
+    return node.value.__code__.co_varnames[:1] in (("self",), ("cls",))
+
+
 def sentence(node: Node) -> str:
     """Why a node has no identity, for people."""
     if node.kind == "tensor":

@@ -27,7 +27,7 @@ from torchcache.identity.homes import (
 )
 from torchcache.identity.known import Known, finds_anything, names_given
 from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
-from torchcache.identity.node import Check, Node, Space, home_around, is_own, owner_of, sentence
+from torchcache.identity.node import Check, Node, Space, home_around, is_own, names_owner, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
 from torchcache.identity.reads import STREAMS, Chain, Reads, closed_over, holds_readers, is_reader, is_reader_of_scopes
 from torchcache.identity.resolve import MISSING, resolve
@@ -36,8 +36,6 @@ from torchcache.identity.values import ATOMS
 
 # Calls from one function of an installed package to the next that are followed; what is beyond counts by its file.
 FOLLOWED = 1
-# What a method calls the object, or the class, that it is called on.
-_OWNERS = (("self",), ("cls",))
 
 
 class Reach:
@@ -270,10 +268,13 @@ class Reach:
             self._chain(node, reads, chain, scope)
         for name in reads.whole | reads.deep:
             self._read_whole(name, 2 if name in reads.deep else 1)
-        if not is_installed(home):
-            self._searched |= reads.searched
+        searched = set(reads.searched)
         for chain in reads.whole_chains:
-            value = resolve(chain, scope).value
+            found = resolve(chain, scope)
+            value, last = found.value, found.rest[-1:]
+            for name in last:  # of an object that the chain leads to
+                self._read_whole(name, 1)
+            searched.update(last)
             if isinstance(value, types.ModuleType):
                 if holds_readers(value):
                     self._read_anything(home)
@@ -287,6 +288,7 @@ class Reach:
             elif value is not MISSING and not (is_class(value) and named_class(value)):
                 self._reach(value, node, f"the global {chain}", 1)
         if not is_installed(home):
+            self._searched |= searched
             if reads.scopes:
                 self._read_scopes()
             if reads.scope or self._scopes:
@@ -306,7 +308,7 @@ class Reach:
         if reads.whole_first or handed_first:
             if owner is not None:
                 self._read_instances(owner)
-            if reads.whole_first and (owner is None or node.value.__code__.co_varnames[:1] not in _OWNERS):
+            if reads.whole_first and (owner is None or not names_owner(node)):
                 self._read_anything(home)  # any object may be handed to it by its class
         if reads.anything:
             self._read_anything(home)
