@@ -17,6 +17,7 @@ from torchcache.marked_class import Choice, mark_of, marked_class, marks_of, set
 from torchcache.options import CacheOptions
 from torchcache.stand_in import Deferred
 from torchcache.usefulness import forget_mark, note_mark
+from torchcache.values.constants import type_name
 
 T = TypeVar("T", bound=Callable[..., Any])
 M = TypeVar("M")
@@ -119,7 +120,9 @@ def mark(
         bound: M = getattr(module.__self__, module.__name__)
         return bound
     if not isinstance(module, nn.Module):
-        raise MarkError(f"torchcache.mark takes an nn.Module instance, not {module!r}; decorate classes and functions")
+        raise MarkError(
+            f"torchcache.mark takes an nn.Module instance, not {_told(module)}; decorate classes and functions"
+        )
     if isinstance(module, torch.jit.ScriptModule):
         raise MarkError(
             f"torchcache.mark: {type(module).__name__} is TorchScript, which has no Python code to read: mark the "
@@ -271,4 +274,9 @@ def _decorate(target: Any, options: CacheOptions) -> Any:
     if isinstance(target, types.FunctionType):
         return door(Mark(target.__name__, options, original_of(target)))
     advice = "use torchcache.mark for instances" if isinstance(target, nn.Module) else "mark a class or a function"
-    raise MarkError(f"@torchcache takes an nn.Module class or a function, not {target!r}: {advice}")
+    raise MarkError(f"@torchcache takes an nn.Module class or a function, not {_told(target)}: {advice}")
+
+
+def _told(value: Any) -> str:
+    """A value for a message: a tensor would show all of its numbers."""
+    return repr(value) if callable(value) and not isinstance(value, nn.Module) else type_name(value)

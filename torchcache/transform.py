@@ -13,6 +13,7 @@ from torchcache.modes import settle
 from torchcache.regions import name_module, regions_in
 from torchcache.store.connect import check_version
 from torchcache.usefulness import note_mark
+from torchcache.values.constants import type_name
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +43,7 @@ def transform(model: M) -> M:
         When a mark's cache directory was written by a newer torchcache.
     """
     if not isinstance(model, nn.Module):
-        raise MarkError(f"torchcache.transform takes an nn.Module, not {model!r}")
+        raise MarkError(f"torchcache.transform takes an nn.Module, not {type_name(model)}")
     marks = list(marked_modules(model))
     if not marks:
         raise MarkError(

@@ -332,6 +332,8 @@ def test_a_mark_within_a_mark_is_at_rest():
 def test_wrong_targets_are_refused_with_advice():
     with pytest.raises(torchcache.MarkError, match="instance"):
         torchcache.mark(nn.Linear)
+    with pytest.raises(torchcache.MarkError, match="not a Parameter; decorate"):
+        torchcache.mark(nn.Linear(2, 2).weight)
     with pytest.raises(torchcache.MarkError, match=r"torchcache\.mark"):
         cached(nn.Linear(2, 2))
     with pytest.raises(torchcache.MarkError, match="no method 'encode'"):
