@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from torchcache.identity.reads import (
     ANY,
@@ -60,13 +61,16 @@ class Found:
     scopes: bool = False
     dynamic: bool = False
     searched: set[str] = dataclasses.field(default_factory=set)
+    given: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, inner: Found) -> None:
         """Add what nested code reads."""
         for mine, its in ((self.loads, inner.loads), (self.typed, inner.typed)):
             for chain, count in its.items():
                 mine[chain] = mine.get(chain, 0) + count
-        for name in "names used items written texts whole deep whole_chains handed variables keys searched".split():
+        for (
+            name
+        ) in "names used items written texts whole deep whole_chains handed variables keys searched given".split():
             getattr(self, name).update(getattr(inner, name))
         for name in ("used_first", "whole_first", "anything", "scope", "environment", "modules", "scopes"):
             setattr(self, name, getattr(self, name) or getattr(inner, name))
@@ -96,7 +100,16 @@ class Found:
             self.modules,
             self.scopes,
             frozenset(self.searched),
+            frozenset(self.given),
         )
+
+    def note_given(self, constants: Iterable[Any]) -> None:
+        """Note texts among constants, in tuples as well: those of keywords are."""
+        for constant in constants:
+            if type(constant) is str and constant.isidentifier():
+                self.given.add(constant)
+            elif type(constant) in (tuple, frozenset):
+                self.note_given(constant)
 
     def note(self, value: Value) -> None:
         """A global is loaded."""

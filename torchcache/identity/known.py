@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,6 +87,32 @@ class Known:
         """Whether such an object is known of a class, or of one that has a base in common with it."""
         return has_named_methods(kind) or not self._used_classes.isdisjoint(kind.__mro__)
 
+    def note_searched(self, met: Mapping[str, Sequence[Any] | None], given: set[str], classes: Iterable[Node]) -> bool:
+        """Note that any object may be read, where what attributes hold that is read under computed names may be any.
+
+        That is what a descriptor gives, or a class that makes up attributes; what stands under no name that was met,
+        and under one that code gives: an object that is made as it runs may hold it.
+
+        Parameters
+        ----------
+        met : mapping
+            By the name of the attribute, what stands under it beside atoms; ``None`` where nothing does.
+        given : set of str
+            Names that code gives.
+        classes : iterable of Node
+            The classes of the program.
+
+        Returns
+        -------
+        bool
+            Whether that is news.
+        """
+        if self.everything or not met:
+            return False
+        unmet = any(values is None or any(map(_is_descriptor, values)) for values in met.values())
+        self.everything = unmet or not given.isdisjoint(met) or any(map(_answers, classes))
+        return self.everything
+
     def level_of(self, node: Node) -> int:
         """How much of an object is read because of what was seen before it was met."""
         if self.everything:
@@ -119,7 +143,7 @@ class Known:
         if kind == "member":
             return self._runs(node, name)
         if node.level > 0 and kind == "global":
-            return not _OF_MACHINERY.match(name) and self._is_told(node, space.held.get(name))
+            return not _OF_MACHINERY.match(name) and self._may_change(node, space.held.get(name))
         if node.level > 0:
             return True
         if kind == "child":
@@ -136,53 +160,15 @@ class Known:
             return True  # instances are called as modules, not only by a method that is marked
         if not node.level or (name.startswith("__") and name.endswith("__") and name not in DISPLAYED):
             return False
-        return self._is_told(node, vars(node.value).get(name))
+        return self._may_change(node, vars(node.value).get(name))
 
-    def _is_told(self, node: Node, member: Any) -> bool:
-        """Whether an entry of a class or a Python module is not told by the release of an installed package."""
+    def _may_change(self, node: Node, member: Any) -> bool:
+        """Whether an entry of a class or a Python module may, which code of an installed package does not."""
         if not (callable(member) or isinstance(member, (*_DESCRIPTORS, types.ModuleType))):
             return True
         names = node.value if type(node.value) is dict else vars(node.value)
         home = module_of(node.value) if node.kind == "class" else str(names.get("__name__", ""))
         return not is_installed(home)
-
-
-@functools.lru_cache(maxsize=4096)
-def names_given(code: types.CodeType) -> frozenset[str]:
-    """Names that code may give to what an object holds: of attributes that it sets, of keywords, and as texts."""
-    found = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
-    pending = list(code.co_consts)
-    while pending:
-        constant = pending.pop()
-        if type(constant) is str:
-            found.add(constant)
-        elif type(constant) in (tuple, frozenset):
-            pending += constant
-        elif isinstance(constant, types.CodeType):
-            found |= names_given(constant)
-    return frozenset(found)
-
-
-def finds_anything(met: Mapping[str, Sequence[Any] | None], given: set[str], classes: Iterable[Node]) -> bool:
-    """Whether what attributes hold that is read under computed names may be anything.
-
-    That is what a descriptor gives, or a class that makes up attributes; what stands under no name that was met, and
-    under one that code gives: an object that is made as it runs may hold it.
-
-    Parameters
-    ----------
-    met : mapping
-        By the name of the attribute, what stands under it beside atoms; ``None`` where nothing does.
-    given : set of str
-        Names that code gives.
-    classes : iterable of Node
-        The classes of the program.
-    """
-    if not met:
-        return False
-    if any(values is None or any(map(_is_descriptor, values)) for values in met.values()):
-        return True
-    return not given.isdisjoint(met) or any(map(_answers, classes))
 
 
 def _is_descriptor(value: Any) -> bool:

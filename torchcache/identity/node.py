@@ -98,7 +98,8 @@ class Node:
     numbered : bool
         Whether it is one object, as opposed to one of many equal values.
     kind : str
-        "class", "module", "object", "group", "items", "tensor", "function" or "".
+        "class", "module", "object", "group", "items", "tensor", "function", "python module", "python modules" (all that
+        are loaded), "environment" or "".
     unsorted : bool
         Whether the order of its parts says nothing.
     wraps : bool

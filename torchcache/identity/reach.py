@@ -25,7 +25,7 @@ from torchcache.identity.homes import (
     module_of,
     named_class,
 )
-from torchcache.identity.known import Known, finds_anything, names_given
+from torchcache.identity.known import Known
 from torchcache.identity.modules import CONTAINERS, TREE, TREE_HOMES, GlobalHooks, is_module_class
 from torchcache.identity.node import Check, Node, Space, home_around, is_own, names_owner, owner_of, sentence
 from torchcache.identity.objects import ignored, member_space
@@ -51,6 +51,7 @@ class Reach:
         self.bindings: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.written: set[str] = set()
         self._searched: set[str] = set()
+        self._given: set[str] = set()
         self.known = Known(without)
         self.problem = ""
         self._todo: list[Node] = []
@@ -77,21 +78,20 @@ class Reach:
         self._reach(GlobalHooks, root, "the global hooks")
         self._reach(Torch, root, "")
         self._run()
-        if self._finds_anything():
-            self._read_anything("")
-            self._run()
-        while packages := {home_of(node.value).partition(".")[0] for node in self._sealed()} - self.known.packages:
-            self.known.packages |= packages
+        while self._reads_more():
             self._raise_levels()
             self._run()
         for node in self._sealed():
             node.head = ("installed", *node.head, file_digest(home_of(node.value)))
 
-    def _finds_anything(self) -> bool:
-        """Whether what is read under computed names, of what stands under a known one, may be anything."""
-        own = [node for node in self.nodes.values() if node.visited and node.reads is not None and is_own(node)]
-        given = self.written.union(*(names_given(node.value.__code__) for node in own))
-        return finds_anything({name: self._under.get(name) for name in self._searched}, given, self._classes)
+    def _reads_more(self) -> bool:
+        """Whether more may be read as a whole than was known: anything, or any object of a package."""
+        met = {name: self._under.get(name) for name in self._searched}
+        if self.known.note_searched(met, self._given | self.written, self._classes):
+            return True
+        packages = {home_of(node.value).partition(".")[0] for node in self._sealed()} - self.known.packages
+        self.known.packages |= packages
+        return bool(packages)
 
     def _sealed(self) -> list[Node]:
         """Functions of installed packages that are too far from the program to be followed: their files name them."""
@@ -289,6 +289,7 @@ class Reach:
                 self._reach(value, node, f"the global {chain}", 1)
         if not is_installed(home):
             self._searched |= searched
+            self._given |= reads.given
             if reads.scopes:
                 self._read_scopes()
             if reads.scope or self._scopes:

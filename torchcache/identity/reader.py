@@ -132,6 +132,7 @@ class _Reader:
         self.hash.update(b"\0".join(parts))
         self.found.misused(kind for number in self.pending for kind in self.kinds[number])
         self.found.texts.update(text for text in code.co_consts if type(text) is str and text.isidentifier())
+        self.found.note_given(code.co_consts)
         for inner in self.nested:
             self._inside(inner)
 

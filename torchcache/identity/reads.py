@@ -169,6 +169,8 @@ class Reads:
         Whether it reads globals of other functions under names that only the running code knows.
     searched : frozenset of str
         Those of ``whole`` and ``deep`` under which objects stand that are read for more than to be displayed.
+    given : frozenset of str
+        Texts by which it may name what an object that it makes holds: keywords of calls, keys and others.
     """
 
     digest: bytes
@@ -193,6 +195,7 @@ class Reads:
     modules: bool
     scopes: bool
     searched: frozenset[str]
+    given: frozenset[str]
 
 
 def closed_over(variable: str) -> str:

@@ -282,18 +282,20 @@ def _equal(before: _Entry | None, after: _Entry | None) -> bool:
     return before is not None and after is not None and same(before[0], after[0]) and before[1] == after[1]
 
 
-def _takes_statistics(part: nn.Module) -> bool:
-    return part.training and "running_mean" in part._buffers
+def _learns(part: nn.Module | None) -> bool:
+    """Whether a part takes statistics of its batches, as BatchNorm in train mode does."""
+    return part is not None and part.training and "running_mean" in part._buffers
 
 
 def written_text(names: Sequence[str], module: nn.Module | None) -> tuple[str, str]:
     """That a forward writes to what has these names, and what to do about it."""
     advice = "mark a part that keeps no state, or promise with pure=True that on hits this need not happen"
-    paths = [path for path, part in module.named_modules() if _takes_statistics(part)] if module is not None else []
-    if found := [path for path in paths if any(name.startswith(f"{path}." if path else "running_") for name in names)]:
-        advice = f"call .eval() on {names_text(found)}, which takes statistics of its batches in train mode"
-    parts = module.modules() if module is not None else ()
-    hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
+    parts = dict(module.named_modules()) if module is not None else {}
+    learning = [path for path in dict.fromkeys(name.rpartition(".")[0] for name in names) if _learns(parts.get(path))]
+    if learning:
+        where = names_text(learning) or type(module).__name__
+        advice = f"call .eval() on {where}, which takes statistics of its batches in train mode"
+    hooks = [hook for part in parts.values() for hook in part._forward_pre_hooks.values()]
     if any(module_of(type(hook)).startswith("torch.nn.utils.") for hook in hooks):
         advice = (
             "a hook of torch.nn.utils sets that in each call: take it off (prune.remove, remove_weight_norm), or use "

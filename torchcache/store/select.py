@@ -34,19 +34,16 @@ INDEXABLE = {
 _OF_NUMPY = INDEXABLE - {torch.bfloat16}
 
 
-def select_rows(leaf: torch.Tensor, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``rows`` of ``leaf`` in a fresh tensor, or in ``out``, which is contiguous and has their shape and dtype."""
+def select_rows(leaf: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """``rows`` of ``leaf`` in a fresh tensor."""
     if _is_plain(leaf):
         places = _numbers(rows)
         if len(places) and int(places.view(np.uint64).max()) >= len(leaf):  # negative ones are large then
             raise IndexError(f"one of {len(places)} rows is none of the {len(leaf)} that there are")
-        target = torch.empty((len(places), *leaf.shape[1:]), dtype=leaf.dtype, device="cpu") if out is None else out
+        target = torch.empty((len(places), *leaf.shape[1:]), dtype=leaf.dtype, device="cpu")
         copy_rows(row_bytes(leaf), places, row_bytes(target))
         return target
     index = _index(rows, leaf.device)
-    if out is not None:
-        torch.index_select(_carried(leaf), 0, index, out=_carried(out))
-        return out
     if leaf.dtype in INDEXABLE:
         return leaf.index_select(0, index)
     return _carried(leaf).index_select(0, index).view(leaf.dtype)
