@@ -23,6 +23,10 @@ from torchcache.identity.written import Written, tensor_names
 from torchcache.mark import Mark
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+# Dtypes that tensors without data do not have: what is made with one of them says float.
+_QUANTIZED = {
+    kind for kind in vars(torch).values() if isinstance(kind, torch.dtype) and str(kind).startswith("torch.q")
+}
 
 
 class StateWrittenError(Exception):
@@ -145,6 +149,8 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(leaf, FakeTensor) or storage_of(leaf) in self._state:
                 raise StateWrittenError(self._names.get(id(leaf)) or self._state.get(storage_of(leaf), READ))
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        if any(isinstance(leaf, torch.dtype) and leaf in _QUANTIZED for leaf in leaves):
+            raise NotImplementedError("it quantizes")
         if not dynamo.takes_constants(func):
             self._meet(leaves)
         outputs = func(*args, **kwargs)
