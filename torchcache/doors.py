@@ -215,16 +215,18 @@ def _still(region: Region, gradients: bool, *, looked_up: bool) -> Callable[[], 
         trains = matters and not looked_up and reference.subject.identity.trains()
         return reference.writes, reference.traces, matters, trains, _goes_by_parts(reference)
 
-    def holds() -> bool:
-        nonlocal form
-        reference = held()
-        if reference is None or now(reference) != before:
-            return False
-        if looked_up and form is None:  # when it was traced: a first call may set things up
-            form = reference.subject.identity.form()
-        return form is None or form()
-
     before = now(region)
+
+    def holds() -> bool:
+        nonlocal before, form
+        reference = held()
+        if reference is None:
+            return False
+        if looked_up and form is None:
+            # When it was traced: a first call may set things up, and another call in the same frame may go by parts.
+            form, before = reference.subject.identity.form(), (*before[:2], *now(reference)[2:])
+        return now(reference) == before and (form is None or form())
+
     return holds
 
 

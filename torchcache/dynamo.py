@@ -371,6 +371,8 @@ def vary_rows() -> None:
         had = set(vars(leaf))
         torch._dynamo.maybe_mark_dynamic(leaf, 0)
         _varied.leaves = [*getattr(_varied, "leaves", ()), (leaf, set(vars(leaf)) - had)]
+    # What comes before may take another path where sizes are symbols. All that Dynamo remembers of its path goes.
+    tracer.speculation_log.clear()
     # Of all restarts only this kind keeps which numbers were found to be constants, and is not made time and again.
     raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="torchcache: the number of rows varies")
 

@@ -838,3 +838,112 @@ def test_a_graph_that_ends_before_the_frozen_part_is_no_reason_to_warn(warnings)
             model(data[some], labels[some]).backward()
     assert torchcache.stats(model).hits >= 8
     assert not [text for text in warnings if "no part of" in text]
+
+
+class Framed(nn.Module):
+    """A partly trained mark, and what is in the compiled frame beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 3))
+        self.own = nn.Parameter(torch.ones(1, 3))
+
+
+class MakesOnes(Framed):
+    def forward(self, x):
+        count = x.shape[0]
+        mask = torch.ones(count, 3)
+        return self.body(x) + mask
+
+
+class Expands(Framed):
+    def forward(self, x):
+        count = x.shape[0]
+        own = self.own.expand(count, -1)
+        return self.body(x) + own
+
+
+class Asks(Framed):
+    def forward(self, x):
+        if x.shape[0] > 4:
+            return self.body(x) * 2
+        return self.body(x)
+
+
+class Asserts(Framed):
+    def forward(self, x):
+        assert x.shape[0] < 100
+        return self.body(x)
+
+
+class Divides(Framed):
+    def forward(self, x):
+        count = int(x.shape[0])
+        own = self.own / count
+        return self.body(x) + own
+
+
+class BreaksAfter(Framed):
+    def forward(self, x):
+        places = torch.arange(x.shape[0])
+        out = self.body(x)
+        torch._dynamo.graph_break()
+        return out + places[:, None]
+
+
+class BreaksBefore(Framed):
+    def forward(self, x):
+        places = torch.arange(x.shape[0])
+        torch._dynamo.graph_break()
+        own = self.own.expand(x.shape[0], -1)
+        return self.body(x) + places[:, None] + own
+
+
+@pytest.mark.parametrize("kind", [MakesOnes, Expands, Asks, Asserts, Divides, BreaksAfter, BreaksBefore])
+def test_a_frame_may_use_the_number_of_rows_before_it_calls_a_mark(kind):
+    model = kind()
+    twin = copy.deepcopy(model)
+    torchcache.mark(model.body, audit=0)
+    run = torch.compile(model, backend="torchcache", options={"inner": "eager"})
+    data = torch.randn(18, 6)
+    for _ in range(4):
+        for rows in data[torch.randperm(18)].split(7):
+            torch.testing.assert_close(run(rows), twin(rows))
+    assert torchcache.stats(model).hits
+
+
+class Distilled(nn.Module):
+    """One encoder gives a target without gradients and a prediction with them."""
+
+    def __init__(self, first, again):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 3))
+        self.first, self.again = first, again
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.first):
+            one = self.body(x)
+        with torch.set_grad_enabled(self.again):
+            other = self.body(x)
+        return (one - 2 * other).square().mean()
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "torchcache"])
+def test_a_frame_may_call_a_mark_with_gradients_and_without(backend, first):
+    model = Distilled(first, not first)
+    twin = copy.deepcopy(model)
+    torchcache.mark(model.body, audit=0)
+    options = {"options": {"inner": "aot_eager"}} if backend == "torchcache" else {}
+    run, data = torch.compile(model, backend=backend, **options), torch.randn(12, 6)
+    optimizers = [torch.optim.SGD([p for p in one.parameters() if p.requires_grad], 0.1) for one in (model, twin)]
+    for _ in range(3):
+        for rows in data[torch.randperm(12)].split(6):
+            losses = run(rows), twin(rows)
+            torch.testing.assert_close(*losses)
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
+    assert bool(torchcache.stats(model).hits) == (backend == "torchcache")
