@@ -219,8 +219,7 @@ class Region:
     def _take(self, given: Given) -> Batch:
         """The call taken apart, and who computes it."""
         self._check()
-        taken = take(given)
-        tensors = taken.tensors
+        tensors = (taken := take(given)).tensors
         if not tensors:
             raise Bypass("no argument is a tensor", "mark a part that takes tensors")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -236,6 +235,7 @@ class Region:
         for gone in self.turnover.note(who, self.counters.hits):
             self._learning.forget(gone)
             self.tiers.drop_state(gone)
+        self.turnover.check()
         gradients = given.gradients if who in self._learning.modal else None
         return Batch(given, taken, who, NumericMode.current(tensors[0].device.type, gradients), started)
 

@@ -3,6 +3,7 @@
 import array
 import collections
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import enum
@@ -1294,3 +1295,93 @@ def test_what_an_object_shows_of_itself_in_messages_is_no_part():
     assert torchcache.stats(module).hits >= 12
     module.settings.scale = 3.0
     torch.testing.assert_close(module(x), 3 * x)
+
+
+class Adapted(nn.Module):
+    """A body with several heads, of which an attribute says which is used."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.body, self.heads = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(heads))
+        self.task = 0
+
+    def forward(self, x):
+        return self.heads[self.task](self.body(x))
+
+
+@contextlib.contextmanager
+def _other_task(module):
+    module.task = 1
+    yield
+    module.task = 0
+
+
+@contextlib.contextmanager
+def _steered(module):
+    hook = module.body.register_forward_hook(lambda module, args, out: out + 1)
+    yield
+    hook.remove()
+
+
+@contextlib.contextmanager
+def _averaged(module):
+    kept = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.data.mul_(0.5)
+    yield
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(kept[name])
+
+
+@contextlib.contextmanager
+def _doubled(module):
+    module.double()
+    yield
+    module.float()
+
+
+@pytest.mark.parametrize("other", [_other_task, _steered, _averaged, _doubled])
+def test_what_is_switched_to_and_fro_in_each_step_finds_its_rows(other):
+    module = torchcache.mark(Adapted(), freeze=True, audit=0)
+    twin, data = unmarked(module), torch.randn(240, 6)
+    for epoch in range(3):
+        before = torchcache.stats(module).hits
+        for rows in data[torch.randperm(240)].split(8):
+            torch.testing.assert_close(module(rows), twin(rows))
+            with other(module), other(twin):
+                rows = rows.to(module.body.weight.dtype)
+                torch.testing.assert_close(module(rows), twin(rows))
+        assert torchcache.stats(module).hits - before == (480 if epoch else 0)
+
+
+def test_each_of_several_settings_finds_its_rows_though_none_did_in_the_first_epoch():
+    module = torchcache.mark(Adapted(8), freeze=True, audit=0)
+    twin, data = unmarked(module), torch.randn(32, 6)
+    for epoch in range(3):
+        before = torchcache.stats(module).hits
+        for module.task in range(8):
+            twin.task = module.task
+            for rows in data[torch.randperm(32)].split(8):
+                torch.testing.assert_close(module(rows), twin(rows))
+        assert torchcache.stats(module).hits - before == (256 if epoch else 0)
+
+
+class SlottedModule(nn.Module):
+    __slots__ = ("scale",)
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 6), 1.0
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_module_with_slots_is_computed(within, warnings):
+    inner = SlottedModule()
+    module, x = torchcache.mark(nn.Sequential(inner) if within else inner, freeze=True), torch.randn(64, 6)
+    for inner.scale in (1.0, 1.0, 1.0, 1.0, 2.0):
+        torch.testing.assert_close(module(x), inner.linear(x) * inner.scale)
+    assert torchcache.stats(module).hits == 0
+    assert any("keeps scale in __slots__" in text for text in warnings)

@@ -325,10 +325,12 @@ class Learning:
         steady = identity.steady()
         if identity.current() != batch.who:
             raise Bypass(CHANGED, lasting=False, quiet=True)
-        written = self._watch()
+        written = Written(self._subject.module, identity.outside())
         outputs = batch.given.run()
+        wrote = written.differences()
+        batch.wrote = [] if self._options.pure else wrote
+        identity.rewritten |= written.rewritten
         batch.moved = not steady.holds(identity.look().tensors)
-        batch.wrote = written.differences() if written is not None else []
         draws.check()
         if draws.unclear():
             self._check_draws(batch, form)

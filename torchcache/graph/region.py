@@ -87,6 +87,8 @@ class GraphIdentity:
     ----------
     changed : list of str
         Names of the tensors that differed when it last became another, as far as they are known.
+    rewritten : set of int
+        Empty: a graph writes to nothing.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class GraphIdentity:
         self._state = State()
         self._places = places
         self.changed: list[str] = []
+        self.rewritten: set[int] = set()
         self._named = all(name is not None for _, name in parts)
         self._given = threading.local()
 

@@ -69,6 +69,8 @@ class Identity:
     ----------
     changed : list of str
         Names of what differed when it last became another, as far as they are known.
+    rewritten : set of int
+        The ``id`` of tensors that the original was seen to write with what they held.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Identity:
         self._name = name
         self._pure = pure
         self.changed: list[str] = []
+        self.rewritten: set[int] = set()
         self._seconds = 0.0
         self._program: Program | None = None
         self._other: Program | None = None
@@ -262,7 +265,7 @@ class Identity:
     def steady(self) -> Steady:
         """What computes as it is now, to find later whether it stayed so; it must be ``current`` after this, too."""
         program = self.program()
-        return Steady(program.tensors, self._name is not None, program.stamps())
+        return Steady(program.tensors, self._name is not None, program.stamps(), self.rewritten)
 
     def outside(self) -> Outside | None:
         """What the original may write outside of its module, as it is at this time."""

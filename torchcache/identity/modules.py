@@ -14,7 +14,7 @@ from torchcache.identity.exchange import is_sharded
 from torchcache.identity.homes import beneath_class, is_class, named_class
 from torchcache.identity.libraries import only_checks
 from torchcache.identity.node import Check, Node, Space
-from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class
+from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class, slots_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -52,6 +52,8 @@ def describe_module(value: nn.Module, hooked: bool = True) -> Node:
         node.problem = "is compiled by TorchScript and cannot be read"
         return node
     node.problem = getattr(kind, "torchcache_problem", "")
+    if slots := slots_of(kind):
+        node.problem = f"keeps {slots[0][0]} in __slots__, and not where modules keep attributes"
     if is_sharded(value):
         node.problem = "is sharded: each process has a part of its weights"
         return node

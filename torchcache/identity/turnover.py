@@ -7,12 +7,11 @@ from typing import Any
 
 from torchcache.errors import Restless
 from torchcache.quantity import names_text
+from torchcache.store.in_use import KEPT
 
-# Identities whose rows and plans are kept: weights may be swapped back and forth.
-KEPT = 4
-# Identities in a row of which no row was served.
-USELESS = 6
-# As many, where there is another way to look the calls up; a first call may set a module up, which is a change.
+# New identities, while no row was served.
+USELESS = 8
+# As many where there is another way to look the calls up; a first call may set a module up, which is a change.
 UNSTEADY = 2
 
 
@@ -38,7 +37,8 @@ class Turnover:
         self._subject = weakref.ref(subject)
         self._names, self._told = "", False
         self._latest = b""
-        self._known: dict[bytes, None] = {}
+        # The last ones, and whether rows of theirs were served.
+        self._known: dict[bytes, bool] = {}
         self._useless = 0
         self._hits = 0
 
@@ -54,20 +54,35 @@ class Turnover:
             self._names = f" ({names})"
 
     def note(self, who: bytes, hits: int) -> list[bytes]:
-        """Take note of the identity of a call, with the hits so far; the identities to forget.
-
-        Raises
-        ------
-        Restless
-            When many came in a row and none was of use.
-        """
+        """Take note of the identity of a call, with the hits so far; the identities to forget. ``check`` comes next."""
         if who == self._latest:
             return []
         if self._latest:
             self.changes += 1
             self._note_names()
-            self._useless = 0 if hits > self._hits else self._useless + 1
-            self.unsteady |= self._useless >= UNSTEADY and who not in self._known
+            if hits > self._hits:
+                self._useless, self._known[self._latest] = 0, True
+            elif who not in self._known:  # what is switched to and fro finds its rows when it is back
+                self._useless += 1
+                self.unsteady |= self._useless >= UNSTEADY
+        if self._useless >= USELESS:
+            gone = [known for known, served in self._known.items() if not served]
+        else:
+            self._latest, self._hits = who, hits
+            self._known[who] = self._known.pop(who, False)
+            gone = list(self._known)[:-KEPT]
+        for old in gone:
+            del self._known[old]
+        return gone
+
+    def check(self) -> None:
+        """Let the call go on.
+
+        Raises
+        ------
+        Restless
+            When many new identities came and none was of use.
+        """
         if self._useless >= USELESS:
             # The first identity after a pause gets a call; the next one decides.
             self._useless, self._latest = USELESS - 1, b""
@@ -76,10 +91,3 @@ class Turnover:
                 "unmark what is updated in every step, such as an average of weights, or what reads it",
                 lasting=False,
             )
-        self._latest, self._hits = who, hits
-        self._known.pop(who, None)
-        self._known[who] = None
-        gone = list(self._known)[:-KEPT]
-        for old in gone:
-            del self._known[old]
-        return gone

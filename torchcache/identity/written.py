@@ -46,6 +46,8 @@ class Written:
     ----------
     is_set_up : bool
         Whether what was written since is known to be a setting up, that further calls find done.
+    rewritten : set of int
+        The ``id`` of tensors that were found to be written with what they held.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Written:
         self._module = module
         self._outside = outside
         self.is_set_up = False
+        self.rewritten: set[int] = set()
         self._dicts = [(members, tuple(members), tuple(members.values())) for members in _members(module)]
         self._before = _snapshot(module)
         self._versions = [entry for entry in self._before.values() if isinstance(entry[0], torch.Tensor)]
@@ -77,6 +80,7 @@ class Written:
                 held[id(leaf)] = (name, leaf)
                 room -= size
         self._contents = [_Content(name, leaf) for name, leaf in held.values() if _is_readable(leaf)]
+        self._held_by = {id(one.leaf): one for one in self._contents if isinstance(one.leaf, torch.Tensor)}
 
     def again(self) -> Written:
         """The same at this time."""
@@ -85,7 +89,8 @@ class Written:
     def differences(self) -> list[Difference]:
         """What was set, replaced, removed or mutated since, by its path in the tree.
 
-        Containers are compared by their items' identities, tensors by the counter that writes in place move.
+        Containers are compared by their items' identities, tensors by the counter that writes in place move, and by
+        what they hold where that is known.
         """
         found = [] if self._is_as_before() else self._differing()
         found += self._containers.differences()
@@ -94,7 +99,16 @@ class Written:
         found += [
             Difference(one.name, one.leaf, one.leaf) for one in self._contents if one.name not in told and one.differs()
         ]
-        return found if self._outside is None else [*found, *self._outside.differences()]
+        found += self._outside.differences() if self._outside is not None else []
+        return [one for one in found if not self._is_rewritten(one)]
+
+    def _is_rewritten(self, one: Difference) -> bool:
+        """Whether it is a tensor that was written with what it held."""
+        content = self._held_by.get(id(one.now)) if one.was is one.now else None
+        if content is None or content.differs():
+            return False
+        self.rewritten.add(id(one.now))
+        return True
 
     def _is_as_before(self) -> bool:
         """Whether all attributes are the very same objects, and no tensor among them has another version."""

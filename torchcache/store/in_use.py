@@ -29,8 +29,8 @@ except ImportError:  # Windows
 
 
 FOLDER = "in-use"
-# Identities of one region that stay in use: the last ones, as where weights are swapped to and fro.
-KEPT = 8
+# Identities of one region that stay in use: the last ones, as where weights, adapters or settings are swapped.
+KEPT = 16
 # What is read of the folder, whoever filled it.
 MOST_FILES = 4096
 LARGEST = 256 * 1024
