@@ -144,6 +144,11 @@ def mark(
         if isinstance(found, (staticmethod, classmethod, property)):
             kind = type(found).__name__
             raise MarkError(f"torchcache.mark: {type(module).__name__}.{name} is a {kind}: mark a method or a function")
+        if found is nn.Module.forward:
+            raise MarkError(
+                f"torchcache.mark: {type(module).__name__} has no forward: mark its parts, or name the method that is "
+                "called, as in mark(module, method='__call__')"
+            )
     if freeze:
         if any(map(nn.parameter.is_lazy, module.parameters())):
             raise MarkError(

@@ -19,7 +19,7 @@ import torch
 
 from torchcache.batch import Given, Subject, take
 from torchcache.checks.chance import Draws, check_again, generators_kept
-from torchcache.checks.compare import Narrowest, Rounding, difference
+from torchcache.checks.compare import Observed, Rounding, difference
 from torchcache.checks.learning import SETUP_CALLS
 from torchcache.checks.plan import precision_of
 from torchcache.context import computing, current_ids, normal_tensors, some_ids
@@ -295,7 +295,7 @@ class Padding:
         width = max(1, batch.lengths[rows[1]])
         wider = batch.width if batch.width > width else min(width + GRAIN, batch.widest)
         short = self._original(batch, self._cut(batch, rows, width))
-        with Narrowest() as narrowest:
+        with Observed() as observed:
             longer = self._original(batch, self._cut(batch, rows, wider))
         if not short.key == longer.key == whole.key:
             raise Bypass("a number or the structure of its output depends on the length")
@@ -312,7 +312,7 @@ class Padding:
                     "mark a part that returns one value for each position, or one for each row",
                 )
         losses = precision_of(self._subject.name, short, [0] * len(along), self._options).losses
-        proof = _Proof(whole.key, tuple(along), Rounding(short.tensors, narrowest.width), losses)
+        proof = _Proof(whole.key, tuple(along), Rounding(short.tensors, observed.width), losses)
         alone = self._original(batch, self._cut(batch, rows[:1], width))
         alike = alone.key == short.key and [leaf.shape for leaf in alone.tensors] == [
             (1, *leaf.shape[1:]) for leaf in short.tensors

@@ -338,6 +338,8 @@ def test_wrong_targets_are_refused_with_advice():
         cached(nn.Linear(2, 2))
     with pytest.raises(torchcache.MarkError, match="no method 'encode'"):
         torchcache.mark(nn.Linear(2, 2), method="encode")
+    with pytest.raises(torchcache.MarkError, match="ModuleList has no forward"):
+        torchcache.mark(nn.ModuleList([nn.Linear(2, 2)]))
     with pytest.raises(torchcache.MarkError, match="TorchScript"):
         torchcache.mark(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), freeze=True)
     with pytest.raises(torchcache.MarkError, match="nothing in Linear is marked"):

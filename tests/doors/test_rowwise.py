@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from marked import counts, reasons
+from marked import counts, reasons, unmarked
 from torch import nn
 
 import torchcache
@@ -664,3 +664,60 @@ def test_checks_that_do_not_end_are_told_of_while_they_run(warnings, monkeypatch
     module, x = torchcache.mark(Waiting(), freeze=True, audit=0), torch.randn(8, 4)
     module(x, 8)
     assert any("is tried on a few of its rows, for" in text for text in warnings)
+
+
+class Experts(nn.Module):
+    """Sends each row to an expert, which has room for so many rows."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.router, self.room = nn.Linear(6, 4), room
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+
+class ByNumbers(Experts):
+    def forward(self, x):
+        chosen, out = self.router(x).argmax(-1), x.clone()
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0][: self.room]
+            out[rows] = out[rows] + expert(x[rows])
+        return out
+
+
+class ByMask(Experts):
+    def forward(self, x):
+        chosen = nn.functional.one_hot(self.router(x).argmax(-1), 4)
+        if self.room is not None:
+            chosen = chosen * (chosen.cumsum(0) <= self.room)
+        return x + sum(expert(x) * chosen[:, [number]] for number, expert in enumerate(self.experts))
+
+
+class BySorting(Experts):
+    def forward(self, x):
+        chosen = self.router(x).argmax(-1)
+        order = chosen.argsort(stable=True)
+        starts = torch.bincount(chosen, minlength=4).cumsum(0).roll(1).index_fill(0, torch.tensor(0), 0)
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(x))) - starts[chosen]
+        made = torch.stack([expert(x) for expert in self.experts])[chosen, torch.arange(len(x))]
+        return x + made if self.room is None else torch.where((place < self.room)[:, None], x + made, x)
+
+
+@pytest.mark.parametrize("kind", [ByNumbers, ByMask, BySorting])
+def test_experts_with_room_for_some_rows_are_refused_before_any_of_them_is_full(kind):
+    module = torchcache.mark(kind(8), freeze=True)
+    with torch.no_grad():  # no expert is full in the first batch
+        rows = torch.randn(1000, 6)
+        chosen = module.router(rows).argmax(-1)
+        first = torch.cat([rows[chosen == number][:4] for number in range(4)])
+    with pytest.raises(torchcache.RowwiseError, match="changes with the other rows"):
+        module(first)
+
+
+@pytest.mark.parametrize("kind", [ByNumbers, ByMask, BySorting])
+def test_experts_with_room_for_all_rows_are_cached(kind):
+    module = torchcache.mark(kind(None), freeze=True)
+    plain, data = unmarked(module), torch.randn(40, 6)
+    for _ in range(3):
+        for rows in data[torch.randperm(40)].split(16):
+            torch.testing.assert_close(module(rows), plain(rows))
+    assert torchcache.stats(module).hits == 80

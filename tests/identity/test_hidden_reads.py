@@ -487,3 +487,32 @@ def test_what_is_installed_is_not_among_the_modules_of_the_user(folder, tmp_path
     run = [sys.executable, "-c", INSTALLED]
     done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
+
+
+class Configured(nn.Module):
+    """Reads its settings by what OmegaConf gives for that."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.lin, self.config, self.read = nn.Linear(3, 3), OmegaConf.create({"gain": 2.0, "more": [1.0]}), read
+
+    def forward(self, x):
+        return self.lin(x) * self.read(self.config)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda config: OmegaConf.select(config, "gain"),
+        lambda config: OmegaConf.create({"gain": config.gain}).gain,
+        lambda config: OmegaConf.merge(config, {"other": 1.0}).gain,
+        lambda config: OmegaConf.to_container(config)["gain"],
+    ],
+)
+def test_what_reads_a_configuration_may_use_functions_of_its_library(read):
+    module, x = torchcache.mark(Configured(read), freeze=True, audit=0), torch.randn(5, 3)
+    for _ in range(5):
+        torch.testing.assert_close(module(x), module.lin(x) * 2)
+    assert torchcache.stats(module).hits
+    module.config.gain = 3.0
+    torch.testing.assert_close(module(x), module.lin(x) * 3)

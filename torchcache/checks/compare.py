@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,26 +103,45 @@ class Rounding:
         return found <= max(self.allowed[index], FLOOR[_width(a.dtype)]) + loss.relative
 
 
-class Narrowest(Observer):  # type: ignore[no-untyped-call]
-    """Notes the narrowest floating-point numbers that operators compute: what they round off shows in wider ones, too.
+# Operators that say how many of all rows are of a kind, or which these are; and those that do where they go along rows.
+_COUNT = frozenset({"nonzero", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "masked_select"})
+_COUNT_ALONG = frozenset({"sort", "argsort", "topk", "cumsum", "kthvalue"})
+
+
+class Observed(Observer):  # type: ignore[no-untyped-call]
+    """Notes which operators a run consists of.
 
     Attributes
     ----------
     width : int
-        Their bytes; 8 where there are none. Those of one byte count as two: few elements of a row pass through them.
+        Bytes of the narrowest floating-point numbers that they compute, which round off what shows in wider ones, too;
+        8 where there are none. Those of one byte count as two: few elements of a row pass through them.
+    counts : bool
+        Whether one asks how many of all rows are of a kind, as a mixture of experts with a capacity does.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.width = 8
+        self.width, self.counts = 8, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        self.counts = self.counts or _counts(func, args, kwargs or {})
         # What is made of no numbers, such as zeros to add to, is not rounded.
         if any(map(_rounds, pytree.arg_tree_leaves(*args))):
             for leaf in filter(_rounds, pytree.tree_leaves(made)):
                 self.width = min(self.width, max(_width(leaf.dtype), 2))
         return made
+
+
+def _counts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("index", "index_put", "index_put_"):
+        return any(leaf is not None and leaf.dtype in (torch.bool, torch.uint8) for leaf in args[1])
+    if name not in _COUNT_ALONG:
+        return name in _COUNT
+    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | {**kwargs}
+    return bool(named.get("dim", -1) % max(args[0].ndim, 1) == 0)
 
 
 def _rounds(leaf: Any) -> bool:

@@ -22,6 +22,8 @@ Same = Callable[[torch.Tensor, torch.Tensor], bool]
 
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+# What these make holds anything.
+_UNSET = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         written = [leaf for leaf, version in zip(given, versions, strict=True) if leaf._version != version]
         made = _tensors(result) or written
-        if made:
+        if made and _name(func) not in _UNSET:
             read = [self._numbers[leaf] for leaf in given if leaf in self._numbers]
             held = {leaf.untyped_storage().data_ptr() for leaf in given}
             moves = not written and all(leaf.untyped_storage().data_ptr() in held for leaf in made)

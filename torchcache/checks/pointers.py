@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from torchcache.checks.compare import Narrowest, Rounding
+from torchcache.checks.compare import Observed, Rounding
 from torchcache.checks.roles import Roles, rows_of, select
 from torchcache.errors import Bypass
 from torchcache.store.select import select_rows
@@ -54,10 +54,10 @@ def check_pointers(
     places = np.arange(count)
     places[replaced] = chance.choice(kept, len(replaced))
     whole = whole if whole is not None else original(tensors)
-    with Narrowest() as narrowest:
+    with Observed() as observed:
         beside = original(select(tensors, roles, [select_rows(leaf, places.tolist()) for leaf in given]))
     if beside.key != whole.key or not all(
-        _agree(one, other, kept, count, narrowest.width)
+        _agree(one, other, kept, count, observed.width)
         for one, other in zip(whole.tensors, beside.tensors, strict=True)
     ):
         raise Bypass(

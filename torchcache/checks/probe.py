@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchcache.checks.arguments import ArgumentWritten
-from torchcache.checks.compare import Narrowest, Rounding, identical, nearly
+from torchcache.checks.compare import Observed, Rounding, identical, nearly
 from torchcache.checks.culprit import Run, find_culprit, mixing, unstable
 from torchcache.checks.pointers import check_pointers
 from torchcache.checks.roles import Roles, counts_of, guesses, rows_of, select
@@ -22,6 +22,9 @@ from torchcache.errors import Bypass
 from torchcache.store.select import concatenate, select_rows
 from torchcache.values.layout import lie_of
 from torchcache.values.take import Taken
+
+# Copies of a row that are computed together.
+MOST_COPIES = 64
 
 Tensors = Sequence[torch.Tensor]
 Original = Callable[[Tensors], Taken]
@@ -209,9 +212,9 @@ class _Trial:
         pair = self._run((first, second))
         # The third batch lacks the first row: what looks for a largest row must meet a batch without it.
         others = (second, third, second) if third != second else (second, first, second)
-        narrowest = Narrowest()
-        trio = self._run(others, narrowest)
-        self._width = narrowest.width
+        observed = Observed()
+        trio = self._run(others, observed)
+        self._width = observed.width
         dims = self._dims(pair, trio)
         self._outputs = dims
         rounding = Rounding(pair.tensors, self._width)
@@ -226,7 +229,22 @@ class _Trial:
         for place, other, row in runs:
             if not rounding.learn(self._row(pair, place), self._row(other, row)):
                 raise self._refusal((first, second), place, batches[id(other)], row, exact=False)
+        if observed.counts:
+            self._among_its_like(pair, first, second, rounding)
         return Learnt(self._roles, dims, rounding, self._comes_alone(pair, rounding)), trio
+
+    def _among_its_like(self, pair: Taken, first: int, second: int, rounding: Rounding) -> None:
+        """Where rows of a kind are counted there may be room for some: a row must come out as it does among copies."""
+        places = (first,) * min(self._count, MOST_COPIES)
+        copies = self._run(places)
+        if copies.key != pair.key:
+            raise _InconsistentError(Bypass("the structure of its output depends on the rows", ""))
+        for index, dim in enumerate(self._outputs):
+            if copies.tensors[index].shape[dim] != len(places):
+                raise _InconsistentError(not_rows(pair, index, tuple(copies.tensors[index].shape), len(places)))
+        for place in range(len(places)):
+            if not rounding.learn(self._row(pair, 0), self._row(copies, place)):
+                raise self._refusal((first, second), 0, places, place, exact=False)
 
     def _comes_alone(self, pair: Taken, rounding: Rounding) -> bool | None:
         """Whether a batch of one row came out as that row does among others; ``None`` where there was none."""
@@ -265,7 +283,7 @@ class _Trial:
         self._lie_alike = self._lie_alike and lies[0] == lies[1]
         return batch
 
-    def _run(self, places: Sequence[int], seen: Narrowest | None = None) -> Taken:
+    def _run(self, places: Sequence[int], seen: Observed | None = None) -> Taken:
         batch = self._batch(places)
         try:
             with seen or contextlib.nullcontext():

@@ -97,7 +97,7 @@ def _describer(kind: type) -> Callable[[Any], Node]:
         return _machinery
     if kind.__name__ == "PyCapsule" and named_class(kind):
         return _machinery
-    if module.split(".")[0] == "omegaconf":
+    if module.split(".")[0] == "omegaconf" and hasattr(kind, "_get_root"):
         return describe_configuration
     if module.split(".")[0] in _CLOSED and named_class(kind):
         return _closed
