@@ -947,3 +947,60 @@ def test_a_frame_may_call_a_mark_with_gradients_and_without(backend, first):
                 optimizer.zero_grad()
     torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
     assert bool(torchcache.stats(model).hits) == (backend == "torchcache")
+
+
+VIEWS = {
+    "chunks": lambda body, x: (lambda one, other: body(one) - body(other))(*x[: len(x) // 2 * 2].chunk(2)),
+    "halves": lambda body, x: body(x[: len(x) // 2]).sum(0) - body(x[len(x) // 2 :]).sum(0),
+    "all but one": lambda body, x: body(x[1:]),
+    "every second": lambda body, x: body(x[::2]),
+    "repeated": lambda body, x: body(x.repeat(2, 1)),
+    "joined": lambda body, x: body(torch.cat([x, x.flip(0)])),
+    "one more": lambda body, x: body(torch.cat([x, x[:1]])),
+    "views of each": lambda body, x: body(torch.stack([x, x + 1], 1).flatten(0, 1)),
+    "beside the whole": lambda body, x: body(torch.cat([x, -x])).unflatten(0, (2, -1)).sum(0) + body(x),
+}
+
+
+class Several(nn.Module):
+    """Calls a partly trained mark on views of its batch, whose number of rows follows from that of the batch."""
+
+    def __init__(self, way, body):
+        super().__init__()
+        self.way, self.body = VIEWS[way], body
+
+    def forward(self, x):
+        return self.way(self.body, x)
+
+
+class Reshaping(nn.Module):
+    """Uses the number of rows within, in shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        made = self.frozen(x).view(x.shape[0], 2, 3).transpose(1, 2).reshape(len(x), -1)
+        return self.head(torch.relu(made + torch.ones(x.size(0), 1)))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["plain", "reshaping"])
+@pytest.mark.parametrize("way", VIEWS)
+def test_views_of_a_batch_have_rows_of_their_own(way, kind, inner):
+    body = Reshaping() if kind == "reshaping" else MakesOnes().body
+    model = Several(way, body)
+    twin = copy.deepcopy(model)
+    torchcache.mark(model.body, audit=0)
+    run = torch.compile(model, backend="torchcache", options={"inner": inner})
+    data = torch.randn(22, 6)
+    for _ in range(4):
+        for rows in data[torch.randperm(22)].split(8):
+            made, expected = run(rows), twin(rows)
+            torch.testing.assert_close(made, expected)
+            made.square().sum().backward()
+            expected.square().sum().backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert torchcache.stats(model).hits

@@ -47,7 +47,8 @@ def inputs_of(cut: Cut, analysis: Analysis) -> Inputs:
         for source in node.all_input_nodes:
             if source in inside:
                 continue
-            if is_number(source) and source.op != "placeholder" and _follows(source, inside, analysis):
+            computed = is_number(source) and source.op != "placeholder" and not _gives_rows(source, cut.batch, inside)
+            if computed and _follows(source, inside, analysis):
                 collect(source)
             else:
                 (sizes if is_number(source) else tensors)[source] = None
@@ -118,6 +119,13 @@ _DROPOUTS = frozenset(
     for dims in ("", "1d", "2d", "3d")
     if hasattr(home, f"{kind}dropout{dims}")
 )
+
+
+def _gives_rows(node: fx.Node, batch: Any, inside: set[fx.Node]) -> bool:
+    """Whether a number is that of the rows, computed from what is outside: a region reads it off one of its tensors."""
+    value = node.meta["example_value"]
+    varies = isinstance(value, torch.SymInt) and not batch.is_Symbol
+    return varies and bool(dynamo.expression_of(value) == batch) and inside.isdisjoint(node.all_input_nodes)
 
 
 def _follows(node: fx.Node, inside: set[fx.Node], analysis: Analysis) -> bool:

@@ -18,8 +18,8 @@ class Unfit(Exception):  # noqa: N818 - an outcome of the pass, which no user se
 class Rows:
     """The rows that a part of a graph was traced with.
 
-    Traced with a symbol for them it runs any number; traced with a fixed number it runs that many, unless it is found
-    to be one for any.
+    Traced with a symbol for them, or with what is computed from one (half a batch), it runs any number; traced with a
+    fixed number it runs that many, unless it is found to be one for any.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Rows:
     first : int
         The first data input that has rows.
     fixed : int or None
-        The number of rows, where it is no symbol.
+        The number of rows, where it does not vary.
     least : int
         The fewest that can be run: no graph with a symbol is traced for one row.
     counts : list of (int or None)
@@ -61,16 +61,18 @@ class Rows:
         others = {
             symbol for tensor in tensors for size in tensor.shape[1:] for symbol in expression_of(size).free_symbols
         }
-        if self.fixed is None and (not batch.is_Symbol or batch in others):
+        # What numbers are computed from must mean nothing else here.
+        beside = [first for first in firsts if first not in (None, batch)] if not batch.is_Symbol else []
+        if self.fixed is None and batch.free_symbols & others.union(*(first.free_symbols for first in beside)):
             raise Unfit("its number of rows cannot be told from other sizes")
         expressions = [*map(expression_of, sizes)]
         places = {
             first: place
             for place, first in reversed([*enumerate(firsts)])
-            if first is not None and first.is_Symbol and first not in others and self._long[place]
+            if first is not None and first.free_symbols and not first.free_symbols & others and self._long[place]
         }
         self.counts = [places.get(expression) if self.fixed is None else None for expression in expressions]
-        if self.fixed is None and any(e != batch and batch in e.free_symbols for e in expressions):
+        if self.fixed is None and any(e != batch and batch.free_symbols & e.free_symbols for e in expressions):
             raise Unfit("a number in it is computed from the number of rows")
 
     def free(self) -> None:
