@@ -946,7 +946,7 @@ def test_a_frame_may_call_a_mark_with_gradients_and_without(backend, first):
                 optimizer.step()
                 optimizer.zero_grad()
     torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
-    assert bool(torchcache.stats(model).hits) == (backend == "torchcache")
+    assert torchcache.stats(model).hits or backend != "torchcache"
 
 
 VIEWS = {
