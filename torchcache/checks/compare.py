@@ -135,13 +135,15 @@ class Observed(Observer):  # type: ignore[no-untyped-call]
 
 
 def _counts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    name = func._schema.name.removeprefix("aten::")
+    schema = getattr(func, "_schema", None)  # operators that take functions have none
+    name = schema.name.removeprefix("aten::") if schema is not None else ""
     if name in ("index", "index_put", "index_put_"):
         return any(leaf is not None and leaf.dtype in (torch.bool, torch.uint8) for leaf in args[1])
-    if name not in _COUNT_ALONG:
+    if schema is None or name not in _COUNT_ALONG:
         return name in _COUNT
-    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | {**kwargs}
-    return bool(named.get("dim", -1) % max(args[0].ndim, 1) == 0)
+    named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | {**kwargs}
+    dim = named.get("dim", -1)
+    return not isinstance(dim, int) or dim % max(args[0].ndim, 1) == 0
 
 
 def _rounds(leaf: Any) -> bool:

@@ -229,7 +229,7 @@ class _Trial:
         for place, other, row in runs:
             if not rounding.learn(self._row(pair, place), self._row(other, row)):
                 raise self._refusal((first, second), place, batches[id(other)], row, exact=False)
-        if observed.counts:
+        if observed.counts and self._count > len(others):
             self._among_its_like(pair, first, second, rounding)
         return Learnt(self._roles, dims, rounding, self._comes_alone(pair, rounding)), trio
 

@@ -66,13 +66,13 @@ class Turnover:
                 self._useless += 1
                 self.unsteady |= self._useless >= UNSTEADY
         if self._useless >= USELESS:
-            gone = [known for known, served in self._known.items() if not served]
+            gone = [known for known, served in list(self._known.items()) if not served]
         else:
             self._latest, self._hits = who, hits
             self._known[who] = self._known.pop(who, False)
             gone = list(self._known)[:-KEPT]
         for old in gone:
-            del self._known[old]
+            self._known.pop(old, None)  # another thread may have been as fast
         return gone
 
     def check(self) -> None:
