@@ -119,7 +119,11 @@ class RegionStats:
     def notes(self) -> list[str]:
         """What needs an explanation, for people: alarms, and the most frequent reasons of bypasses."""
         ordered = sorted(self.reasons.items(), key=lambda item: -item[1])
-        notes = [f"{self.name}: {rows:,} rows not cached: {reason}" for reason, rows in ordered[:MOST_REASONS]]
+        notes = [
+            # Rows that compiled code computes are not counted.
+            f"{self.name}: {f'{rows:,} rows' if rows else 'rows'} not cached: {reason}"
+            for reason, rows in ordered[:MOST_REASONS]
+        ]
         if len(ordered) > MOST_REASONS:
             notes.append(f"{self.name}: {len(ordered) - MOST_REASONS} more reasons, in regions[...].reasons")
         if self.alarms:
