@@ -1295,6 +1295,18 @@ class Packed(nn.Module):
         return nn.utils.rnn.pad_packed_sequence(self.recurrent(packed)[0], batch_first=True)[0]
 
 
+def test_a_list_of_a_tensor_for_each_sample_is_told_of(warnings):
+    class Detects(nn.Linear):
+        def forward(self, x):
+            return [super(Detects, self).forward(row)[: 1 + place % 3] for place, row in enumerate(x)]
+
+    module = torchcache.mark(Detects(4, 4), freeze=True)
+    for _ in range(4):
+        assert len(module(torch.randn(5, 3, 4))) == 5
+    assert reasons(module) == "its output holds 5 tensors for 5 rows, none of them with one row a sample"
+    assert any("stack them" in text for text in warnings)
+
+
 class TakesPacked(nn.Module):
     def __init__(self):
         super().__init__()

@@ -140,6 +140,12 @@ def _without_rows(tensors: Tensors, whole: Taken | None, batch_dim: int) -> Bypa
     count = min(without, key=lambda count: len(without[count]), default=0)
     if whole is not None and count and len(without[count]) < len(outputs):
         return not_rows(whole, without[count][0], tuple(outputs[without[count][0]].shape), count)
+    several = [count for count in counts if count > 1 and outputs and len(outputs) % count == 0]
+    if several:
+        return Bypass(
+            f"its output holds {len(outputs)} tensors for {several[0]} rows, none of them with one row a sample",
+            "stack them, padded where their lengths differ, or mark a part that returns one tensor for all samples",
+        )
     small = "pass batches of two rows or more" if 1 in counts else "mark a part that returns one row a sample"
     return Bypass(
         "no argument has a first dimension that its outputs share, so there are no rows to cache",
