@@ -12,6 +12,7 @@ from torch import nn
 
 from torchcache.doors import door
 from torchcache.errors import MarkError
+from torchcache.logging import warn_once
 from torchcache.mark import Mark, original_of, own_name
 from torchcache.marked_class import Choice, mark_of, marked_class, marks_of, set_class, settled_train
 from torchcache.options import CacheOptions
@@ -145,9 +146,9 @@ def mark(
             kind = type(found).__name__
             raise MarkError(f"torchcache.mark: {type(module).__name__}.{name} is a {kind}: mark a method or a function")
         if found is nn.Module.forward:
-            raise MarkError(
-                f"torchcache.mark: {type(module).__name__} has no forward: mark its parts, or name the method that is "
-                "called, as in mark(module, method='__call__')"
+            warn_once(
+                f"torchcache.mark: {type(module).__name__} has no forward, so that nothing of it is cached: mark its "
+                "parts, or name the method that is called, as in mark(module, method='__call__')"
             )
     if freeze:
         if any(map(nn.parameter.is_lazy, module.parameters())):

@@ -338,8 +338,6 @@ def test_wrong_targets_are_refused_with_advice():
         cached(nn.Linear(2, 2))
     with pytest.raises(torchcache.MarkError, match="no method 'encode'"):
         torchcache.mark(nn.Linear(2, 2), method="encode")
-    with pytest.raises(torchcache.MarkError, match="ModuleList has no forward"):
-        torchcache.mark(nn.ModuleList([nn.Linear(2, 2)]))
     with pytest.raises(torchcache.MarkError, match="TorchScript"):
         torchcache.mark(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), freeze=True)
     with pytest.raises(torchcache.MarkError, match="nothing in Linear is marked"):
@@ -517,3 +515,25 @@ def test_a_class_may_be_made_of_a_marked_one_and_of_an_abstract_one(transformed)
     for _ in range(3):
         torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.bias))
     assert (made.factor, isinstance(made, nn.Linear)) == (2.0, True)
+
+
+def test_a_mark_that_nothing_can_call_is_told_of(warnings):
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    torchcache.mark(nn.ModuleList([nn.Linear(2, 2)]))
+    torchcache.mark(Called(), freeze=True)
+    assert [text.split(",")[0] for text in warnings] == [
+        "torchcache.mark: ModuleList has no forward",
+        "torchcache.mark: Called has no forward",
+    ]
+    module, x = torchcache.mark(Called(), freeze=True, method="__call__"), torch.randn(4, 3)
+    for _ in range(3):
+        torch.testing.assert_close(module(x), module.linear(x))
+    assert torchcache.stats(module).hits == 8
+    assert len(warnings) == 2
