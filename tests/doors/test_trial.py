@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import random
 import threading
 
@@ -286,3 +287,67 @@ def test_rows_that_are_taken_apart_are_computed_as_they_are():
     for rows in (4, 4, 3):
         x = torch.randn(rows, 6)
         torch.testing.assert_close(model(x), twin(x))
+
+
+@dataclasses.dataclass
+class Answer:
+    features: object
+    told: object = None
+
+
+@dataclasses.dataclass(slots=True)
+class Slim:
+    features: object
+    told: object = None
+
+
+class Bare:
+    def __init__(self, features, told):
+        self.features, self.told = features, told
+
+
+class Answers(nn.Module):
+    """Returns an object, and what it holds is another where it is traced."""
+
+    WAYS = (
+        lambda kind, h, traced: kind(h + traced, 1),
+        lambda kind, h, traced: kind(h, 1.0 + traced),
+        lambda kind, h, traced: kind(h, ["a", int(traced)]),
+        lambda kind, h, traced: kind(Answer({"last": h + traced}), None),
+        lambda kind, h, traced: [kind(h, None), "traced" if traced else "run"],
+    )
+
+    def __init__(self, kind, way):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8).requires_grad_(False), nn.Linear(8, 3)
+        self.kind, self.way = kind, self.WAYS[way]
+
+    def forward(self, x):
+        return self.way(self.kind, self.head(torch.tanh(self.body(x))), torch.compiler.is_compiling())
+
+
+@pytest.mark.parametrize("way", range(len(Answers.WAYS)))
+@pytest.mark.parametrize("kind", [Answer, Slim, Bare])
+def test_what_stands_in_objects_is_compared_with_what_code_answers(kind, way):
+    model = torchcache.mark(Answers(kind, way), audit=0)
+    x = torch.randn(6, 5)
+    for _ in range(4):
+        found = model(x)
+        inner = found[0] if isinstance(found, list) else found
+        features = inner.features.features["last"] if isinstance(inner.features, Answer) else inner.features
+        torch.testing.assert_close(features, model.head(torch.tanh(model.body(x))))
+        assert getattr(inner, "told", None) in (None, 1, 1.0, ["a", 0])
+        assert not isinstance(found, list) or found[1] == "run"
+
+
+@pytest.mark.parametrize("kind", [Answer, Bare])
+def test_what_is_returned_in_objects_is_served(kind):
+    class Same(Answers):
+        def forward(self, x):
+            return self.kind(self.head(torch.tanh(self.body(x))), ["a", 1, 2.0])
+
+    model = torchcache.mark(Same(kind, 0), audit=0)
+    x = torch.randn(6, 5)
+    for _ in range(4):
+        torch.testing.assert_close(model(x).features, model.head(torch.tanh(model.body(x))))
+    assert torchcache.stats(model).hits

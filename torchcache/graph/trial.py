@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import types
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torchcache.errors import Bypass, Unreadable
 from torchcache.graph.saved import Saved
 from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import autocasts
+from torchcache.identity.objects import ABSENT, members_of, slot_value, slots_of
 from torchcache.identity.state import State
 from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
@@ -128,15 +131,40 @@ class Trial:
         return Written(self._module, self._identity.outside())
 
 
-def _leaves(outputs: Any) -> list[Any]:
-    """Copies of the tensors in outputs, without what they were computed from, and other values."""
-    leaves = pytree.tree_leaves(outputs)
-    return [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+def _leaves(outputs: Any, deepest: int = 8) -> list[Any]:
+    """Copies of the tensors in outputs and objects in them, without what they were computed from, and other values."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf.detach().clone())
+        elif type(leaf) is float:
+            found.append(torch.tensor(leaf, dtype=torch.float64, device="cpu"))
+        elif deepest and not isinstance(leaf, _WITHOUT) and (held := _held(leaf)):
+            found += [type(leaf), *held, *_leaves([*held.values()], deepest - 1)]
+        else:
+            found.append(leaf)
+    return found
+
+
+# What is compared as it is; and by its type alone, though it has attributes.
+_BY_VALUE = frozenset({bool, int, str, bytes, type, torch.Size, torch.dtype})
+_WITHOUT = (type, nn.Module, types.FunctionType, types.MethodType, types.ModuleType, functools.partial)
+
+
+def _held(value: Any) -> dict[str, Any]:
+    slots = {name: slot_value(slot, value) for name, slot in slots_of(type(value))}
+    held = {name: one for name, one in slots.items() if one is not ABSENT} | (members_of(value) or {})
+    return {name: held[name] for name in sorted(held)}
 
 
 def _gap(found: list[Any], true: list[Any]) -> float:
     """The largest difference of two outputs, as a share of the largest magnitude of a tensor."""
     if [*map(type, found)] != [*map(type, true)]:
         return math.inf
-    pairs = zip(found, true, strict=True)
-    return max([relative(one, other, 0.0) for one, other in pairs if isinstance(one, torch.Tensor)], default=0.0)
+    gaps = [0.0]
+    for one, other in zip(found, true, strict=True):
+        if isinstance(one, torch.Tensor):
+            gaps.append(relative(one, other, 0.0))
+        elif type(one) in _BY_VALUE and one != other:
+            return math.inf
+    return max(gaps)
