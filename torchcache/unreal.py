@@ -150,7 +150,7 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise StateWrittenError(self._names.get(id(leaf)) or self._state.get(storage_of(leaf), READ))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if any(isinstance(leaf, torch.dtype) and leaf in _QUANTIZED for leaf in leaves):
-            raise NotImplementedError("it quantizes")
+            raise TypeError("it makes quantized tensors")
         if not dynamo.takes_constants(func):
             self._meet(leaves)
         outputs = func(*args, **kwargs)

@@ -124,8 +124,8 @@ _DROPOUTS = frozenset(
 def _gives_rows(node: fx.Node, batch: Any, inside: set[fx.Node]) -> bool:
     """Whether a number is that of the rows, computed from what is outside: a region reads it off one of its tensors."""
     value = node.meta["example_value"]
-    varies = isinstance(value, torch.SymInt) and not batch.is_Symbol
-    return varies and bool(dynamo.expression_of(value) == batch) and inside.isdisjoint(node.all_input_nodes)
+    computed = isinstance(value, torch.SymInt) and not (batch.is_Symbol or batch.is_Integer)
+    return computed and bool(dynamo.expression_of(value) == batch) and inside.isdisjoint(node.all_input_nodes)
 
 
 def _follows(node: fx.Node, inside: set[fx.Node], analysis: Analysis) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import operator
 import types
 from typing import Any
 
@@ -20,12 +22,17 @@ from torchcache.errors import Bypass, Unreadable
 from torchcache.graph.saved import Saved
 from torchcache.identity.identity import Identity
 from torchcache.identity.numeric import autocasts
-from torchcache.identity.objects import ABSENT, members_of, slot_value, slots_of
 from torchcache.identity.state import State
 from torchcache.identity.written import Written
 from torchcache.options import CacheOptions
+from torchcache.values.objects import open_object
 from torchcache.values.take import take_arguments
 
+# Objects in outputs that are looked into.
+MOST_OBJECTS = 1024
+# Values that are compared as they are, and others of which the type is all that is compared.
+_BY_VALUE = frozenset({bool, int, str, bytes, type, torch.Size, torch.dtype})
+_BY_TYPE = (type, nn.Module, types.FunctionType, types.MethodType, types.ModuleType, functools.partial)
 ADVICE = "mark the frozen part alone, whose code is run as it is"
 
 
@@ -131,30 +138,36 @@ class Trial:
         return Written(self._module, self._identity.outside())
 
 
-def _leaves(outputs: Any, deepest: int = 8) -> list[Any]:
+def _leaves(outputs: Any) -> list[Any]:
     """Copies of the tensors in outputs and objects in them, without what they were computed from, and other values."""
     found: list[Any] = []
-    for leaf in pytree.tree_leaves(outputs):
+    met: set[int] = set()
+    pending = pytree.tree_leaves(outputs)[::-1]
+    while pending:
+        leaf = pending.pop()
         if isinstance(leaf, torch.Tensor):
             found.append(leaf.detach().clone())
         elif type(leaf) is float:
             found.append(torch.tensor(leaf, dtype=torch.float64, device="cpu"))
-        elif deepest and not isinstance(leaf, _WITHOUT) and (held := _held(leaf)):
-            found += [type(leaf), *held, *_leaves([*held.values()], deepest - 1)]
+        elif id(leaf) not in met and len(met) < MOST_OBJECTS and (parts := _parts(leaf)):
+            met.add(id(leaf))
+            found.append(type(leaf))
+            pending += pytree.tree_leaves(parts)[::-1]
         else:
             found.append(leaf)
     return found
 
 
-# What is compared as it is; and by its type alone, though it has attributes.
-_BY_VALUE = frozenset({bool, int, str, bytes, type, torch.Size, torch.dtype})
-_WITHOUT = (type, nn.Module, types.FunctionType, types.MethodType, types.ModuleType, functools.partial)
-
-
-def _held(value: Any) -> dict[str, Any]:
-    slots = {name: slot_value(slot, value) for name, slot in slots_of(type(value))}
-    held = {name: one for name, one in slots.items() if one is not ABSENT} | (members_of(value) or {})
-    return {name: held[name] for name in sorted(held)}
+def _parts(value: Any) -> list[Any]:
+    """What an object holds, each behind its name, in the order of these; nothing of what is looked at by its type."""
+    if value is None or type(value) in _BY_VALUE or isinstance(value, _BY_TYPE):
+        return []
+    try:
+        opened = open_object(value)
+    except Bypass:
+        return []
+    pairs = sorted(zip(map(str, opened.names), opened.parts, strict=True), key=operator.itemgetter(0))
+    return list(itertools.chain.from_iterable(pairs))
 
 
 def _gap(found: list[Any], true: list[Any]) -> float:

@@ -15,6 +15,7 @@ from torchcache.identity.homes import beneath_class, is_class, named_class
 from torchcache.identity.libraries import only_checks
 from torchcache.identity.node import Check, Node, Space
 from torchcache.identity.objects import NOTES, is_noted, member_space, names_of_class, slots_of
+from torchcache.identity.per_class import once_per_class
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -52,8 +53,8 @@ def describe_module(value: nn.Module, hooked: bool = True) -> Node:
         node.problem = "is compiled by TorchScript and cannot be read"
         return node
     node.problem = getattr(kind, "torchcache_problem", "")
-    if slots := slots_of(kind):
-        node.problem = f"keeps {slots[0][0]} in __slots__, and not where modules keep attributes"
+    if slots := _slots(kind):
+        node.problem = f"keeps {slots[0]} in __slots__, and not where modules keep attributes"
     if is_sharded(value):
         node.problem = "is sharded: each process has a part of its weights"
         return node
@@ -74,6 +75,12 @@ def describe_module(value: nn.Module, hooked: bool = True) -> Node:
         if members.get(group) is not None:
             node.checks.append(Check("mapping", members[group]))
     return node
+
+
+@once_per_class
+def _slots(kind: type) -> list[str]:
+    """The names of attributes that are in slots."""
+    return [name for name, _ in slots_of(kind)]
 
 
 def describe_hooks(value: type[GlobalHooks]) -> Node:

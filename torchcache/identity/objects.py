@@ -77,8 +77,8 @@ def state_of(node: Node, value: Any, leave: frozenset[str] = frozenset()) -> Nod
     slots = slots_of(kind)
     held = {}
     for name, slot in slots:
-        node.checks.append(Check("slot", value, name, functools.partial(slot_value, slot)))
-        found = slot_value(slot, value)
+        node.checks.append(Check("slot", value, name, functools.partial(_slot_value, slot)))
+        found = _slot_value(slot, value)
         if found is not ABSENT:
             held[name] = found
     if held:
@@ -104,8 +104,7 @@ def own_state(node: Node, value: Any, exact: Iterable[type]) -> Node:
     return state_of(node, value)
 
 
-def slot_value(slot: Any, value: Any) -> Any:
-    """What an object holds in a slot; ``ABSENT`` where that is empty."""
+def _slot_value(slot: Any, value: Any) -> Any:
     try:
         return slot.__get__(value)
     except AttributeError:
