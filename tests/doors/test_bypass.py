@@ -1307,27 +1307,6 @@ def test_a_list_of_a_tensor_for_each_sample_is_told_of(warnings):
     assert any("stack them" in text for text in warnings)
 
 
-class TakesPacked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.recurrent = nn.GRU(4, 8, batch_first=True)
-
-    def forward(self, packed):
-        return self.recurrent(packed)[1][0]
-
-
-@pytest.mark.parametrize("backend", [None, "eager"])
-def test_packed_sequences_are_computed_with_advice(backend, warnings):
-    module = torchcache.mark(TakesPacked(), freeze=True)
-    plain, run = unmarked(module), torch.compile(module, backend=backend) if backend else module
-    for _ in range(3):
-        x, lengths = torch.randn(4, 9, 4), torch.randint(1, 10, (4,))
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        torch.testing.assert_close(run(packed), plain(packed))
-    assert "a PackedSequence, which mixes the steps of its rows" in reasons(module)
-    assert any("pack them within" in text for text in warnings)
-
-
 def test_rows_that_are_as_long_as_the_longest_of_their_batch_are_computed(warnings):
     module = torchcache.mark(Packed(), freeze=True)
     plain = unmarked(module)

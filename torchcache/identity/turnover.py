@@ -9,8 +9,8 @@ from torchcache.errors import Restless
 from torchcache.quantity import names_text
 from torchcache.store.in_use import KEPT
 
-# New identities, while no row was served: as many as a model has layers, or settings, that a step tries one by one.
-USELESS = 12
+# New identities, while no row was served: more than settings that are tried one by one before any comes again.
+USELESS = 8
 # As many where there is another way to look the calls up; a first call may set a module up, which is a change.
 UNSTEADY = 2
 

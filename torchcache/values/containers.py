@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from torchcache.errors import Bypass
@@ -44,10 +43,6 @@ def open_container(value: Any) -> Opened:
         return opener(value)
     if is_model_cache(kind):
         raise Bypass(f"{type_name(value)}, which the model writes to", KEEP_NO_CACHE)
-    if kind is PackedSequence:
-        raise Bypass(
-            "a PackedSequence, which mixes the steps of its rows", "pass padded rows and lengths, and pack them within"
-        )
     if torch.nn.Module in kind.__mro__:
         raise not_understood(value)
     if dataclasses.is_dataclass(kind) or UserDict in kind.__mro__ or _is_namedtuple(kind):
